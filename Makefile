@@ -1,0 +1,61 @@
+# Needs make and Python 3.11 or newer; everything else goes into $(VENV).
+# Variables, each with an example:
+#   PYTHON=python3.13   the interpreter that makes the environment
+#   VENV=.venv-3.13     where the environment is
+#   JOBS=4              test processes (0: all in one)
+#   ARGS="-k damping"   passed on to the example or to pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+ARGS ?=
+
+IN_VENV := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help example test lint clean
+
+help:
+	@echo 'make example   train the MNIST autoencoder; its options: make example ARGS="..."'
+	@echo 'make test      unit tests and doctests; pytest options: make test ARGS="..."'
+	@echo 'make lint      ruff, pyright and the import order'
+	@echo 'make clean     remove $(VENV), caches and build results'
+	@echo 'Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  JOBS=$(JOBS)  ARGS=$(ARGS)'
+
+example: $(VENV)/.installed-examples
+	$(IN_VENV) examples/mnist_autoencoder.py $(ARGS)
+
+test: $(VENV)/.installed-test
+	MPLBACKEND=Agg $(IN_VENV) -m pytest -n $(JOBS) $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(IN_VENV) -m ruff check
+	$(IN_VENV) -m ruff format --check
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(IN_VENV) -m pyright --pythonpath $(IN_VENV)
+	$(VENV)/bin/lint-imports
+
+# The environment plus one extra; done again only when pyproject.toml changes.
+$(VENV)/.installed-%: pyproject.toml | $(IN_VENV)
+	@echo 'Installing optax_cgfac[$*] into $(VENV) (the first time takes a minute or two) ...'
+	@$(IN_VENV) -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+$(IN_VENV):
+	@'$(PYTHON)' -c '' 2>/dev/null || { \
+	  echo "'$(PYTHON)' does not run here. Name a Python 3.11 or newer: make PYTHON=/path/to/python" >&2; \
+	  exit 1; }
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "optax_cgfac needs Python 3.11 or newer, and '$(PYTHON)' is $$('$(PYTHON)' --version 2>&1)." >&2; \
+	  echo 'Name another one: make PYTHON=/path/to/python' >&2; \
+	  exit 1; }
+	@'$(PYTHON)' -m venv '$(VENV)' || { \
+	  rm -f '$(IN_VENV)'; \
+	  echo "'$(PYTHON) -m venv' failed; is this Python's venv module installed?" >&2; \
+	  exit 1; }
+
+clean:
+	@if [ -f '$(VENV)/pyvenv.cfg' ]; then rm -rf '$(VENV)'; fi
+	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache
+	find optax_cgfac tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,16 @@
+"""CG-FAC: K-FAC's natural gradient by conjugate gradients, as an Optax transformation."""
+
+from optax_cgfac._cg import CGInfo, conjugate_gradient
+from optax_cgfac._curvature import Curvature
+from optax_cgfac._estimator import CurvatureEstimator, fisher_estimator
+from optax_cgfac._linen import capture_axes
+from optax_cgfac._losses import Loss
+from optax_cgfac._operators import (
+    DampedOperator,
+    DiagonalOperator,
+    FactoredDampedOperator,
+    KroneckerOperator,
+    jacobi_preconditioner,
+)
+from optax_cgfac._types import LayerRows, LinearOperator
+from optax_cgfac._value_and_grad import value_and_grad

@@ -1,0 +1,149 @@
+"""Losses with a known Hessian: value, sampling from the model, Hessian products."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from optax_cgfac._types import Array, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """What the curvature needs to know about a loss.
+
+    The loss is a mean over all leading axes of the model's outputs; the last
+    axis holds one prediction. ``H(z)`` below is its Hessian for one prediction
+    ``z`` (of length ``C``).
+
+    Attributes:
+      name: Shown in reports and messages.
+      value: ``value(outputs, targets)`` returns the loss of every prediction,
+        the shape of ``outputs`` without its last axis.
+      sample: ``sample(rng, outputs)`` draws targets such that the gradient of
+        ``value`` has mean zero and covariance ``H(z)``.
+      hessian_product: ``hessian_product(outputs, tangents)`` returns ``H(z) v``.
+      hessian_columns: ``hessian_columns(outputs)`` returns ``B`` with
+        ``H = Σ_c B[c] B[c]ᵀ``, shape ``(C, *outputs.shape)``; only
+        ``kind="exact"`` needs it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> loss = get_loss("squared_error")
+      >>> print(loss.value(jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 0.0]])))
+      [5.]
+    """
+
+    name: str
+    value: Callable[[Array, PyTree], Array]
+    sample: Callable[[Array, Array], PyTree]
+    hessian_product: Callable[[Array, Array], Array]
+    hessian_columns: Callable[[Array], Array] | None = None
+
+
+def _softmax_value(logits: Array, targets: Array) -> Array:
+    log_probs = jax.nn.log_softmax(logits)
+    if targets.ndim == logits.ndim:  # one-hot or soft labels
+        return -jnp.sum(targets * log_probs, -1)
+    return -jnp.take_along_axis(log_probs, targets[..., None], -1)[..., 0]
+
+
+def _softmax_hessian_product(logits: Array, tangents: Array) -> Array:
+    probs = jax.nn.softmax(logits)
+    centred = tangents - jnp.sum(probs * tangents, -1, keepdims=True)
+    return probs * centred
+
+
+def _softmax_hessian_columns(logits: Array) -> Array:
+    # diag(p) - p pᵀ = Σ_c p_c (e_c - p)(e_c - p)ᵀ
+    probs = jax.nn.softmax(logits)
+    basis = jnp.eye(logits.shape[-1], dtype=logits.dtype)
+    basis = basis.reshape(-1, *([1] * (logits.ndim - 1)), logits.shape[-1])
+    return jnp.sqrt(jnp.moveaxis(probs, -1, 0))[..., None] * (basis - probs)
+
+
+def _diagonal_columns(root: Array) -> Array:
+    """The columns of a diagonal square root of shape ``(..., C)``."""
+    return jnp.moveaxis(root[..., None] * jnp.eye(root.shape[-1], dtype=root.dtype), -2, 0)
+
+
+def _sigmoid_value(logits: Array, targets: Array) -> Array:
+    targets = targets.astype(logits.dtype)
+    positive = targets * jax.nn.log_sigmoid(logits)
+    return -jnp.sum(positive + (1 - targets) * jax.nn.log_sigmoid(-logits), -1)
+
+
+def _sigmoid_variance(logits: Array) -> Array:
+    return jax.nn.sigmoid(logits) * jax.nn.sigmoid(-logits)
+
+
+_SOFTMAX = Loss(
+    name="softmax_cross_entropy",
+    value=_softmax_value,
+    sample=jax.random.categorical,
+    hessian_product=_softmax_hessian_product,
+    hessian_columns=_softmax_hessian_columns,
+)
+
+_SIGMOID = Loss(
+    name="sigmoid_binary_cross_entropy",
+    value=_sigmoid_value,
+    sample=lambda rng, logits: jax.random.bernoulli(rng, jax.nn.sigmoid(logits)),
+    hessian_product=lambda logits, tangents: _sigmoid_variance(logits) * tangents,
+    hessian_columns=lambda logits: _diagonal_columns(jnp.sqrt(_sigmoid_variance(logits))),
+)
+
+# (y - t)² is the negative log-likelihood of a normal with variance 1/2.
+_SQUARED = Loss(
+    name="squared_error",
+    value=lambda outputs, targets: jnp.sum((outputs - targets) ** 2, -1),
+    sample=lambda rng, outputs: (
+        outputs
+        + jax.random.normal(rng, outputs.shape, outputs.dtype)
+        * jnp.asarray(0.5**0.5, outputs.dtype)
+    ),
+    hessian_product=lambda outputs, tangents: 2 * tangents,
+    hessian_columns=lambda outputs: _diagonal_columns(
+        jnp.full_like(outputs, 2.0**0.5)
+    ),
+)
+
+_LOSSES = {loss.name: loss for loss in (_SOFTMAX, _SIGMOID, _SQUARED)}
+
+
+def get_loss(loss: str | Loss) -> Loss:
+    """Returns the `Loss` of a name, or the `Loss` itself.
+
+    The names are those of Optax's losses. Each is summed over the last axis of
+    the outputs and averaged over all others: ``"softmax_cross_entropy"``
+    (integer, one-hot or soft labels), ``"sigmoid_binary_cross_entropy"``, and
+    ``"squared_error"``, which is ``(outputs - targets)²`` without a factor ½.
+
+    Args:
+      loss: A name or a `Loss`.
+
+    Returns:
+      The `Loss`.
+
+    Raises:
+      ValueError: If the name is unknown.
+      TypeError: If it is neither a name nor a `Loss`.
+
+    Example:
+      >>> get_loss("squared_error").name
+      'squared_error'
+    """
+    if isinstance(loss, Loss):
+        return loss
+    if not isinstance(loss, str):
+        raise TypeError(
+            "loss must be a name or an optax_cgfac.Loss, "
+            f"got {type(loss).__name__}. Names: {', '.join(_LOSSES)}."
+        )
+    if loss not in _LOSSES:
+        raise ValueError(
+            f"Unknown loss {loss!r}. Names: {', '.join(_LOSSES)}. "
+            "For any other loss pass an optax_cgfac.Loss."
+        )
+    return _LOSSES[loss]

@@ -1,0 +1,244 @@
+"""Linear operators on a layer's matrix: Kronecker factors held as rows, damped or not.
+
+A layer's parameters are one matrix ``V`` of shape ``(n_in, n_out)``; a bias is
+its last row. Every operator acts on such matrices, is a pytree, and forms
+nothing of size ``n_in x n_in`` or ``n_out x n_out`` in ``matvec``.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from optax_cgfac._numerics import matmul
+from optax_cgfac._types import Array, LinearOperator
+
+_operator = functools.partial(dataclasses.dataclass, frozen=True)
+
+
+@jax.tree_util.register_dataclass
+@_operator()
+class KroneckerOperator:
+    r"""The Kronecker-factored curvature ``A ⊗ G`` of a layer, kept as rows.
+
+    With ``A = a_scale aᵀa`` and ``G = g_scale gᵀg``,
+
+    .. math:: (A ⊗ G)\, V = A V G = a\_scale · g\_scale · aᵀ (a V gᵀ) g .
+
+    With one row and unit scales this is the product ``FV`` of Chen (2021),
+    Algorithm 2. Leading axes of ``a`` and ``g``, if any, are stacked layers.
+
+    Attributes:
+      a: Input activations, shape ``(*stack, R, n_in)``.
+      g: Output cotangents, shape ``(*stack, R, n_out)``.
+      a_scale: Scalar weight of ``aᵀa``; ``1/R`` for a mean over rows.
+      g_scale: Scalar weight of ``gᵀg``; ``T/R`` where an example has ``T``
+        positions (expand setting of Eschenhagen et al. 2023, section 3.1).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> op = KroneckerOperator(jnp.array([[1.0, 2.0]]), jnp.array([[3.0]]))
+      >>> print(op.matvec(jnp.array([[1.0], [1.0]])))
+      [[27.]
+       [54.]]
+    """
+
+    a: Array
+    g: Array
+    a_scale: Array | float = 1.0
+    g_scale: Array | float = 1.0
+
+    def matvec(self, vector: Array) -> Array:
+        """Returns ``A V G`` for ``V`` of shape ``(*stack, n_in, n_out)``."""
+        weights = matmul(matmul(self.a, vector), self.g.mT)
+        product = matmul(matmul(self.a.mT, weights), self.g)
+        return self._scale(product)
+
+    def diagonal(self) -> Array:
+        """Returns the diagonal as a matrix of shape ``(*stack, n_in, n_out)``."""
+        a, g = jnp.sum(self.a**2, -2), jnp.sum(self.g**2, -2)
+        return self._scale(a[..., :, None] * g[..., None, :])
+
+    def trace(self) -> Array:
+        """Returns ``tr A · tr G``, of shape ``stack``."""
+        a, g = jnp.sum(self.a**2, (-2, -1)), jnp.sum(self.g**2, (-2, -1))
+        return self._scale(a * g)
+
+    def factors(self) -> tuple[Array, Array]:
+        """Returns the dense factors ``A`` and ``G``; for inspection and `kfac`."""
+        a = matmul(self.a.mT, self.a) * jnp.asarray(self.a_scale, self.a.dtype)
+        g = matmul(self.g.mT, self.g) * jnp.asarray(self.g_scale, self.g.dtype)
+        return a, g
+
+    def to_dense(self) -> Array:
+        """Returns the matrix acting on row-major ``V``; for small layers only.
+
+        Returns:
+          Shape ``(*stack, n_in·n_out, n_in·n_out)``.
+        """
+        a, g = self.factors()
+        dense = jnp.einsum("...ij,...kl->...ikjl", a, g)
+        size = a.shape[-1] * g.shape[-1]
+        return dense.reshape(*a.shape[:-2], size, size)
+
+    def _scale(self, x: Array) -> Array:
+        return x * jnp.asarray(self.a_scale * self.g_scale, x.dtype)
+
+
+@jax.tree_util.register_dataclass
+@_operator()
+class DampedOperator:
+    """``F + γ I`` (Tikhonov damping) for an operator ``F``.
+
+    Attributes:
+      operator: The undamped operator ``F``.
+      damping: The scalar ``γ``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> op = DampedOperator(DiagonalOperator(jnp.array([1.0, 2.0])), 0.5)
+      >>> print(op.matvec(jnp.ones(2)))
+      [1.5 2.5]
+    """
+
+    operator: LinearOperator
+    damping: Array | float
+
+    def matvec(self, vector: Array) -> Array:
+        """Returns ``F V + γ V``."""
+        return self.operator.matvec(vector) + self._damping(vector) * vector
+
+    def diagonal(self) -> Array:
+        """Returns the diagonal of ``F`` plus ``γ``."""
+        diagonal = self.operator.diagonal()
+        return diagonal + self._damping(diagonal)
+
+    def trace(self) -> Array:
+        """Returns ``tr F + γ n`` with ``n`` the number of parameters."""
+        size = self.operator.diagonal().size
+        trace = self.operator.trace()
+        return trace + self._damping(trace) * (size // max(trace.size, 1))
+
+    def to_dense(self) -> Array:
+        """Returns the dense ``F + γ I``."""
+        dense = self.operator.to_dense()
+        return dense + self._damping(dense) * jnp.eye(dense.shape[-1], dtype=dense.dtype)
+
+    def _damping(self, like: Array) -> Array:
+        return jnp.asarray(self.damping, like.dtype)
+
+
+@jax.tree_util.register_dataclass
+@_operator()
+class FactoredDampedOperator:
+    """``(A + αI) ⊗ (G + βI)`` (Martens & Grosse 2015, section 6.3).
+
+    Attributes:
+      operator: The undamped ``A ⊗ G``.
+      a_damping: The scalar ``α`` (shape ``stack`` for stacked layers).
+      g_damping: The scalar ``β``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> kronecker = KroneckerOperator(jnp.array([[1.0]]), jnp.array([[2.0]]))
+      >>> op = FactoredDampedOperator(kronecker, jnp.array(1.0), jnp.array(0.5))
+      >>> print(op.matvec(jnp.ones((1, 1))))
+      [[9.]]
+    """
+
+    operator: KroneckerOperator
+    a_damping: Array
+    g_damping: Array
+
+    def matvec(self, vector: Array) -> Array:
+        """Returns ``(A + αI) V (G + βI)``."""
+        op = self.operator
+        left = matmul(op.a.mT, matmul(op.a, vector))
+        left = left * jnp.asarray(op.a_scale, vector.dtype) + (
+            self.a_damping[..., None, None] * vector
+        )
+        right = matmul(matmul(left, op.g.mT), op.g)
+        return right * jnp.asarray(op.g_scale, vector.dtype) + (
+            self.g_damping[..., None, None] * left
+        )
+
+    def diagonal(self) -> Array:
+        """Returns the diagonal as a matrix of shape ``(*stack, n_in, n_out)``."""
+        op = self.operator
+        a = jnp.sum(op.a**2, -2) * jnp.asarray(op.a_scale, op.a.dtype)
+        g = jnp.sum(op.g**2, -2) * jnp.asarray(op.g_scale, op.g.dtype)
+        a = a + self.a_damping[..., None]
+        g = g + self.g_damping[..., None]
+        return a[..., :, None] * g[..., None, :]
+
+    def trace(self) -> Array:
+        """Returns ``tr(A + αI) · tr(G + βI)``."""
+        return jnp.sum(self.diagonal(), (-2, -1))
+
+    def to_dense(self) -> Array:
+        """Returns the matrix acting on row-major ``V``; for small layers only."""
+        a, g = self.operator.factors()
+        a = a + self.a_damping[..., None, None] * jnp.eye(a.shape[-1], dtype=a.dtype)
+        g = g + self.g_damping[..., None, None] * jnp.eye(g.shape[-1], dtype=g.dtype)
+        dense = jnp.einsum("...ij,...kl->...ikjl", a, g)
+        size = a.shape[-1] * g.shape[-1]
+        return dense.reshape(*a.shape[:-2], size, size)
+
+
+@jax.tree_util.register_dataclass
+@_operator()
+class DiagonalOperator:
+    """A diagonal operator; its inverse is the Jacobi preconditioner.
+
+    Attributes:
+      entries: The diagonal, in the shape of the vectors it acts on.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(DiagonalOperator(jnp.array([2.0, 3.0])).inverse().entries[0])
+      0.5
+    """
+
+    entries: Array
+
+    def matvec(self, vector: Array) -> Array:
+        """Returns the elementwise product."""
+        return self.entries * vector
+
+    def diagonal(self) -> Array:
+        """Returns the entries."""
+        return self.entries
+
+    def trace(self) -> Array:
+        """Returns the sum of the entries."""
+        return jnp.sum(self.entries)
+
+    def to_dense(self) -> Array:
+        """Returns the dense diagonal matrix over row-major vectors."""
+        return jnp.diag(self.entries.reshape(-1))
+
+    def inverse(self) -> "DiagonalOperator":
+        """Returns the inverse, with ones where an entry is not positive."""
+        positive = self.entries > 0
+        return DiagonalOperator(
+            jnp.where(positive, 1 / jnp.where(positive, self.entries, 1), 1)
+        )
+
+
+def jacobi_preconditioner(operator: LinearOperator) -> DiagonalOperator:
+    """Returns the inverse of the operator's diagonal, for `conjugate_gradient`.
+
+    Args:
+      operator: Any operator with a ``diagonal()``.
+
+    Returns:
+      The operator ``diag(F)⁻¹``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> op = DampedOperator(DiagonalOperator(jnp.array([1.0, 3.0])), 1.0)
+      >>> print(jacobi_preconditioner(op).entries)
+      [0.5  0.25]
+    """
+    return DiagonalOperator(operator.diagonal()).inverse()

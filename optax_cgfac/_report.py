@@ -1,0 +1,93 @@
+"""The coverage report: a table of tagged layers, then the parameters left out."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from optax_cgfac._layers import LayerTag
+from optax_cgfac._paths import Path, text
+from optax_cgfac._solve import SolveConfig, make_plan
+from optax_cgfac._types import LayerRows
+
+_HEADER = ("layer", "kind", "matrix", "rows/step", "window", "bytes", "solve", "why")
+
+
+def format_report(
+    tags: Sequence[LayerTag],
+    uncovered: Sequence[tuple[Path, str]],
+    window: int,
+    layers: Mapping[str, LayerRows],
+    config: SolveConfig,
+) -> str:
+    """Formats the report of `Curvature.report`.
+
+    Args:
+      tags: The tagged layers.
+      uncovered: Parameters without a tag, with the reason.
+      window: Number of updates that are kept.
+      layers: The rows, of which the sizes are read.
+      config: The options of the solve.
+
+    Returns:
+      The text.
+    """
+    table = [_HEADER]
+    total = 0
+    for tag in tags:
+        rows = layers[tag.name]
+        num_bytes = sum(x.size * x.dtype.itemsize for x in rows)
+        total += num_bytes
+        plan = make_plan(config, rows.a.shape[-2], tag.n_in, tag.n_out)
+        table.append(
+            (
+                tag.name,
+                tag.kind,
+                _shape(tag),
+                str(tag.rows_per_step),
+                f"{window} x {tag.rows_per_step}",
+                human_bytes(num_bytes),
+                f"{plan.space}, {plan.solver}",
+                plan.reason,
+            )
+        )
+    parameters = sum(tag.size for tag in tags)
+    lines = [
+        *_align(table),
+        f"{len(tags)} layers, {parameters:,} parameters preconditioned, "
+        f"{human_bytes(total)} of rows held ({config.damping_form} damping).",
+    ]
+    if uncovered:
+        lines.append("Parameters without curvature:")
+        lines += [f"  {text(path)}: {reason}" for path, reason in uncovered]
+    else:
+        lines.append("Every parameter is covered.")
+    return "\n".join(lines)
+
+
+def human_bytes(num_bytes: int) -> str:
+    """Returns a size for people.
+
+    Example:
+      >>> human_bytes(3 * 2**20)
+      '3.0 MiB'
+    """
+    if num_bytes < 1024:
+        return f"{num_bytes} B"
+    power = min(int(math.log(num_bytes, 1024)), 4)
+    return f"{num_bytes / 1024**power:.1f} {('', 'K', 'M', 'G', 'T')[power]}iB"
+
+
+def _shape(tag: LayerTag) -> str:
+    matrix = f"{tag.n_in}x{tag.n_out}"
+    if tag.bias is not None:
+        matrix = f"({tag.n_in - 1}+1)x{tag.n_out}"
+    return "x".join([*map(str, tag.stack), matrix])
+
+
+def _align(table: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in table
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return [line.rstrip() for line in lines]

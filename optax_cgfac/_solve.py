@@ -1,0 +1,220 @@
+"""One layer's solve: which space and which method, decided from static shapes."""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_cgfac._cg import CGInfo, conjugate_gradient
+from optax_cgfac._factored import factored_damping, solve_factored
+from optax_cgfac._kfac import solve_by_eigendecomposition
+from optax_cgfac._operators import (
+    DampedOperator,
+    KroneckerOperator,
+    jacobi_preconditioner,
+)
+from optax_cgfac._sample_space import conjugate_gradient_on_rows
+from optax_cgfac._types import Array
+
+_CHOICES = {
+    "damping_form": ("tikhonov", "factored"),
+    "space": ("auto", "parameter", "sample"),
+    "solver": ("auto", "cg", "cholesky", "eigendecomposition"),
+    "preconditioner": (None, "jacobi"),
+    "structure": ("kronecker",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SolveConfig:
+    """The static options of a solve; see `scale_by_cgfac` for their meaning."""
+
+    damping_form: Literal["tikhonov", "factored"] = "tikhonov"
+    space: Literal["auto", "parameter", "sample"] = "auto"
+    solver: Literal["auto", "cg", "cholesky", "eigendecomposition"] = "auto"
+    max_steps: int = 10
+    rtol: float = 1e-2
+    preconditioner: Literal["jacobi"] | None = None
+    structure: str = "kronecker"
+
+    def __post_init__(self):
+        """Checks every option.
+
+        Raises:
+          ValueError: If an option has an unknown value or two do not go together.
+        """
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(map(repr, choices))}, "
+                    f"got {value!r}."
+                )
+        if not isinstance(self.max_steps, int) or self.max_steps < 1:
+            raise ValueError(
+                f"max_steps must be an int of at least 1, got {self.max_steps!r}."
+            )
+        if not 0 <= self.rtol < 1:
+            raise ValueError(f"rtol must lie in [0, 1), got {self.rtol!r}.")
+        if self.solver == "cholesky" and self.damping_form != "factored":
+            raise ValueError(
+                "solver='cholesky' needs damping_form='factored': the Tikhonov system "
+                "does not separate into two sides. Use solver='cg'."
+            )
+        if self.solver == "cholesky" and self.space == "parameter":
+            raise ValueError("solver='cholesky' works in sample space, not parameter.")
+        if self.preconditioner is not None and self.space != "parameter":
+            raise ValueError(
+                "preconditioner='jacobi' needs space='parameter': coefficients of "
+                f"rows have no diagonal. Got space={self.space!r}."
+            )
+
+
+class Plan(NamedTuple):
+    """Where and how a layer is solved, and what that costs.
+
+    Attributes:
+      space: ``"parameter"``, ``"sample"`` or ``"factors"``.
+      solver: ``"cg"``, ``"cholesky"`` or ``"eigendecomposition"``.
+      flops: Estimated floating-point operations of one solve.
+      reason: The comparison behind the choice, for the report.
+    """
+
+    space: str
+    solver: str
+    flops: float
+    reason: str
+
+
+def make_plan(config: SolveConfig, num_rows: int, n_in: int, n_out: int) -> Plan:
+    """Chooses the space and the solver of a layer by counting operations.
+
+    Args:
+      config: The options; ``space`` and ``solver`` may be ``"auto"``.
+      num_rows: Rows ``R`` that the window holds.
+      n_in: Rows of the layer's matrix.
+      n_out: Columns of the layer's matrix.
+
+    Returns:
+      The `Plan`.
+
+    Example:
+      >>> make_plan(SolveConfig(), 256, 1000, 1000).space
+      'sample'
+      >>> make_plan(SolveConfig(), 256, 30, 10).space
+      'parameter'
+    """
+    steps = config.max_steps
+    n = n_in * n_out
+    if config.solver == "eigendecomposition":
+        # Householder tridiagonalisation, QR and back-transformation: about 9n³
+        # (Golub & Van Loan, section 8.3); four rotations.
+        flops = 9.0 * (n_in**3 + n_out**3) + 4.0 * n * (n_in + n_out)
+        return Plan("factors", "eigendecomposition", flops, "Algorithm 1")
+    # A V gᵀ, aᵀ(·)g with the better order of the two-sided products.
+    apply = 4.0 * num_rows * n + 4.0 * num_rows**2 * min(n_in, n_out)
+    parameter = (steps + 1) * (apply if config.damping_form == "tikhonov" else 2 * apply)
+    grams = 2.0 * num_rows**2 * (n_in + n_out)
+    if config.damping_form == "tikhonov":
+        outside = 6.0 * num_rows * n + 6.0 * num_rows**2 * min(n_in, n_out)
+        sample = grams + outside + 4.0 * num_rows**3 * (steps + 1)
+        solver = "cg"
+    else:
+        solver = "cholesky" if config.solver == "auto" else config.solver
+        sample = _factored_flops(solver, steps, num_rows, n_in, n_out)
+    space = config.space
+    if space == "auto":
+        space = "sample" if sample <= parameter else "parameter"
+    if space == "parameter":
+        solver = "cg"
+    flops = sample if space == "sample" else parameter
+    why = (
+        f"sample {_human(sample)}F {'≤' if sample <= parameter else '>'} "
+        f"parameter {_human(parameter)}F"
+    )
+    if config.space != "auto":
+        why = f"asked for; {why}"
+    return Plan(space, solver, flops, why)
+
+
+def _factored_flops(
+    solver: str, steps: int, num_rows: int, n_in: int, n_out: int
+) -> float:
+    total = 0.0
+    for size, columns in ((n_in, n_out), (n_out, n_in)):
+        dim = min(size, num_rows)
+        total += 2.0 * num_rows * size * dim  # the Gram matrix or the factor
+        if solver == "cholesky":
+            total += dim**3 + 2.0 * dim**2 * columns
+        else:
+            total += 2.0 * dim**2 * columns * (steps + 1)
+        if dim == num_rows:
+            total += 4.0 * num_rows * size * columns  # onto the rows and back
+    return total
+
+
+def _human(flops: float) -> str:
+    for unit in ("", "k", "M", "G"):
+        if flops < 1000:
+            return f"{flops:.3g} {unit}"
+        flops /= 1000
+    return f"{flops:.3g} T"
+
+
+def damped_operator(
+    operator: KroneckerOperator, damping: Array | float, damping_form: str
+) -> Any:
+    """Returns the operator under either form of damping."""
+    if damping_form == "tikhonov":
+        return DampedOperator(operator, damping)
+    return factored_damping(operator, damping)
+
+
+def solve_layer(
+    config: SolveConfig,
+    operator: KroneckerOperator,
+    damping: Array,
+    b: Array,
+    x0: Array | None,
+) -> tuple[Array, CGInfo]:
+    """Solves one layer's damped system, stacked layers side by side.
+
+    Args:
+      config: The options.
+      operator: Rows of shape ``(*stack, R, n_in)`` and ``(*stack, R, n_out)``.
+      damping: The scalar ``γ``.
+      b: The right-hand side, shape ``(*stack, n_in, n_out)``.
+      x0: The warm start, like ``b``, or None.
+
+    Returns:
+      The solution, like ``b``, and a `CGInfo` whose entries have shape ``stack``.
+    """
+    if b.ndim > 2:
+        scales = operator.a_scale, operator.g_scale
+
+        def solve_one(a, g, b, x0):
+            one = KroneckerOperator(a, g, *scales)
+            return solve_layer(config, one, damping, b, x0)
+
+        return jax.vmap(solve_one)(operator.a, operator.g, b, x0)
+    num_rows, n_in = operator.a.shape
+    plan = make_plan(config, num_rows, n_in, operator.g.shape[1])
+    damped = damped_operator(operator, damping, config.damping_form)
+    if plan.solver == "eigendecomposition":
+        zero = jnp.zeros((), b.dtype)
+        info = CGInfo(jnp.zeros((), jnp.int32), zero, jnp.array(True))
+        return solve_by_eigendecomposition(damped, b), info
+    limits = {"max_steps": config.max_steps, "rtol": config.rtol}
+    if plan.space == "parameter":
+        jacobi = config.preconditioner == "jacobi"
+        return conjugate_gradient(
+            damped,
+            b,
+            x0,
+            **limits,
+            preconditioner=jacobi_preconditioner(damped) if jacobi else None,
+        )
+    if config.damping_form == "tikhonov":
+        return conjugate_gradient_on_rows(operator, damping, b, x0, **limits)
+    return solve_factored(damped, b, x0, solver=plan.solver, **limits)

@@ -1,0 +1,34 @@
+"""Array aliases and the two records that every module shares."""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+Array = jax.Array
+PyTree = Any
+
+
+class LinearOperator(Protocol):
+    """A symmetric linear map on vectors, which may be any pytree of arrays.
+
+    The solver and the preconditioners see this interface and nothing else.
+    """
+
+    def matvec(self, vector: PyTree) -> PyTree:
+        """Returns the operator applied to ``vector``."""
+        ...
+
+
+class LayerRows(NamedTuple):
+    """Captured rows of one layer.
+
+    Attributes:
+      a: Input activations, one row per example or position, shape
+        ``(*stack, R, n_in)``. A layer with a bias has a last column of ones.
+        Rows that have not been seen yet are zero.
+      g: Cotangents of the layer's output, shape ``(*stack, R, n_out)``, per
+        example: the gradient of the example's own loss.
+    """
+
+    a: Array
+    g: Array
