@@ -1,7 +1,9 @@
 """CG-FAC: K-FAC's natural gradient by conjugate gradients, as an Optax transformation."""
 
+from optax_cgfac._alias import CGFACState, cgfac
 from optax_cgfac._cg import CGInfo, conjugate_gradient
 from optax_cgfac._curvature import Curvature
+from optax_cgfac._diagnostics import diagnostics
 from optax_cgfac._estimator import CurvatureEstimator, fisher_estimator
 from optax_cgfac._linen import capture_axes
 from optax_cgfac._losses import Loss
@@ -12,5 +14,30 @@ from optax_cgfac._operators import (
     KroneckerOperator,
     jacobi_preconditioner,
 )
+from optax_cgfac._transform import ScaleByCGFACState, scale_by_cgfac, scale_by_kfac
 from optax_cgfac._types import LayerRows, LinearOperator
 from optax_cgfac._value_and_grad import value_and_grad
+
+__all__ = [
+    "CGFACState",
+    "CGInfo",
+    "Curvature",
+    "CurvatureEstimator",
+    "DampedOperator",
+    "DiagonalOperator",
+    "FactoredDampedOperator",
+    "KroneckerOperator",
+    "LayerRows",
+    "LinearOperator",
+    "Loss",
+    "ScaleByCGFACState",
+    "capture_axes",
+    "cgfac",
+    "conjugate_gradient",
+    "diagnostics",
+    "fisher_estimator",
+    "jacobi_preconditioner",
+    "scale_by_cgfac",
+    "scale_by_kfac",
+    "value_and_grad",
+]

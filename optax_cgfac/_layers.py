@@ -16,6 +16,9 @@ import jax.numpy as jnp
 from optax_cgfac._paths import Path, text
 from optax_cgfac._types import Array, LayerRows
 
+LEFT_OUT = "left out by where"
+"""The reason of a parameter that the user excluded."""
+
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)

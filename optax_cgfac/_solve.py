@@ -71,6 +71,15 @@ class SolveConfig:
             )
 
 
+    @property
+    def is_iterative(self) -> bool:
+        """Whether a previous solution can start the solve."""
+        if self.solver in ("cholesky", "eigendecomposition"):
+            return False
+        tikhonov = self.damping_form == "tikhonov"
+        return tikhonov or self.solver == "cg" or self.space == "parameter"
+
+
 class Plan(NamedTuple):
     """Where and how a layer is solved, and what that costs.
 
@@ -125,7 +134,9 @@ def make_plan(config: SolveConfig, num_rows: int, n_in: int, n_out: int) -> Plan
         sample = _factored_flops(solver, steps, num_rows, n_in, n_out)
     space = config.space
     if space == "auto":
-        space = "sample" if sample <= parameter else "parameter"
+        # A factored system separates, and each side is solved where it is smaller.
+        separates = config.damping_form == "factored"
+        space = "sample" if separates or sample <= parameter else "parameter"
     if space == "parameter":
         solver = "cg"
     flops = sample if space == "sample" else parameter

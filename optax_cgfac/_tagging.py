@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._layers import LayerCall, LayerTag, find_problem
+from optax_cgfac._layers import LEFT_OUT, LayerCall, LayerTag, find_problem
 from optax_cgfac._linen import (
     TAGGED_LAYERS,
     Capture,
@@ -188,7 +188,7 @@ def make_tags(
         if path in covered:
             continue
         if path not in kept:
-            uncovered.append((path, "left out by where"))
+            uncovered.append((path, LEFT_OUT))
         else:
             reason = problems.get(path) or _reason(path, discovery)
             uncovered.append((path, reason))

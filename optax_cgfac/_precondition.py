@@ -1,0 +1,153 @@
+"""Applies the damped inverse curvature to a gradient tree, layer by layer."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_cgfac._cg import CGInfo
+from optax_cgfac._curvature import Curvature
+from optax_cgfac._layers import (
+    LayerTag,
+    leaves_from_matrix,
+    matrix_from_leaves,
+    rows_for_leaves,
+)
+from optax_cgfac._numerics import safe_divide
+from optax_cgfac._operators import KroneckerOperator
+from optax_cgfac._paths import Path, leaves_by_path, map_with_path, text
+from optax_cgfac._solve import SolveConfig, solve_layer
+from optax_cgfac._types import Array, PyTree
+
+
+class SolveInfo(NamedTuple):
+    """How the last solve of every layer went, as trees of scalars like the params.
+
+    A layer's kernel and bias hold the same numbers; of stacked layers, the worst.
+
+    Attributes:
+      num_steps: CG iterations, int32; 0 for direct solves.
+      residual: Residual norm relative to the gradient's.
+      num_fallbacks: Solves so far whose result was not finite and was replaced.
+    """
+
+    num_steps: PyTree
+    residual: PyTree
+    num_fallbacks: PyTree
+
+
+def init_info(params: PyTree) -> SolveInfo:
+    """Returns the info of before the first solve."""
+
+    def scalars(dtype) -> PyTree:
+        return jax.tree.map(lambda _: jnp.zeros((), dtype), params)
+
+    return SolveInfo(scalars(jnp.int32), scalars(jnp.float32), scalars(jnp.int32))
+
+
+def precondition(
+    config: SolveConfig,
+    curvature: Curvature,
+    grads: PyTree,
+    warm_start: PyTree | None,
+    damping: Array,
+    info: SolveInfo,
+) -> tuple[PyTree, SolveInfo]:
+    """Solves ``(F + damping) x = grads`` for every tagged layer.
+
+    A layer whose solution is not finite gets its gradient divided by the damped
+    mean curvature instead, or zero if the gradient itself is not finite.
+
+    Args:
+      config: The options of the solve.
+      curvature: The curvature.
+      grads: Gradients; absent leaves (``MaskedNode``) are left out.
+      warm_start: The previous solution, like ``grads``, or None.
+      damping: The scalar damping.
+      info: The info of the previous solve.
+
+    Returns:
+      The solution, like ``grads`` (leaves without a tag keep their gradient), and
+      the new info.
+
+    Raises:
+      ValueError: If ``grads`` and the curvature belong to different models.
+    """
+    leaves = leaves_by_path(grads)
+    starts = None if warm_start is None else leaves_by_path(warm_start)
+    solutions: dict[Path, Array] = {}
+    infos: dict[Path, tuple[CGInfo, Array]] = {}
+    for tag in curvature.tags:
+        present = {path: leaves[path] for path in tag.leaves if path in leaves}
+        if not present:
+            continue
+        _check_shapes(tag, present)
+        rows = rows_for_leaves(tag, curvature.layers[tag.name], present)
+        operator = curvature.kronecker_operator(tag, rows)
+        b = matrix_from_leaves(tag, present)
+        x0 = None if starts is None else matrix_from_leaves(
+            tag, {path: starts[path] for path in present}
+        )
+        gamma = jnp.asarray(damping, b.dtype)
+        x, cg_info = solve_layer(config, operator, gamma, b, x0)
+        x, failed = _replace_non_finite(x, b, operator, gamma)
+        solutions |= leaves_from_matrix(tag, x, present)
+        norm = jnp.sqrt(jnp.sum(b * b, (-2, -1)))
+        relative = safe_divide(cg_info.residual_norm, norm)
+        for path in present:
+            infos[path] = (cg_info._replace(residual_norm=relative), failed)
+    if not solutions:
+        raise ValueError(
+            "None of the curvature's layers is among the gradients: it belongs to "
+            f"another model.\n  curvature: {', '.join(t.name for t in curvature.tags)}"
+            f"\n  gradients: {', '.join(map(text, leaves)) or 'no leaves'}"
+        )
+    updates = map_with_path(lambda path, leaf: solutions.get(path, leaf), grads)
+    return updates, _merge_info(info, infos)
+
+
+def _replace_non_finite(
+    x: Array, b: Array, operator: KroneckerOperator, damping: Array
+) -> tuple[Array, Array]:
+    mean_curvature = operator.trace() / (b.shape[-2] * b.shape[-1])
+    safe = b / (mean_curvature + damping)[..., None, None]
+    safe = jnp.where(jnp.all(jnp.isfinite(safe)), safe, 0)
+    finite = jnp.all(jnp.isfinite(x))
+    return jnp.where(finite, x, safe), ~finite
+
+
+def _merge_info(
+    info: SolveInfo, infos: dict[Path, tuple[CGInfo, Array]]
+) -> SolveInfo:
+    def num_steps(path, old):
+        if path not in infos:
+            return old
+        return jnp.max(infos[path][0].num_steps).astype(old.dtype)
+
+    def residual(path, old):
+        if path not in infos:
+            return old
+        return jnp.max(infos[path][0].residual_norm).astype(old.dtype)
+
+    def num_fallbacks(path, old):
+        return old + infos[path][1].astype(old.dtype) if path in infos else old
+
+    return SolveInfo(
+        map_with_path(num_steps, info.num_steps),
+        map_with_path(residual, info.residual),
+        map_with_path(num_fallbacks, info.num_fallbacks),
+    )
+
+
+def _check_shapes(tag: LayerTag, leaves: dict[Path, Array]) -> None:
+    stacked = tag.size // (tag.n_in * tag.n_out)
+    sizes = {tag.kernel: (tag.n_in - (tag.bias is not None)) * tag.n_out * stacked}
+    if tag.bias is not None:
+        sizes[tag.bias] = tag.n_out * stacked
+    for path, leaf in leaves.items():
+        if leaf.size != sizes[path]:
+            raise ValueError(
+                f"Gradient {text(path)!r} has shape {leaf.shape}, but the curvature was "
+                f"initialised for {sizes[path]} entries there: it belongs to another "
+                "model. Call estimator.init(params, inputs) again."
+            )

@@ -1,0 +1,154 @@
+r"""The quadratic model of the loss that picks step size and momentum.
+
+For ``δ = α Δ + μ δ₀``, with ``Δ`` the preconditioned descent direction and ``δ₀``
+the previous update,
+
+.. math:: M(δ) = ½ δᵀ (F + (λ + η) I) δ + ∇hᵀ δ ,
+
+where ``F`` is the exact Gauss-Newton matrix on a few examples, applied through
+one Jacobian-vector product each for ``Δ`` and ``δ₀`` (Martens & Grosse 2015,
+section 7). Computed from the captured rows instead, ``M`` is badly wrong: ``Δ``
+was fitted to them.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_cgfac._curvature import Curvature
+from optax_cgfac._numerics import tree_dot
+from optax_cgfac._types import Array, PyTree
+
+
+class QuadraticModel(NamedTuple):
+    """The model restricted to the span of ``Δ`` and ``δ₀``.
+
+    Attributes:
+      curvature: ``vᵢᵀ (F + (λ + η) I) vⱼ``, shape ``(2, 2)``.
+      undamped: ``vᵢᵀ (F + η I) vⱼ``, shape ``(2, 2)``.
+      slope: ``∇hᵀ vᵢ``, shape ``(2,)``.
+    """
+
+    curvature: Array
+    undamped: Array
+    slope: Array
+
+    def value(self, coefficients: Array, *, damped: bool = True) -> Array:
+        """Returns ``M`` at ``Σ cᵢ vᵢ``."""
+        matrix = self.curvature if damped else self.undamped
+        return self.slope @ coefficients + coefficients @ matrix @ coefficients / 2
+
+
+class Step(NamedTuple):
+    """The minimizer of the model inside the box.
+
+    Attributes:
+      step_size: ``α``.
+      momentum: ``μ``.
+    """
+
+    step_size: Array
+    momentum: Array
+
+
+def gauss_newton_products(
+    curvature: Curvature, params: PyTree, directions: Sequence[PyTree]
+) -> Array:
+    """Returns ``vᵢᵀ F vⱼ`` of the exact Gauss-Newton matrix on the kept examples.
+
+    Args:
+      curvature: Holds the model, the loss and the examples.
+      params: The parameters ``θ``.
+      directions: The vectors ``vᵢ``, like ``params``.
+
+    Returns:
+      A matrix of shape ``(k, k)`` in float32, or the outputs' precision if higher.
+    """
+    spec = curvature.spec
+    outputs, push_forward = jax.linearize(
+        lambda p: spec.model_fn(p, curvature.model_inputs), params
+    )
+    dtype = jnp.promote_types(outputs.dtype, jnp.float32)
+    outputs = outputs.astype(dtype)
+    tangents = [push_forward(direction).astype(dtype) for direction in directions]
+    images = [spec.loss.hessian_product(outputs, tangent) for tangent in tangents]
+    predictions = outputs.size // outputs.shape[-1]
+    products = [[jnp.vdot(u, v) for v in images] for u in tangents]
+    return jnp.array(products) / predictions
+
+
+def quadratic_model(
+    curvature: Curvature,
+    params: PyTree,
+    grads: PyTree,
+    directions: tuple[PyTree, PyTree],
+    *,
+    damping: Array,
+    l2: float,
+) -> QuadraticModel:
+    """Builds the model for two directions.
+
+    Args:
+      curvature: Holds the model, the loss and the examples.
+      params: The parameters ``θ``.
+      grads: ``∇h``, with the ``l2`` term.
+      directions: ``Δ`` and ``δ₀``, like ``params``.
+      damping: ``λ``.
+      l2: ``η``.
+
+    Returns:
+      The `QuadraticModel`.
+    """
+    fisher = gauss_newton_products(curvature, params, directions)
+    dtype = fisher.dtype
+    norms = jnp.array([[tree_dot(u, v) for v in directions] for u in directions])
+    norms = norms.astype(dtype)
+    slope = jnp.array([tree_dot(grads, v) for v in directions]).astype(dtype)
+    undamped = fisher + jnp.asarray(l2, dtype) * norms
+    damped = undamped + jnp.asarray(damping, dtype) * norms
+    return QuadraticModel(damped, undamped, slope)
+
+
+def minimize_in_box(
+    model: QuadraticModel,
+    *,
+    max_step_size: float = 1.0,
+    min_momentum: float = 0.0,
+    max_momentum: float = 0.95,
+) -> Step:
+    """Returns the step size and momentum that minimize the model, boxed.
+
+    Where the Gauss-Newton product is nearly flat along ``δ₀`` the unconstrained
+    momentum runs away. It is clipped first, and the step size then chosen anew
+    for the clipped value.
+
+    Args:
+      model: The model.
+      max_step_size: Upper end of ``α``; the lower end is 0.
+      min_momentum: Lower end of ``μ``.
+      max_momentum: Upper end of ``μ``.
+
+    Returns:
+      The `Step`; zero where the model is not finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> model = QuadraticModel(2 * jnp.eye(2), jnp.eye(2), jnp.array([-1.0, 0.0]))
+      >>> print(minimize_in_box(model).step_size)
+      0.5
+    """
+    (q11, q12), (_, q22) = model.curvature
+    s1, s2 = model.slope
+    determinant = q11 * q22 - q12**2
+    # Below rounding the two directions are parallel: the momentum is undefined.
+    tiny = 10 * jnp.finfo(q11.dtype).eps * q11 * q22
+    solvable = determinant > tiny
+    momentum = (q12 * s1 - q11 * s2) / jnp.where(solvable, determinant, 1)
+    momentum = jnp.clip(jnp.where(solvable, momentum, 0), min_momentum, max_momentum)
+    positive = q11 > 0
+    step_size = -(s1 + q12 * momentum) / jnp.where(positive, q11, 1)
+    step_size = jnp.clip(jnp.where(positive, step_size, 0), 0, max_step_size)
+    finite = jnp.isfinite(step_size) & jnp.isfinite(momentum)
+    return Step(jnp.where(finite, step_size, 0), jnp.where(finite, momentum, 0))

@@ -1,0 +1,220 @@
+"""The building blocks: `scale_by_cgfac` and `scale_by_kfac`."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_cgfac._curvature import Curvature
+from optax_cgfac._precondition import SolveInfo, init_info, precondition
+from optax_cgfac._solve import SolveConfig
+from optax_cgfac._types import Array, PyTree
+
+Missing = Literal["raise", "gradient"]
+ScalarOrSchedule = float | Array | Callable[[Array], Array]
+
+
+class ScaleByCGFACState(NamedTuple):
+    """State of `scale_by_cgfac`.
+
+    Attributes:
+      cgfac_count: Updates so far, int32.
+      warm_start: The previous solution, like the parameters; None if unused.
+      info: How the last solves went.
+    """
+
+    cgfac_count: Array
+    warm_start: PyTree | None
+    info: SolveInfo
+
+
+def scale_by_cgfac(
+    damping: ScalarOrSchedule,
+    *,
+    structure: Literal["kronecker"] = "kronecker",
+    damping_form: Literal["tikhonov", "factored"] = "tikhonov",
+    space: Literal["auto", "parameter", "sample"] = "auto",
+    solver: Literal["auto", "cg", "cholesky"] = "auto",
+    max_steps: int = 10,
+    rtol: float = 1e-2,
+    warm_start: bool = True,
+    preconditioner: Literal["jacobi"] | None = None,
+    missing: Missing = "raise",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales gradients by the inverse of the damped Kronecker-factored Fisher.
+
+    For every layer with gradient ``B`` it solves
+
+    .. math:: (A ⊗ G + γ I)\, X = B, \qquad A = aᵀa/R, \quad G = gᵀg/R,
+
+    by conjugate gradients started from the previous solution, without forming
+    ``A``, ``G`` or their product. The result has the sign of the gradient, as in
+    `optax.scale_by_adam`: chain it with `optax.scale_by_learning_rate`.
+
+    Args:
+      damping: ``γ``: a float, a schedule of the update count, or a traced value
+        from `optax.inject_hyperparams`.
+      structure: ``"kronecker"`` (K-FAC).
+      damping_form: ``"tikhonov"`` as above, or ``"factored"``:
+        ``(A + αI) ⊗ (G + βI)`` with ``αβ = γ`` (Martens & Grosse 2015, section
+        6.3), the more robust form with few rows.
+      space: ``"parameter"`` iterates on parameters (Algorithm 2 as printed),
+        ``"sample"`` does the same iterates on row coefficients; ``"auto"`` takes
+        the cheaper for each layer.
+      solver: ``"cg"``; for factored damping also ``"cholesky"`` of one
+        ``min(R, n)``-sized matrix per side, which ``"auto"`` prefers there.
+      max_steps: CG iterations per solve at most (per side if factored).
+      rtol: CG stops at this residual relative to the gradient.
+      warm_start: Whether CG starts from the previous solution.
+      preconditioner: ``"jacobi"`` for ``space="parameter"``, or None.
+      missing: What to do without ``curvature=``: ``"raise"``, or ``"gradient"``
+        to pass gradients through.
+
+    Returns:
+      A transformation whose ``update`` takes the keyword argument ``curvature``.
+
+    Raises:
+      ValueError: If an option is unknown or ``damping`` is negative.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from flax import linen as nn
+      >>> from optax_cgfac import scale_by_cgfac, value_and_grad
+      >>> model = nn.Dense(1)
+      >>> x = jnp.ones((4, 3))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> def loss_fn(params):
+      ...     return jnp.mean((model.apply({"params": params}, x) - 1) ** 2)
+      >>> tx = optax.chain(scale_by_cgfac(1.0), optax.scale_by_learning_rate(0.1))
+      >>> state = tx.init(params)
+      >>> value, grads, curvature = value_and_grad(loss_fn)(params)
+      >>> updates, state = tx.update(grads, state, params, curvature=curvature)
+      >>> updates["kernel"].shape
+      (3, 1)
+
+    References:
+      Chen (2021), "An Iterative K-FAC Algorithm for Deep Learning", Algorithm 2.
+    """
+    config = SolveConfig(
+        damping_form=damping_form,
+        space=space,
+        solver=solver,
+        max_steps=max_steps,
+        rtol=rtol,
+        preconditioner=preconditioner,
+        structure=structure,
+    )
+    return _scale_by(config, damping, warm_start and config.is_iterative, missing)
+
+
+def scale_by_kfac(
+    damping: ScalarOrSchedule,
+    *,
+    damping_form: Literal["tikhonov", "factored"] = "tikhonov",
+    missing: Missing = "raise",
+) -> optax.GradientTransformationExtraArgs:
+    """Like `scale_by_cgfac`, solved exactly by eigendecompositions of the factors.
+
+    Forms ``A`` and ``G`` of every layer: the baseline that CG-FAC replaces
+    (Chen 2021, Algorithm 1), cubic in the layer's width.
+
+    Args:
+      damping: As in `scale_by_cgfac`.
+      damping_form: As in `scale_by_cgfac`.
+      missing: As in `scale_by_cgfac`.
+
+    Returns:
+      A transformation whose ``update`` takes the keyword argument ``curvature``.
+
+    Raises:
+      ValueError: If an option is unknown or ``damping`` is negative.
+
+    Example:
+      >>> tx = scale_by_kfac(1e-3)
+
+    References:
+      Martens & Grosse (2015); Chen (2021), Algorithm 1.
+    """
+    config = SolveConfig(damping_form=damping_form, solver="eigendecomposition")
+    return _scale_by(config, damping, False, missing)
+
+
+def _scale_by(
+    config: SolveConfig, damping: ScalarOrSchedule, warm_start: bool, missing: Missing
+) -> optax.GradientTransformationExtraArgs:
+    check_damping(damping)
+    check_missing(missing)
+
+    def init(params: PyTree) -> ScaleByCGFACState:
+        start = jax.tree.map(jnp.zeros_like, params) if warm_start else None
+        return ScaleByCGFACState(jnp.zeros((), jnp.int32), start, init_info(params))
+
+    def update(
+        updates: PyTree,
+        state: ScaleByCGFACState,
+        params: PyTree | None = None,
+        *,
+        curvature: Curvature | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, ScaleByCGFACState]:
+        del params, extra_args
+        count = optax.safe_increment(state.cgfac_count)
+        if not has_curvature(curvature, missing):
+            return updates, state._replace(cgfac_count=count)
+        gamma = damping(state.cgfac_count) if callable(damping) else damping
+        solution, info = precondition(
+            config, curvature, updates, state.warm_start, gamma, state.info
+        )
+        start = solution if warm_start else None
+        return solution, ScaleByCGFACState(count, start, info)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def check_damping(damping: ScalarOrSchedule) -> None:
+    """Checks a damping given as a number; schedules and tracers pass.
+
+    Raises:
+      ValueError: If it is negative or not finite.
+    """
+    if isinstance(damping, (int, float)) and not 0 <= damping < float("inf"):
+        raise ValueError(f"damping must be finite and not negative, got {damping}.")
+
+
+def check_missing(missing: str) -> None:
+    """Checks the option ``missing``.
+
+    Raises:
+      ValueError: If it is unknown.
+    """
+    if missing not in ("raise", "gradient"):
+        raise ValueError(f"missing must be 'raise' or 'gradient', got {missing!r}.")
+
+
+def has_curvature(curvature: Curvature | None, missing: Missing) -> bool:
+    """Returns whether there is a curvature to use.
+
+    Raises:
+      ValueError: If there is none and ``missing`` is ``"raise"``.
+      TypeError: If it is something else.
+    """
+    if curvature is None:
+        if missing == "gradient":
+            return False
+        raise ValueError(
+            "update() needs the curvature of this step:\n"
+            "  curvature = estimator.update(curvature, params, inputs, rng=rng)\n"
+            "  updates, opt_state = tx.update(\n"
+            "      grads, opt_state, params, curvature=curvature,\n"
+            "      value=loss, value_fn=lambda p: loss_fn(p, batch))\n"
+            "where estimator = optax_cgfac.fisher_estimator(model_fn, loss). Pass "
+            "missing='gradient' to let gradients through without it."
+        )
+    if not isinstance(curvature, Curvature):
+        raise TypeError(
+            "curvature must be an optax_cgfac.Curvature from estimator.init or "
+            f"estimator.update, got {type(curvature).__name__}."
+        )
+    return True
