@@ -381,25 +381,24 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Runs the benchmark from the command line and returns its result."""
     parser = argparse.ArgumentParser(
         description="cgfac() against Adam on the CURVES autoencoder",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--steps", type=int, default=100, help="steps of cgfac")
+    parser.add_argument("--steps", type=int, default=100, help="steps of cgfac (100)")
     parser.add_argument(
         "--pairs",
         type=int,
         help=f"of the steps after the {WARM_UP} warm-up ones, how many Adam takes too "
-        "(not given: all)",
+        "(all)",
     )
-    parser.add_argument("--batch", type=int, default=1000, help="batch size of both")
-    parser.add_argument("--images", type=int, default=10_000, help="training images")
+    parser.add_argument("--batch", type=int, default=1000, help="of both (1000)")
+    parser.add_argument("--images", type=int, default=10_000, help="how many (10000)")
     parser.add_argument(
         "--widths",
         type=int,
         nargs="+",
         default=[1000, 500, 250, 30],
-        help="the encoder's widths, the code last",
+        help="the encoder's widths, the code last (1000 500 250 30)",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of everything (0)")
     parser.add_argument("--json", type=pathlib.Path, help="also write the result here")
     parser.add_argument(
         "--fast",

@@ -249,17 +249,18 @@ def main(argv=None):
     """Runs the comparison; returns what the table shows."""
     parser = argparse.ArgumentParser(
         description="Train an MNIST autoencoder with CG-FAC, Adam and SGD.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--fast", action="store_true", help="end within a minute")
-    parser.add_argument("--seconds", type=float, help="of training for each optimizer")
-    parser.add_argument("--batch-size", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seconds", type=float, help="for each optimizer (60; fast: 6)"
+    )
+    parser.add_argument("--batch-size", type=int, default=500, help="(500)")
+    parser.add_argument("--seed", type=int, default=0, help="(0)")
     parser.add_argument(
         "--out",
         type=pathlib.Path,
         default=pathlib.Path("mnist_autoencoder.png"),
-        help="where the picture goes",
+        help="where the picture goes (mnist_autoencoder.png)",
     )
     args = parser.parse_args(argv)
     budget = args.seconds or (6.0 if args.fast else 60.0)

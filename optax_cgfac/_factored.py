@@ -8,17 +8,21 @@ its rows (the matrix inversion lemma): with ``K = a aᵀ``,
 and a side with fewer features than rows in its own space.
 """
 
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from optax_cgfac._cg import CGInfo, cg_loop
-from optax_cgfac._numerics import gram, matmul, tiny_shift
+from optax_cgfac._numerics import (
+    gram,
+    matmul,
+    safe_divide,
+    spd_inverses,
+    tiny_shift,
+)
 from optax_cgfac._operators import FactoredDampedOperator, KroneckerOperator
 from optax_cgfac._types import Array
-
-Solver = Literal["cholesky", "cg"]
 
 # π² compares the mean eigenvalues of the two factors. Beyond 1e6 one side is
 # numerically zero (a dead layer), and no split of the damping is meaningful.
@@ -68,94 +72,128 @@ def factored_damping(
 
 
 class _Side(NamedTuple):
-    rows: Array  # (R, n)
+    rows: Array  # (*stack, R, n)
     scale: Array
-    damping: Array
+    damping: Array  # stack
+
+    @property
+    def in_row_space(self) -> bool:
+        """Whether the side has fewer rows than features."""
+        return self.rows.shape[-2] < self.rows.shape[-1]
+
+    def system(self) -> Array:
+        """The side's smaller matrix: the Gram matrix or the factor, damped."""
+        matrix = self.scale * gram(self.rows if self.in_row_space else self.rows.mT)
+        identity = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+        return matrix + self.damping[..., None, None] * identity
+
+    def project(self, x: Array) -> Array:
+        """Brings a matrix ``(*stack, n, k)`` to the space of the system."""
+        return matmul(self.rows, x) if self.in_row_space else x
+
+    def lift(self, b: Array, z: Array) -> Array:
+        """Returns the solution for ``b`` from that of the system."""
+        if not self.in_row_space:
+            return z
+        back = self.scale * matmul(self.rows.mT, z)
+        return (b - back) / self.damping[..., None, None]
+
+    def apply(self, x: Array) -> Array:
+        """Returns the damped factor times ``x``."""
+        product = self.scale * matmul(self.rows.mT, matmul(self.rows, x))
+        return product + self.damping[..., None, None] * x
 
 
-def solve_factored(
+def _sides(operator: FactoredDampedOperator) -> tuple[_Side, _Side]:
+    kron = operator.operator
+    dtype = kron.a.dtype
+    return (
+        _Side(kron.a, jnp.asarray(kron.a_scale, dtype), operator.a_damping),
+        _Side(kron.g, jnp.asarray(kron.g_scale, dtype), operator.g_damping),
+    )
+
+
+def solve_directly(
+    operators: Sequence[FactoredDampedOperator], bs: Sequence[Array]
+) -> list[Array]:
+    """Solves ``(A + αI) x (G + βI) = b`` for many layers by Cholesky factorisation.
+
+    Per side one matrix of size ``min(R, n)`` is inverted, those of all layers
+    together. An explicit inverse and a product: triangular solves against many
+    right-hand sides are slower than both.
+
+    Args:
+      operators: The damped operators, rows of shapes ``(*stack, R, n_in)`` and
+        ``(*stack, R, n_out)``.
+      bs: The right-hand sides, shapes ``(*stack, n_in, n_out)``.
+
+    Returns:
+      The solutions, like ``bs``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> kronecker = KroneckerOperator(jnp.array([[1.0]]), jnp.array([[1.0]]))
+      >>> op = FactoredDampedOperator(kronecker, jnp.array(1.0), jnp.array(1.0))
+      >>> print(solve_directly([op], [jnp.array([[8.0]])])[0])
+      [[2.]]
+    """
+    sides = [side for operator in operators for side in _sides(operator)]
+    inverses = spd_inverses([side.system() for side in sides])
+    solutions = []
+    for index, b in enumerate(bs):
+        (left, right), (left_inverse, right_inverse) = (
+            pair[2 * index : 2 * index + 2] for pair in (sides, inverses)
+        )
+        y = left.lift(b, matmul(left_inverse, left.project(b))).mT
+        x = right.lift(y, matmul(right_inverse, right.project(y)))
+        solutions.append(x.mT)
+    return solutions
+
+
+def solve_by_cg(
     operator: FactoredDampedOperator,
     b: Array,
     x0: Array | None = None,
     *,
-    solver: Solver = "cholesky",
     max_steps: int | Array = 10,
     rtol: float | Array = 1e-5,
 ) -> tuple[Array, CGInfo]:
-    """Solves ``(A + αI) x (G + βI) = b`` one side after the other.
+    """Solves ``(A + αI) x (G + βI) = b`` by CG on one side after the other.
 
     Args:
       operator: The damped operator; its rows have shapes ``(R, n_in)`` and
         ``(R, n_out)``.
       b: The right-hand side, shape ``(n_in, n_out)``.
-      x0: The warm start for ``solver="cg"``, like ``b``; zero if omitted.
-      solver: ``"cholesky"`` factors one matrix of size ``min(R, n)`` per side;
-        ``"cg"`` iterates on it, with a step size for every column.
-      max_steps: The largest number of CG iterations on each side.
-      rtol: CG's tolerance relative to the norm of each column.
+      x0: The warm start, like ``b``; zero if omitted.
+      max_steps: The largest number of iterations on each side.
+      rtol: Tolerance relative to the norm of each column.
 
     Returns:
       The solution, like ``b``, and a `CGInfo` of both sides: the iterations of
-      the two together, and the relative residual of the sides multiplied by
+      the two together, and the relative residuals of the two, as one norm, times
       ``‖b‖``.
 
     Example:
       >>> import jax.numpy as jnp
       >>> kronecker = KroneckerOperator(jnp.array([[1.0]]), jnp.array([[1.0]]))
       >>> op = FactoredDampedOperator(kronecker, jnp.array(1.0), jnp.array(1.0))
-      >>> print(solve_factored(op, jnp.array([[8.0]]))[0])
+      >>> print(solve_by_cg(op, jnp.array([[8.0]]))[0])
       [[2.]]
     """
-    dtype = b.dtype
-    kron = operator.operator
-    left = _Side(kron.a, jnp.asarray(kron.a_scale, dtype), operator.a_damping)
-    right = _Side(kron.g, jnp.asarray(kron.g_scale, dtype), operator.g_damping)
-    if solver == "cholesky":
-        x = _cholesky_side(right, _cholesky_side(left, b).mT).mT
-        zero = jnp.zeros((), dtype)
-        return x, CGInfo(jnp.zeros((), jnp.int32), zero, jnp.array(True))
+    left, right = _sides(operator)
     if x0 is None:
         left_start = right_start = None
     else:
-        left_start, right_start = _apply_side(right, x0.mT).mT, x0.mT
-    kwargs = {"max_steps": max_steps, "rtol": rtol}
-    y, left_info = _cg_side(left, b, left_start, **kwargs)
-    x, right_info = _cg_side(right, y.mT, right_start, **kwargs)
+        # The left system's solution is x (G + βI).
+        left_start, right_start = right.apply(x0.mT).mT, x0.mT
+    y, left_info = _cg_side(left, b, left_start, max_steps=max_steps, rtol=rtol)
+    x, right_info = _cg_side(right, y.mT, right_start, max_steps=max_steps, rtol=rtol)
     return x.mT, CGInfo(
         left_info.num_steps + right_info.num_steps,
         jnp.hypot(left_info.residual_norm, right_info.residual_norm)
         * jnp.sqrt(jnp.sum(b * b)),
         left_info.converged & right_info.converged,
     )
-
-
-def _apply_side(side: _Side, x: Array) -> Array:
-    product = matmul(side.rows.mT, matmul(side.rows, x))
-    return side.scale * product + side.damping * x
-
-
-def _in_row_space(side: _Side) -> bool:
-    """Whether the side has fewer rows than features."""
-    return side.rows.shape[0] < side.rows.shape[1]
-
-
-def _system(side: _Side) -> Array:
-    """The side's smaller matrix: the Gram matrix or the factor, damped."""
-    rows = side.rows if _in_row_space(side) else side.rows.mT
-    matrix = side.scale * gram(rows)
-    return matrix + side.damping * jnp.eye(matrix.shape[0], dtype=matrix.dtype)
-
-
-def _cholesky_side(side: _Side, b: Array) -> Array:
-    # An explicit inverse and a product: triangular solves against many
-    # right-hand sides are slower than both together on every backend.
-    factor = (jnp.linalg.cholesky(_system(side)), True)
-    size = factor[0].shape[0]
-    inverse = jax.scipy.linalg.cho_solve(factor, jnp.eye(size, dtype=b.dtype))
-    if not _in_row_space(side):
-        return matmul(inverse, b)
-    z = matmul(inverse, matmul(side.rows, b))
-    return (b - side.scale * matmul(side.rows.mT, z)) / side.damping
 
 
 def _cg_side(
@@ -167,17 +205,16 @@ def _cg_side(
     rtol: float | Array,
 ) -> tuple[Array, CGInfo]:
     """CG on the side's smaller system, one step size per column of ``b``."""
-    system = _system(side)
-    in_rows = _in_row_space(side)
-    rhs = matmul(side.rows, b) if in_rows else b
+    system = side.system()
+    rhs = side.project(b)
     if x0 is None:
         start, residual = jnp.zeros_like(rhs), rhs
     else:
         # At the solution Z = a x, so a x₀ starts Z from x₀.
-        start = matmul(side.rows, x0) if in_rows else x0
+        start = side.project(x0)
         residual = rhs - matmul(system, start)
     rhs_squared = jnp.sum(rhs * rhs, 0)
-    tolerance = (jnp.asarray(rtol, b.dtype) ** 2) * rhs_squared
+    tolerance = jnp.asarray(rtol, b.dtype) ** 2 * rhs_squared
     z, squared_norms, num_steps = cg_loop(
         lambda v: matmul(system, v),
         residual,
@@ -186,11 +223,7 @@ def _cg_side(
         squared_tolerance=tolerance,
         max_steps=max_steps,
     )
-    x = (b - side.scale * matmul(side.rows.mT, z)) / side.damping if in_rows else z
-    total = jnp.sum(rhs_squared)
-    relative = jnp.where(
-        total > 0, jnp.sum(squared_norms) / jnp.where(total > 0, total, 1), 0
-    )
-    return x, CGInfo(
+    relative = safe_divide(jnp.sum(squared_norms), jnp.sum(rhs_squared))
+    return side.lift(b, z), CGInfo(
         num_steps, jnp.sqrt(relative), jnp.all(squared_norms <= tolerance)
     )

@@ -16,7 +16,7 @@ from optax_cgfac._layers import (
 from optax_cgfac._numerics import safe_divide
 from optax_cgfac._operators import KroneckerOperator
 from optax_cgfac._paths import Path, leaves_by_path, map_with_path, text
-from optax_cgfac._solve import SolveConfig, solve_layer
+from optax_cgfac._solve import SolveConfig, solve_layers
 from optax_cgfac._types import Array, PyTree
 
 
@@ -75,42 +75,68 @@ def precondition(
     """
     leaves = leaves_by_path(grads)
     starts = None if warm_start is None else leaves_by_path(warm_start)
-    solutions: dict[Path, Array] = {}
-    infos: dict[Path, tuple[CGInfo, Array]] = {}
-    for tag in curvature.tags:
-        present = {path: leaves[path] for path in tag.leaves if path in leaves}
-        if not present:
-            continue
-        _check_shapes(tag, present)
-        rows = rows_for_leaves(tag, curvature.layers[tag.name], present)
-        operator = curvature.kronecker_operator(tag, rows)
-        b = matrix_from_leaves(tag, present)
-        x0 = None if starts is None else matrix_from_leaves(
-            tag, {path: starts[path] for path in present}
-        )
-        gamma = jnp.asarray(damping, b.dtype)
-        x, cg_info = solve_layer(config, operator, gamma, b, x0)
-        x, failed = _replace_non_finite(x, b, operator, gamma)
-        solutions |= leaves_from_matrix(tag, x, present)
-        norm = jnp.sqrt(jnp.sum(b * b, (-2, -1)))
-        relative = safe_divide(cg_info.residual_norm, norm)
-        for path in present:
-            infos[path] = (cg_info._replace(residual_norm=relative), failed)
-    if not solutions:
+    gamma = jnp.asarray(damping)
+    problems = [
+        _problem(curvature, tag, leaves, starts)
+        for tag in curvature.tags
+        if any(path in leaves for path in tag.leaves)
+    ]
+    if not problems:
         raise ValueError(
             "None of the curvature's layers is among the gradients: it belongs to "
             f"another model.\n  curvature: {', '.join(t.name for t in curvature.tags)}"
             f"\n  gradients: {', '.join(map(text, leaves)) or 'no leaves'}"
         )
+    results = solve_layers(
+        config,
+        [problem.operator for problem in problems],
+        gamma,
+        [problem.b for problem in problems],
+        [problem.x0 for problem in problems],
+    )
+    solutions: dict[Path, Array] = {}
+    infos: dict[Path, tuple[CGInfo, Array]] = {}
+    for problem, (x, cg_info) in zip(problems, results, strict=True):
+        x, failed = _replace_non_finite(x, problem.b, problem.operator, gamma)
+        solutions |= leaves_from_matrix(problem.tag, x, problem.leaves)
+        norm = jnp.sqrt(jnp.sum(problem.b**2, (-2, -1)))
+        relative = safe_divide(cg_info.residual_norm, norm)
+        for path in problem.leaves:
+            infos[path] = (cg_info._replace(residual_norm=relative), failed)
     updates = map_with_path(lambda path, leaf: solutions.get(path, leaf), grads)
     return updates, _merge_info(info, infos)
+
+
+class _Problem(NamedTuple):
+    tag: LayerTag
+    leaves: dict[Path, Array]
+    operator: KroneckerOperator
+    b: Array
+    x0: Array | None
+
+
+def _problem(
+    curvature: Curvature,
+    tag: LayerTag,
+    leaves: dict[Path, Array],
+    starts: dict[Path, Array] | None,
+) -> _Problem:
+    present = {path: leaves[path] for path in tag.leaves if path in leaves}
+    _check_shapes(tag, present)
+    rows = rows_for_leaves(tag, curvature.layers[tag.name], present)
+    x0 = None
+    if starts is not None:
+        x0 = matrix_from_leaves(tag, {path: starts[path] for path in present})
+    operator = curvature.kronecker_operator(tag, rows)
+    return _Problem(tag, present, operator, matrix_from_leaves(tag, present), x0)
 
 
 def _replace_non_finite(
     x: Array, b: Array, operator: KroneckerOperator, damping: Array
 ) -> tuple[Array, Array]:
     mean_curvature = operator.trace() / (b.shape[-2] * b.shape[-1])
-    safe = b / (mean_curvature + damping)[..., None, None]
+    mean_curvature = mean_curvature + damping.astype(b.dtype)
+    safe = b / mean_curvature[..., None, None]
     safe = jnp.where(jnp.all(jnp.isfinite(safe)), safe, 0)
     finite = jnp.all(jnp.isfinite(x))
     return jnp.where(finite, x, safe), ~finite

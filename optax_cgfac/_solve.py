@@ -1,13 +1,14 @@
 """One layer's solve: which space and which method, decided from static shapes."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from optax_cgfac._cg import CGInfo, conjugate_gradient
-from optax_cgfac._factored import factored_damping, solve_factored
+from optax_cgfac._factored import factored_damping, solve_by_cg, solve_directly
 from optax_cgfac._kfac import solve_by_eigendecomposition
 from optax_cgfac._operators import (
     DampedOperator,
@@ -74,10 +75,15 @@ class SolveConfig:
     @property
     def is_iterative(self) -> bool:
         """Whether a previous solution can start the solve."""
-        if self.solver in ("cholesky", "eigendecomposition"):
-            return False
-        tikhonov = self.damping_form == "tikhonov"
-        return tikhonov or self.solver == "cg" or self.space == "parameter"
+        return _solver(self) == "cg"
+
+
+def _solver(config: SolveConfig) -> str:
+    """Resolves ``"auto"``: a factored system in sample space is solved directly."""
+    if config.solver != "auto":
+        return config.solver
+    separates = config.damping_form == "factored" and config.space != "parameter"
+    return "cholesky" if separates else "cg"
 
 
 class Plan(NamedTuple):
@@ -116,7 +122,8 @@ def make_plan(config: SolveConfig, num_rows: int, n_in: int, n_out: int) -> Plan
     """
     steps = config.max_steps
     n = n_in * n_out
-    if config.solver == "eigendecomposition":
+    solver = _solver(config)
+    if solver == "eigendecomposition":
         # Householder tridiagonalisation, QR and back-transformation: about 9n³
         # (Golub & Van Loan, section 8.3); four rotations.
         flops = 9.0 * (n_in**3 + n_out**3) + 4.0 * n * (n_in + n_out)
@@ -128,17 +135,13 @@ def make_plan(config: SolveConfig, num_rows: int, n_in: int, n_out: int) -> Plan
     if config.damping_form == "tikhonov":
         outside = 6.0 * num_rows * n + 6.0 * num_rows**2 * min(n_in, n_out)
         sample = grams + outside + 4.0 * num_rows**3 * (steps + 1)
-        solver = "cg"
     else:
-        solver = "cholesky" if config.solver == "auto" else config.solver
         sample = _factored_flops(solver, steps, num_rows, n_in, n_out)
     space = config.space
     if space == "auto":
         # A factored system separates, and each side is solved where it is smaller.
         separates = config.damping_form == "factored"
         space = "sample" if separates or sample <= parameter else "parameter"
-    if space == "parameter":
-        solver = "cg"
     flops = sample if space == "sample" else parameter
     why = (
         f"sample {_human(sample)}F {'≤' if sample <= parameter else '>'} "
@@ -182,40 +185,56 @@ def damped_operator(
     return factored_damping(operator, damping)
 
 
-def solve_layer(
+def solve_layers(
+    config: SolveConfig,
+    operators: Sequence[KroneckerOperator],
+    damping: Array,
+    bs: Sequence[Array],
+    x0s: Sequence[Array | None],
+) -> list[tuple[Array, CGInfo]]:
+    """Solves the damped systems of many layers.
+
+    Args:
+      config: The options.
+      operators: Rows of shapes ``(*stack, R, n_in)`` and ``(*stack, R, n_out)``.
+      damping: The scalar ``γ``.
+      bs: The right-hand sides, shapes ``(*stack, n_in, n_out)``.
+      x0s: The warm starts, like ``bs``, or None.
+
+    Returns:
+      For each layer the solution, like its ``b``, and a `CGInfo` with entries of
+      shape ``stack`` (scalars for direct solves).
+    """
+    if _solver(config) != "cholesky":
+        return [
+            _solve_layer(config, operator, jnp.asarray(damping, b.dtype), b, x0)
+            for operator, b, x0 in zip(operators, bs, x0s, strict=True)
+        ]
+    damped = [factored_damping(operator, damping) for operator in operators]
+    return [(x, _exact(x.dtype)) for x in solve_directly(damped, bs)]
+
+
+def _solve_layer(
     config: SolveConfig,
     operator: KroneckerOperator,
     damping: Array,
     b: Array,
     x0: Array | None,
 ) -> tuple[Array, CGInfo]:
-    """Solves one layer's damped system, stacked layers side by side.
-
-    Args:
-      config: The options.
-      operator: Rows of shape ``(*stack, R, n_in)`` and ``(*stack, R, n_out)``.
-      damping: The scalar ``γ``.
-      b: The right-hand side, shape ``(*stack, n_in, n_out)``.
-      x0: The warm start, like ``b``, or None.
-
-    Returns:
-      The solution, like ``b``, and a `CGInfo` whose entries have shape ``stack``.
-    """
+    """One layer's solve, stacked layers side by side."""
     if b.ndim > 2:
         scales = operator.a_scale, operator.g_scale
 
         def solve_one(a, g, b, x0):
             one = KroneckerOperator(a, g, *scales)
-            return solve_layer(config, one, damping, b, x0)
+            return _solve_layer(config, one, damping, b, x0)
 
         return jax.vmap(solve_one)(operator.a, operator.g, b, x0)
     num_rows, n_in = operator.a.shape
     plan = make_plan(config, num_rows, n_in, operator.g.shape[1])
     damped = damped_operator(operator, damping, config.damping_form)
     if plan.solver == "eigendecomposition":
-        zero = jnp.zeros((), b.dtype)
-        info = CGInfo(jnp.zeros((), jnp.int32), zero, jnp.array(True))
-        return solve_by_eigendecomposition(damped, b), info
+        return solve_by_eigendecomposition(damped, b), _exact(b.dtype)
     limits = {"max_steps": config.max_steps, "rtol": config.rtol}
     if plan.space == "parameter":
         jacobi = config.preconditioner == "jacobi"
@@ -228,4 +247,10 @@ def solve_layer(
         )
     if config.damping_form == "tikhonov":
         return conjugate_gradient_on_rows(operator, damping, b, x0, **limits)
-    return solve_factored(damped, b, x0, solver=plan.solver, **limits)
+    return solve_by_cg(damped, b, x0, **limits)
+
+
+def _exact(dtype: jnp.dtype) -> CGInfo:
+    """The info of a direct solve."""
+    zero = jnp.zeros((), dtype)
+    return CGInfo(jnp.zeros((), jnp.int32), zero, jnp.array(True))
