@@ -1,6 +1,6 @@
-"""CG-FAC: K-FAC's natural gradient by conjugate gradients, as an Optax transformation."""
+"""K-FAC's natural gradient by conjugate gradients, as an Optax transformation."""
 
-from optax_cgfac._alias import CGFACState, cgfac
+from optax_cgfac._alias import cgfac
 from optax_cgfac._cg import CGInfo, conjugate_gradient
 from optax_cgfac._curvature import Curvature
 from optax_cgfac._diagnostics import diagnostics
@@ -14,6 +14,7 @@ from optax_cgfac._operators import (
     KroneckerOperator,
     jacobi_preconditioner,
 )
+from optax_cgfac._step import CGFACState
 from optax_cgfac._transform import ScaleByCGFACState, scale_by_cgfac, scale_by_kfac
 from optax_cgfac._types import LayerRows, LinearOperator
 from optax_cgfac._value_and_grad import value_and_grad

@@ -2,74 +2,35 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from optax_cgfac._curvature import Curvature, check_positive
-from optax_cgfac._damping import (
-    kl_clip_scale,
-    levenberg_marquardt,
-    reduction_ratio,
-)
 from optax_cgfac._layers import LEFT_OUT
-from optax_cgfac._numerics import tree_dot, tree_is_finite
+from optax_cgfac._numerics import tree_is_finite
 from optax_cgfac._paths import leaves_by_path, map_with_path, text
-from optax_cgfac._precondition import SolveInfo, init_info, precondition
-from optax_cgfac._quadratic_model import minimize_in_box, quadratic_model
+from optax_cgfac._precondition import init_info, precondition
 from optax_cgfac._solve import SolveConfig
+from optax_cgfac._step import (
+    CGFACState,
+    Objective,
+    StepOptions,
+    adaptive_step,
+    current,
+    scheduled_step,
+)
 from optax_cgfac._transform import (
     Missing,
     ScalarOrSchedule,
+    check_curvature,
     check_damping,
     check_missing,
-    has_curvature,
+    gradient_transformation,
 )
 from optax_cgfac._types import Array, PyTree
-
-
-class CGFACState(NamedTuple):
-    """State of `cgfac`.
-
-    Attributes:
-      cgfac_count: Updates so far, int32.
-      damping: The damping ``λ`` of the next update.
-      step_size: The last step size ``α``.
-      momentum: The last momentum ``μ``.
-      reduction_ratio: The last reduction ratio ``ρ``.
-      num_rejected: Updates so far that were not finite and became zero, int32.
-      velocity: The previous update, like the parameters.
-      warm_start: The previous solution, like the parameters; None if unused.
-      info: How the last solves went.
-      fallback: State of the fallback transformation; empty without one.
-    """
-
-    cgfac_count: Array
-    damping: Array
-    step_size: Array
-    momentum: Array
-    reduction_ratio: Array
-    num_rejected: Array
-    velocity: PyTree
-    warm_start: PyTree | None
-    info: SolveInfo
-    fallback: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class _Options:
-    config: SolveConfig
-    learning_rate: ScalarOrSchedule | None
-    damping: ScalarOrSchedule
-    momentum: float | None
-    l2: float
-    kl_clip: float | None
-    damping_decay: float
-    damping_interval: int
-    min_damping: float
-    max_damping: float
 
 
 def cgfac(
@@ -160,7 +121,12 @@ def cgfac(
       ...     rng = jax.random.key(step)
       ...     curvature = estimator.update(curvature, params, x, rng=rng)
       ...     updates, state = tx.update(
-      ...         grads, state, params, curvature=curvature, value=loss, value_fn=loss_fn
+      ...         grads,
+      ...         state,
+      ...         params,
+      ...         curvature=curvature,
+      ...         value=loss,
+      ...         value_fn=loss_fn,
       ...     )
       ...     params = optax.apply_updates(params, updates)
       >>> bool(loss_fn(params) < 1e-3)
@@ -176,10 +142,7 @@ def cgfac(
         max_steps=max_steps,
         rtol=rtol,
     )
-    options = _Options(
-        config,
-        learning_rate,
-        damping,
+    options = StepOptions(
         momentum,
         l2,
         kl_clip,
@@ -188,15 +151,12 @@ def cgfac(
         min_damping,
         max_damping,
     )
-    _check_options(options, fallback, where)
+    check_damping(damping)
     check_missing(missing)
+    _check_options(options)
+    _check_modes(learning_rate, damping, kl_clip)
+    rest = _Rest(fallback, where)
     keeps_start = warm_start and config.is_iterative
-
-    def fallback_for(params: PyTree) -> optax.GradientTransformationExtraArgs:
-        if fallback is None or where is None:
-            return optax.with_extra_args_support(optax.identity())
-        mask = map_with_path(lambda path, _: not where(text(path)), params)
-        return optax.masked(optax.with_extra_args_support(fallback), mask)
 
     def init(params: PyTree) -> CGFACState:
         def scalar(value, dtype=jnp.float32):
@@ -214,7 +174,7 @@ def cgfac(
             velocity=zeros,
             warm_start=start,
             info=init_info(params),
-            fallback=fallback_for(params).init(params),
+            fallback=rest.transformation(params).init(params),
         )
 
     def update(
@@ -227,30 +187,33 @@ def cgfac(
         value_fn: Callable[[PyTree], Array] | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, CGFACState]:
-        count = optax.safe_increment(state.cgfac_count)
-        if not has_curvature(curvature, missing):
+        count = jnp.asarray(optax.safe_increment(state.cgfac_count))
+        curvature = check_curvature(curvature, missing)
+        if curvature is None:
             return updates, state._replace(cgfac_count=count)
-        _check_coverage(curvature, updates, fallback, where)
+        rest.check(curvature, updates)
         if params is None:
-            raise ValueError("cgfac needs the parameters: tx.update(grads, state, params).")
-        if learning_rate is None:
-            _check_adaptive(curvature, value, value_fn)
-        grads = jax.tree.map(lambda g, p: g + l2 * p, updates, params) if l2 else updates
-        if fallback is not None:
-            grads = map_with_path(
-                lambda path, g: g if where(text(path)) else jnp.zeros_like(g), grads
+            raise ValueError(
+                "cgfac needs the parameters: tx.update(grads, opt_state, params, ...)."
             )
-        gamma = _current(damping, state) if callable(damping) else state.damping
+        grads = updates
+        if l2:
+            grads = jax.tree.map(lambda g, p: g + l2 * p, grads, params)
+        grads = rest.split(grads, jax.tree.map(jnp.zeros_like, grads))
+        gamma = state.damping if learning_rate is None else current(damping, state)
         solution, info = precondition(
             config, curvature, grads, state.warm_start, gamma, state.info
         )
         direction = jax.tree.map(jnp.negative, solution)
         if learning_rate is None:
-            delta, state = _adaptive_step(
-                options, state, curvature, params, grads, direction, value, value_fn
+            objective = _objective(value, value_fn)
+            delta, state = adaptive_step(
+                options, state, curvature, params, grads, direction, objective
             )
         else:
-            delta, state = _scheduled_step(options, state, grads, direction, gamma)
+            delta, state = scheduled_step(
+                options, state, grads, direction, learning_rate, gamma
+            )
         finite = tree_is_finite(delta)
         delta = jax.tree.map(
             lambda d, v: jnp.where(finite, d, 0).astype(v.dtype), delta, state.velocity
@@ -262,166 +225,102 @@ def cgfac(
             warm_start=solution if keeps_start else None,
             info=info,
         )
-        if fallback is None:
-            return delta, state
-        mixed = map_with_path(
-            lambda path, d, g: d if where(text(path)) else g, delta, updates
-        )
-        mixed, fallback_state = fallback_for(params).update(
+        mixed = rest.split(delta, updates)
+        mixed, fallback_state = rest.transformation(params).update(
             mixed, state.fallback, params, value=value, **extra_args
         )
         return mixed, state._replace(fallback=fallback_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return gradient_transformation(init, update)
 
 
-def _current(value: ScalarOrSchedule, state: CGFACState) -> Array:
-    value = value(state.cgfac_count) if callable(value) else value
-    return jnp.asarray(value, jnp.float32)
+@dataclasses.dataclass(frozen=True)
+class _Rest:
+    """The parameters that CG-FAC leaves to the fallback transformation."""
 
+    fallback: optax.GradientTransformation | None
+    where: Callable[[str], bool] | None
 
-def _adaptive_step(
-    options: _Options,
-    state: CGFACState,
-    curvature: Curvature,
-    params: PyTree,
-    grads: PyTree,
-    direction: PyTree,
-    value: Array,
-    value_fn: Callable[[PyTree], Array],
-) -> tuple[PyTree, CGFACState]:
-    """Step size and momentum from the quadratic model, damping by its success."""
-    directions = (direction, state.velocity)
-    model = quadratic_model(
-        curvature, params, grads, directions, damping=state.damping, l2=options.l2
-    )
-    fixed = options.momentum
-    box = {} if fixed is None else {"min_momentum": fixed, "max_momentum": fixed}
-    step = minimize_in_box(model, **box)
-    coefficients = jnp.stack(step)
-    delta = jax.tree.map(
-        lambda d, v: (step.step_size * d + step.momentum * v).astype(v.dtype),
-        direction,
-        state.velocity,
-    )
-    # The undamped model: the damping is there to restrict the step, not to
-    # predict its effect.
-    predicted = model.value(coefficients, damped=False)
+    def __post_init__(self):
+        if self.fallback is not None and self.where is None:
+            raise ValueError(
+                "fallback needs where=, true for the parameters that CG-FAC updates; "
+                "usually where=curvature.covers."
+            )
 
-    def objective_change() -> Array:
-        moved = optax.apply_updates(params, delta)
-        change = value_fn(moved) - value
-        if options.l2:
-            change += options.l2 / 2 * (tree_dot(moved, moved) - tree_dot(params, params))
-        return jnp.asarray(change, predicted.dtype)
+    def keeps(self, path: str) -> bool:
+        """Whether CG-FAC updates the parameter."""
+        return self.fallback is None or self.where is None or self.where(path)
 
-    def adapt() -> tuple[Array, Array]:
-        ratio = reduction_ratio(objective_change(), predicted)
-        damping = levenberg_marquardt(
-            state.damping,
-            ratio,
-            decay=options.damping_decay**options.damping_interval,
-            minimum=options.min_damping,
-            maximum=options.max_damping,
+    def transformation(self, params: PyTree) -> optax.GradientTransformationExtraArgs:
+        """Returns the fallback, which lets the other parameters' updates through."""
+        if self.fallback is None:
+            return optax.with_extra_args_support(optax.identity())
+        mask = map_with_path(lambda path, _: not self.keeps(text(path)), params)
+        return optax.masked(optax.with_extra_args_support(self.fallback), mask)
+
+    def split(self, kept: PyTree, others: PyTree) -> PyTree:
+        """Returns a tree of CG-FAC's leaves of ``kept`` and the rest of ``others``."""
+        return map_with_path(
+            lambda path, x, y: x if self.keeps(text(path)) else y, kept, others
         )
-        return damping, ratio.astype(state.reduction_ratio.dtype)
 
-    due = (state.cgfac_count + 1) % options.damping_interval == 0
-    damping, ratio = jax.lax.cond(
-        due, adapt, lambda: (state.damping, state.reduction_ratio)
-    )
-    return delta, state._replace(
-        damping=damping,
-        step_size=step.step_size.astype(jnp.float32),
-        momentum=step.momentum.astype(jnp.float32),
-        reduction_ratio=ratio,
-    )
-
-
-def _scheduled_step(
-    options: _Options,
-    state: CGFACState,
-    grads: PyTree,
-    direction: PyTree,
-    gamma: Array,
-) -> tuple[PyTree, CGFACState]:
-    """A given learning rate, with KL clip and heavy-ball momentum."""
-    rate = _current(options.learning_rate, state)
-    if options.kl_clip is not None:
-        product = -tree_dot(grads, direction)
-        rate = rate * kl_clip_scale(product, rate, options.kl_clip)
-    momentum = jnp.asarray(options.momentum or 0.0, jnp.float32)
-    delta = jax.tree.map(
-        lambda d, v: (rate * d + momentum * v).astype(v.dtype),
-        direction,
-        state.velocity,
-    )
-    return delta, state._replace(
-        damping=jnp.asarray(gamma, jnp.float32),
-        step_size=rate.astype(jnp.float32),
-        momentum=momentum,
-    )
+    def check(self, curvature: Curvature, grads: PyTree) -> None:
+        """Checks that every leaf has a curvature, a fallback, or was left out."""
+        paths = {text(path) for path in leaves_by_path(grads)}
+        left_out = {
+            text(path)
+            for path, reason in curvature.spec.uncovered
+            if reason == LEFT_OUT
+        }
+        wrong = sorted(
+            path
+            for path in paths - left_out
+            if self.keeps(path) and not curvature.covers(path)
+        )
+        if wrong:
+            raise ValueError(
+                f"No curvature and no fallback for: {', '.join(wrong)}. Pass "
+                "cgfac(fallback=optax.adam(1e-3), where=curvature.covers), or the "
+                "curvature of this model."
+            )
 
 
-def _check_options(options: _Options, fallback: Any, where: Any) -> None:
-    check_damping(options.damping)
+def _check_options(options: StepOptions) -> None:
     check_positive("damping_interval", options.damping_interval)
     for name in ("l2", "momentum", "kl_clip"):
         number = getattr(options, name)
         if isinstance(number, (int, float)) and number < 0:
             raise ValueError(f"{name} must not be negative, got {number}.")
     if not 0 < options.damping_decay < 1:
-        raise ValueError(f"damping_decay must lie in (0, 1), got {options.damping_decay}.")
+        raise ValueError(
+            f"damping_decay must lie in (0, 1), got {options.damping_decay}."
+        )
     if not 0 <= options.min_damping <= options.max_damping:
         raise ValueError(
             "Dampings must satisfy 0 <= min_damping <= max_damping, got "
             f"{options.min_damping} and {options.max_damping}."
         )
-    if options.learning_rate is None and options.kl_clip is not None:
+
+
+def _check_modes(
+    learning_rate: ScalarOrSchedule | None,
+    damping: ScalarOrSchedule,
+    kl_clip: float | None,
+) -> None:
+    if learning_rate is None and kl_clip is not None:
         raise ValueError(
             "kl_clip needs a learning_rate; without one the quadratic model sets the "
             "step size."
         )
-    if options.learning_rate is None and callable(options.damping):
+    if learning_rate is None and callable(damping):
         raise ValueError(
-            "Without a learning_rate the damping adapts itself: pass its initial value, "
-            "or a learning_rate to use a schedule of dampings."
-        )
-    if fallback is not None and where is None:
-        raise ValueError(
-            "fallback needs where=, true for the parameters that CG-FAC updates; "
-            "usually where=curvature.covers."
+            "Without a learning_rate the damping adapts itself: pass its initial "
+            "value, or a learning_rate to use a schedule of dampings."
         )
 
 
-def _check_coverage(
-    curvature: Curvature, grads: PyTree, fallback: Any, where: Any
-) -> None:
-    paths = [text(path) for path in leaves_by_path(grads)]
-    if fallback is not None:
-        wrong = [path for path in paths if where(path) and not curvature.covers(path)]
-        remedy = "let where be curvature.covers"
-    else:
-        accepted = {
-            text(path)
-            for path, reason in curvature.spec.uncovered
-            if reason != LEFT_OUT
-        }
-        wrong = [path for path in paths if path in accepted]
-        remedy = "pass cgfac(fallback=optax.adam(1e-3), where=curvature.covers)"
-    if wrong:
-        raise ValueError(
-            f"No curvature and no fallback for: {', '.join(wrong)}. Remedy: {remedy}."
-        )
-
-
-def _check_adaptive(curvature: Curvature, value: Any, value_fn: Any) -> None:
-    if curvature.spec.model_fn is None:
-        raise ValueError(
-            "cgfac() without a learning_rate needs the curvature of fisher_estimator, "
-            "which keeps the model for its quadratic model. With value_and_grad pass "
-            "cgfac(learning_rate=...)."
-        )
+def _objective(value: Any, value_fn: Any) -> Objective:
     absent = [
         name for name, x in (("value", value), ("value_fn", value_fn)) if x is None
     ]
@@ -431,3 +330,4 @@ def _check_adaptive(curvature: Curvature, value: Any, value_fn: Any) -> None:
             "  tx.update(grads, opt_state, params, curvature=curvature,\n"
             "            value=loss, value_fn=lambda p: loss_fn(p, batch))"
         )
+    return Objective(value, value_fn)

@@ -16,7 +16,7 @@ from optax_cgfac._operators import (
 )
 from optax_cgfac._paths import Path, text
 from optax_cgfac._report import format_report
-from optax_cgfac._solve import SolveConfig, damped_operator
+from optax_cgfac._solve import DampingForm, SolveConfig, damped_operator
 from optax_cgfac._types import Array, LayerRows, PyTree
 
 
@@ -82,7 +82,7 @@ class Curvature:
         return self.spec.tags
 
     def covers(self, path: str) -> bool:
-        """Whether the parameter at ``path`` (``"encoder/Dense_0/kernel"``) is tagged."""
+        """Whether a parameter, such as ``"encoder/Dense_0/kernel"``, is tagged."""
         return path in {text(leaf) for tag in self.tags for leaf in tag.leaves}
 
     def num_rows(self, name: str) -> Array:
@@ -95,7 +95,7 @@ class Curvature:
         path: str,
         damping: Array | float | None = None,
         structure: str = "kronecker",
-        damping_form: str = "tikhonov",
+        damping_form: DampingForm = "tikhonov",
     ) -> KroneckerOperator | DampedOperator | FactoredDampedOperator:
         """Returns the curvature of one layer as a linear operator.
 
@@ -193,7 +193,7 @@ class Curvature:
         spec = dataclasses.replace(self.spec, window=check_positive("window", window))
         return empty_curvature(spec, self.model_inputs)
 
-    def report(self, damping_form: str = "factored", **options: Any) -> str:
+    def report(self, damping_form: DampingForm = "factored", **options: Any) -> str:
         """Returns a table of what is preconditioned, how, and what is not.
 
         Args:
@@ -247,6 +247,4 @@ def _finite_rows(rows: Array) -> Array:
 
 
 def _describe(curvature: Curvature) -> str:
-    return ", ".join(
-        f"{tag.name} ({tag.rows_per_step} rows)" for tag in curvature.tags
-    )
+    return ", ".join(f"{tag.name} ({tag.rows_per_step} rows)" for tag in curvature.tags)

@@ -4,9 +4,9 @@ from typing import Any
 
 import jax
 
-from optax_cgfac._alias import CGFACState
 from optax_cgfac._paths import leaves_by_path, text
 from optax_cgfac._precondition import SolveInfo
+from optax_cgfac._step import CGFACState
 from optax_cgfac._transform import ScaleByCGFACState
 
 

@@ -87,7 +87,7 @@ def fisher_estimator(
 ) -> CurvatureEstimator:
     r"""Estimates the Fisher information of every layer from a few examples a step.
 
-    For the loss :math:`\frac1N\sum_n ℓ(f(θ, x_n), y_n)` the Fisher (or generalised
+    For the loss :math:`\frac1N\sum_n L(f(θ, x_n), y_n)` the Fisher (or generalised
     Gauss-Newton) matrix is :math:`F = \frac1N\sum_n J_nᵀ H_n J_n`, with ``J_n`` the
     Jacobian of the model's outputs for one example and ``H_n`` the loss Hessian.
     Every update runs the model forward and backward on ``rows`` examples of the
@@ -122,6 +122,7 @@ def fisher_estimator(
 
     Raises:
       ValueError: If an option has no meaning.
+      TypeError: If ``model_fn`` is no function or ``loss`` no loss.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -142,9 +143,7 @@ def fisher_estimator(
     """
     loss = get_loss(loss)
     if kind not in ("mc", "empirical", "exact"):
-        raise ValueError(
-            f"kind must be 'mc', 'empirical' or 'exact', got {kind!r}."
-        )
+        raise ValueError(f"kind must be 'mc', 'empirical' or 'exact', got {kind!r}.")
     if kind == "exact" and loss.hessian_columns is None:
         raise ValueError(
             f"kind='exact' needs Loss.hessian_columns, which {loss.name!r} lacks."
@@ -218,7 +217,11 @@ def fisher_estimator(
             return found
 
         cotangents = _cotangents(
-            loss, kind, outputs.astype(_at_least_float32(outputs)), sample_rng, few_targets
+            loss,
+            kind,
+            outputs.astype(_at_least_float32(outputs)),
+            sample_rng,
+            few_targets,
         )
         if kind == "exact":
             by_column = jax.vmap(rows_of)(cotangents)
@@ -236,8 +239,8 @@ def fisher_estimator(
         got = discovery.outputs.shape
         if got[:1] != (rows,):
             raise ValueError(
-                f"With {rows} examples sliced from inputs the outputs have shape {got}. "
-                "Say which leaves of inputs have an axis of examples: "
+                f"With {rows} examples sliced from inputs the outputs have shape "
+                f"{got}. Say which leaves of inputs have an axis of examples: "
                 "fisher_estimator(..., input_axes=...)."
             )
         return discovery
@@ -250,9 +253,9 @@ def _cotangents(
 ) -> Array:
     """Output cotangents per example; one per Hessian column for ``"exact"``."""
     predictions = math.prod(outputs.shape[1:-1])
-    if kind == "exact":
+    if kind == "exact" and loss.hessian_columns is not None:
         return loss.hessian_columns(outputs)
-    if kind == "mc":
+    if rng is not None and kind == "mc":
         targets = loss.sample(rng, outputs)
         # An example's loss is the mean of its T predictions. Targets are drawn
         # independently, so squares add up: 1/√T gives (1/T) Σ Jᵀ H J.

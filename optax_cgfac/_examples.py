@@ -34,9 +34,7 @@ def batched_leaves(
             )
         batched = tuple(jnp.shape(leaf)[:1] == (num_examples,) for leaf in leaves)
     else:
-        axes = jax.tree.broadcast(
-            input_axes, inputs, is_leaf=lambda axis: axis is None
-        )
+        axes = jax.tree.broadcast(input_axes, inputs, is_leaf=lambda axis: axis is None)
         axes = jax.tree.leaves(axes, is_leaf=lambda axis: axis is None)
         if any(axis not in (0, None) for axis in axes):
             raise ValueError(f"input_axes takes 0 and None, got {input_axes!r}.")
@@ -93,7 +91,8 @@ def check_examples(
         if shape[skip:] != model_shape[skip:]:
             raise ValueError(
                 "A leaf of inputs has another shape than at estimator.init.\n"
-                f"  expected: {('N',) * skip + model_shape[skip:]}\n  got:      {shape}\n"
+                f"  expected: {('N',) * skip + model_shape[skip:]}\n"
+                f"  got:      {shape}\n"
                 "Initialise a new curvature for inputs of another shape."
             )
     if len(sizes) != 1:

@@ -141,9 +141,8 @@ def solve_directly(
     inverses = spd_inverses([side.system() for side in sides])
     solutions = []
     for index, b in enumerate(bs):
-        (left, right), (left_inverse, right_inverse) = (
-            pair[2 * index : 2 * index + 2] for pair in (sides, inverses)
-        )
+        left, right = sides[2 * index : 2 * index + 2]
+        left_inverse, right_inverse = inverses[2 * index : 2 * index + 2]
         y = left.lift(b, matmul(left_inverse, left.project(b))).mT
         x = right.lift(y, matmul(right_inverse, right.project(y)))
         solutions.append(x.mT)

@@ -3,7 +3,11 @@
 import jax.numpy as jnp
 
 from optax_cgfac._numerics import matmul
-from optax_cgfac._operators import DampedOperator, FactoredDampedOperator
+from optax_cgfac._operators import (
+    DampedOperator,
+    FactoredDampedOperator,
+    KroneckerOperator,
+)
 from optax_cgfac._types import Array
 
 
@@ -23,6 +27,9 @@ def solve_by_eigendecomposition(
     Returns:
       The solution, like ``b``.
 
+    Raises:
+      TypeError: If the undamped operator is no `KroneckerOperator`.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from optax_cgfac import DampedOperator, KroneckerOperator
@@ -34,7 +41,13 @@ def solve_by_eigendecomposition(
       Chen (2021), Algorithm 1; Martens & Grosse (2015), section 6.3 and
       appendix B.
     """
-    a_factor, g_factor = operator.operator.factors()
+    kronecker = operator.operator
+    if not isinstance(kronecker, KroneckerOperator):
+        raise TypeError(
+            "Only a damped KroneckerOperator has factors to decompose, got "
+            f"{type(kronecker).__name__}."
+        )
+    a_factor, g_factor = kronecker.factors()
     a_values, a_vectors = jnp.linalg.eigh(a_factor)
     g_values, g_vectors = jnp.linalg.eigh(g_factor)
     # Rounding makes zero eigenvalues slightly negative.

@@ -193,9 +193,7 @@ def find_problem(
         return "its kernel in the parameter tree has another rank than in the layer"
     stack = kernel_shape[: stack_ndim + call.batch_ndim]
     if stack_ndim and added != stack_ndim:
-        return (
-            "its parameters are stacked by a transform along which its rows are not"
-        )
+        return "its parameters are stacked by a transform along which its rows are not"
     if stack_ndim and input_shape[: len(stack)] != stack:
         return (
             f"its kernel {kernel_shape} and its rows {input_shape} are stacked along "

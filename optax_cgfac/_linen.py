@@ -172,17 +172,18 @@ class _Tap:
             return self._outermost(next_function, args, kwargs, context)
         return self._inner(next_function, args, kwargs, context)
 
-    def _open(self, scope) -> None:
-        """Makes the collection of inputs mutable, and remembers the old filter."""
+    def _open(self, scope) -> tuple[Any, Any]:
+        """Makes the inputs' collection mutable; returns the root and its own filter."""
         root = scope.root
         if self._opened is None or self._opened[0] is not root:
             self._opened = (root, root.mutable)
         root.mutable = union_filters(self._opened[1], INPUTS)
         scope.mutable = root.mutable
+        return self._opened
 
     def _outermost(self, next_function, args, kwargs, context):
         """Puts the collections in place for the call, and takes them away again."""
-        root, mutable = self._opened
+        root, mutable = self._open(context.module.scope)
         if self.probes is not None:
             index = len(self.roots)
             probes = self.probes[index] if index < len(self.probes) else {}

@@ -65,7 +65,9 @@ def _softmax_hessian_columns(logits: Array) -> Array:
 
 def _diagonal_columns(root: Array) -> Array:
     """The columns of a diagonal square root of shape ``(..., C)``."""
-    return jnp.moveaxis(root[..., None] * jnp.eye(root.shape[-1], dtype=root.dtype), -2, 0)
+    return jnp.moveaxis(
+        root[..., None] * jnp.eye(root.shape[-1], dtype=root.dtype), -2, 0
+    )
 
 
 def _sigmoid_value(logits: Array, targets: Array) -> Array:
@@ -91,7 +93,9 @@ _SIGMOID = Loss(
     value=_sigmoid_value,
     sample=lambda rng, logits: jax.random.bernoulli(rng, jax.nn.sigmoid(logits)),
     hessian_product=lambda logits, tangents: _sigmoid_variance(logits) * tangents,
-    hessian_columns=lambda logits: _diagonal_columns(jnp.sqrt(_sigmoid_variance(logits))),
+    hessian_columns=lambda logits: _diagonal_columns(
+        jnp.sqrt(_sigmoid_variance(logits))
+    ),
 )
 
 # (y - t)² is the negative log-likelihood of a normal with variance 1/2.
@@ -104,9 +108,7 @@ _SQUARED = Loss(
         * jnp.asarray(0.5**0.5, outputs.dtype)
     ),
     hessian_product=lambda outputs, tangents: 2 * tangents,
-    hessian_columns=lambda outputs: _diagonal_columns(
-        jnp.full_like(outputs, 2.0**0.5)
-    ),
+    hessian_columns=lambda outputs: _diagonal_columns(jnp.full_like(outputs, 2.0**0.5)),
 )
 
 _LOSSES = {loss.name: loss for loss in (_SOFTMAX, _SIGMOID, _SQUARED)}

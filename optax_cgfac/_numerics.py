@@ -60,7 +60,7 @@ def safe_divide(numerator: Array, denominator: Array) -> Array:
 
 
 def gram(rows: Array) -> Array:
-    """Returns ``rows @ rows.T`` of shape ``(R, R)`` for ``rows`` of shape ``(R, n)``."""
+    """Returns ``rows rowsᵀ``, shape ``(R, R)`` for rows of shape ``(R, n)``."""
     return matmul(rows, rows.mT)
 
 
@@ -141,6 +141,12 @@ def blocked_inverse(matrices: Array) -> Array:
 
     As stable as the unblocked one (Higham, "Accuracy and Stability of Numerical
     Algorithms", section 13.2): nearly all of the work is matrix products.
+
+    Args:
+      matrices: Shape ``(k, n, n)``.
+
+    Returns:
+      The inverses, like ``matrices``.
     """
     inverse = _inverse_factor(matrices, max(_BLOCK, matrices.shape[-1] // 8))
     return matmul(inverse.mT, inverse)

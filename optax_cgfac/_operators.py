@@ -6,19 +6,16 @@ nothing of size ``n_in x n_in`` or ``n_out x n_out`` in ``matvec``.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 
 from optax_cgfac._numerics import matmul
-from optax_cgfac._types import Array, LinearOperator
-
-_operator = functools.partial(dataclasses.dataclass, frozen=True)
+from optax_cgfac._types import Array, InspectableOperator
 
 
 @jax.tree_util.register_dataclass
-@_operator()
+@dataclasses.dataclass(frozen=True)
 class KroneckerOperator:
     r"""The Kronecker-factored curvature ``A ⊗ G`` of a layer, kept as rows.
 
@@ -87,7 +84,7 @@ class KroneckerOperator:
 
 
 @jax.tree_util.register_dataclass
-@_operator()
+@dataclasses.dataclass(frozen=True)
 class DampedOperator:
     """``F + γ I`` (Tikhonov damping) for an operator ``F``.
 
@@ -102,7 +99,7 @@ class DampedOperator:
       [1.5 2.5]
     """
 
-    operator: LinearOperator
+    operator: InspectableOperator
     damping: Array | float
 
     def matvec(self, vector: Array) -> Array:
@@ -123,14 +120,16 @@ class DampedOperator:
     def to_dense(self) -> Array:
         """Returns the dense ``F + γ I``."""
         dense = self.operator.to_dense()
-        return dense + self._damping(dense) * jnp.eye(dense.shape[-1], dtype=dense.dtype)
+        return dense + self._damping(dense) * jnp.eye(
+            dense.shape[-1], dtype=dense.dtype
+        )
 
     def _damping(self, like: Array) -> Array:
         return jnp.asarray(self.damping, like.dtype)
 
 
 @jax.tree_util.register_dataclass
-@_operator()
+@dataclasses.dataclass(frozen=True)
 class FactoredDampedOperator:
     """``(A + αI) ⊗ (G + βI)`` (Martens & Grosse 2015, section 6.3).
 
@@ -187,7 +186,7 @@ class FactoredDampedOperator:
 
 
 @jax.tree_util.register_dataclass
-@_operator()
+@dataclasses.dataclass(frozen=True)
 class DiagonalOperator:
     """A diagonal operator; its inverse is the Jacobi preconditioner.
 
@@ -226,7 +225,7 @@ class DiagonalOperator:
         )
 
 
-def jacobi_preconditioner(operator: LinearOperator) -> DiagonalOperator:
+def jacobi_preconditioner(operator: InspectableOperator) -> DiagonalOperator:
     """Returns the inverse of the operator's diagonal, for `conjugate_gradient`.
 
     Args:

@@ -142,9 +142,7 @@ def _replace_non_finite(
     return jnp.where(finite, x, safe), ~finite
 
 
-def _merge_info(
-    info: SolveInfo, infos: dict[Path, tuple[CGInfo, Array]]
-) -> SolveInfo:
+def _merge_info(info: SolveInfo, infos: dict[Path, tuple[CGInfo, Array]]) -> SolveInfo:
     def num_steps(path, old):
         if path not in infos:
             return old
@@ -173,7 +171,7 @@ def _check_shapes(tag: LayerTag, leaves: dict[Path, Array]) -> None:
     for path, leaf in leaves.items():
         if leaf.size != sizes[path]:
             raise ValueError(
-                f"Gradient {text(path)!r} has shape {leaf.shape}, but the curvature was "
-                f"initialised for {sizes[path]} entries there: it belongs to another "
-                "model. Call estimator.init(params, inputs) again."
+                f"Gradient {text(path)!r} has shape {leaf.shape}, but the curvature "
+                f"was initialised for {sizes[path]} entries there: it belongs to "
+                "another model. Call estimator.init(params, inputs) again."
             )

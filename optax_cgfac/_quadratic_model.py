@@ -65,15 +65,23 @@ def gauss_newton_products(
 
     Returns:
       A matrix of shape ``(k, k)`` in float32, or the outputs' precision if higher.
+
+    Raises:
+      ValueError: If the curvature holds no model.
     """
-    spec = curvature.spec
+    model_fn, loss = curvature.spec.model_fn, curvature.spec.loss
+    if model_fn is None or loss is None:
+        raise ValueError(
+            "Gauss-Newton products need the curvature of fisher_estimator, which keeps "
+            "the model and examples. With value_and_grad pass cgfac(learning_rate=...)."
+        )
     outputs, push_forward = jax.linearize(
-        lambda p: spec.model_fn(p, curvature.model_inputs), params
+        lambda p: model_fn(p, curvature.model_inputs), params
     )
     dtype = jnp.promote_types(outputs.dtype, jnp.float32)
     outputs = outputs.astype(dtype)
     tangents = [push_forward(direction).astype(dtype) for direction in directions]
-    images = [spec.loss.hessian_product(outputs, tangent) for tangent in tangents]
+    images = [loss.hessian_product(outputs, tangent) for tangent in tangents]
     predictions = outputs.size // outputs.shape[-1]
     products = [[jnp.vdot(u, v) for v in images] for u in tangents]
     return jnp.array(products) / predictions

@@ -30,7 +30,7 @@ def format_report(
     Returns:
       The text.
     """
-    table = [_HEADER]
+    table: list[tuple[str, ...]] = [_HEADER]
     total = 0
     for tag in tags:
         rows = layers[tag.name]

@@ -18,6 +18,8 @@ from optax_cgfac._operators import (
 from optax_cgfac._sample_space import conjugate_gradient_on_rows
 from optax_cgfac._types import Array
 
+DampingForm = Literal["tikhonov", "factored"]
+
 _CHOICES = {
     "damping_form": ("tikhonov", "factored"),
     "space": ("auto", "parameter", "sample"),
@@ -31,7 +33,7 @@ _CHOICES = {
 class SolveConfig:
     """The static options of a solve; see `scale_by_cgfac` for their meaning."""
 
-    damping_form: Literal["tikhonov", "factored"] = "tikhonov"
+    damping_form: DampingForm = "tikhonov"
     space: Literal["auto", "parameter", "sample"] = "auto"
     solver: Literal["auto", "cg", "cholesky", "eigendecomposition"] = "auto"
     max_steps: int = 10
@@ -70,7 +72,6 @@ class SolveConfig:
                 "preconditioner='jacobi' needs space='parameter': coefficients of "
                 f"rows have no diagonal. Got space={self.space!r}."
             )
-
 
     @property
     def is_iterative(self) -> bool:
@@ -130,7 +131,9 @@ def make_plan(config: SolveConfig, num_rows: int, n_in: int, n_out: int) -> Plan
         return Plan("factors", "eigendecomposition", flops, "Algorithm 1")
     # A V gᵀ, aᵀ(·)g with the better order of the two-sided products.
     apply = 4.0 * num_rows * n + 4.0 * num_rows**2 * min(n_in, n_out)
-    parameter = (steps + 1) * (apply if config.damping_form == "tikhonov" else 2 * apply)
+    parameter = (steps + 1) * (
+        apply if config.damping_form == "tikhonov" else 2 * apply
+    )
     grams = 2.0 * num_rows**2 * (n_in + n_out)
     if config.damping_form == "tikhonov":
         outside = 6.0 * num_rows * n + 6.0 * num_rows**2 * min(n_in, n_out)

@@ -160,16 +160,26 @@ def _scale_by(
         **extra_args: Any,
     ) -> tuple[PyTree, ScaleByCGFACState]:
         del params, extra_args
-        count = optax.safe_increment(state.cgfac_count)
-        if not has_curvature(curvature, missing):
+        count = jnp.asarray(optax.safe_increment(state.cgfac_count))
+        curvature = check_curvature(curvature, missing)
+        if curvature is None:
             return updates, state._replace(cgfac_count=count)
-        gamma = damping(state.cgfac_count) if callable(damping) else damping
+        gamma = jnp.asarray(
+            damping(state.cgfac_count) if callable(damping) else damping
+        )
         solution, info = precondition(
             config, curvature, updates, state.warm_start, gamma, state.info
         )
         start = solution if warm_start else None
         return solution, ScaleByCGFACState(count, start, info)
 
+    return gradient_transformation(init, update)
+
+
+def gradient_transformation(
+    init: Callable[..., Any], update: Callable[..., Any]
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the pair as Optax's type, whose own aliases admit no NamedTuple state."""
     return optax.GradientTransformationExtraArgs(init, update)
 
 
@@ -193,8 +203,8 @@ def check_missing(missing: str) -> None:
         raise ValueError(f"missing must be 'raise' or 'gradient', got {missing!r}.")
 
 
-def has_curvature(curvature: Curvature | None, missing: Missing) -> bool:
-    """Returns whether there is a curvature to use.
+def check_curvature(curvature: Any, missing: Missing) -> Curvature | None:
+    """Returns the curvature, or None where gradients are to pass through.
 
     Raises:
       ValueError: If there is none and ``missing`` is ``"raise"``.
@@ -202,7 +212,7 @@ def has_curvature(curvature: Curvature | None, missing: Missing) -> bool:
     """
     if curvature is None:
         if missing == "gradient":
-            return False
+            return None
         raise ValueError(
             "update() needs the curvature of this step:\n"
             "  curvature = estimator.update(curvature, params, inputs, rng=rng)\n"
@@ -217,4 +227,4 @@ def has_curvature(curvature: Curvature | None, missing: Missing) -> bool:
             "curvature must be an optax_cgfac.Curvature from estimator.init or "
             f"estimator.update, got {type(curvature).__name__}."
         )
-    return True
+    return curvature

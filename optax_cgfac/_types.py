@@ -19,6 +19,22 @@ class LinearOperator(Protocol):
         ...
 
 
+class InspectableOperator(LinearOperator, Protocol):
+    """A linear operator on one layer's matrix that can be looked at."""
+
+    def diagonal(self) -> Array:
+        """Returns the diagonal in the shape of the vectors."""
+        ...
+
+    def trace(self) -> Array:
+        """Returns the trace."""
+        ...
+
+    def to_dense(self) -> Array:
+        """Returns the dense matrix over row-major vectors."""
+        ...
+
+
 class LayerRows(NamedTuple):
     """Captured rows of one layer.
 

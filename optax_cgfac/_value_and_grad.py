@@ -88,7 +88,9 @@ def value_and_grad(
         captured = {}
         for tag in tags:
             a, g = example_rows(tag, calls_of(tag, calls, by_call), num_examples)
-            captured[tag.name] = LayerRows(_flat(a), _flat(g) * jnp.asarray(scale, g.dtype))
+            captured[tag.name] = LayerRows(
+                _flat(a), _flat(g) * jnp.asarray(scale, g.dtype)
+            )
         curvature = empty_curvature(CurvatureSpec(tags, uncovered, window=1))
         value = (value, aux) if has_aux else value
         return value, grads, curvature.push_rows(captured)

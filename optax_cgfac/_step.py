@@ -1,0 +1,190 @@
+"""How far to go along the preconditioned direction, and the next damping."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_cgfac._curvature import Curvature
+from optax_cgfac._damping import (
+    kl_clip_scale,
+    levenberg_marquardt,
+    reduction_ratio,
+)
+from optax_cgfac._numerics import tree_dot
+from optax_cgfac._precondition import SolveInfo
+from optax_cgfac._quadratic_model import minimize_in_box, quadratic_model
+from optax_cgfac._transform import ScalarOrSchedule
+from optax_cgfac._types import Array, PyTree
+
+
+class CGFACState(NamedTuple):
+    """State of `cgfac`.
+
+    Attributes:
+      cgfac_count: Updates so far, int32.
+      damping: The damping ``λ`` of the next update.
+      step_size: The last step size ``α``.
+      momentum: The last momentum ``μ``.
+      reduction_ratio: The last reduction ratio ``ρ``.
+      num_rejected: Updates so far that were not finite and became zero, int32.
+      velocity: The previous update, like the parameters.
+      warm_start: The previous solution, like the parameters; None if unused.
+      info: How the last solves went.
+      fallback: State of the fallback transformation; empty without one.
+    """
+
+    cgfac_count: Array
+    damping: Array
+    step_size: Array
+    momentum: Array
+    reduction_ratio: Array
+    num_rejected: Array
+    velocity: PyTree
+    warm_start: PyTree | None
+    info: SolveInfo
+    fallback: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """The options of `cgfac` that concern the step; see there."""
+
+    momentum: float | None
+    l2: float
+    kl_clip: float | None
+    damping_decay: float
+    damping_interval: int
+    min_damping: float
+    max_damping: float
+
+
+class Objective(NamedTuple):
+    """The user's loss.
+
+    Attributes:
+      value: Its value at the current parameters.
+      value_fn: The loss of the same batch as a function of the parameters.
+    """
+
+    value: Array
+    value_fn: Callable[[PyTree], Array]
+
+
+def current(value: ScalarOrSchedule, state: CGFACState) -> Array:
+    """Returns a scalar, or a schedule's value at the state's count."""
+    value = value(state.cgfac_count) if callable(value) else value
+    return jnp.asarray(value, jnp.float32)
+
+
+def adaptive_step(
+    options: StepOptions,
+    state: CGFACState,
+    curvature: Curvature,
+    params: PyTree,
+    grads: PyTree,
+    direction: PyTree,
+    objective: Objective,
+) -> tuple[PyTree, CGFACState]:
+    """Step size and momentum from the quadratic model, damping by its success.
+
+    Args:
+      options: The options.
+      state: The state before the step.
+      curvature: Holds the model and the examples of the quadratic model.
+      params: The parameters ``θ``.
+      grads: ``∇h``, with the ``l2`` term.
+      direction: ``Δ``, like ``params``.
+      objective: The loss, to measure the reduction ratio.
+
+    Returns:
+      The update ``δ`` and the state with the new scalars.
+    """
+    directions = (direction, state.velocity)
+    model = quadratic_model(
+        curvature, params, grads, directions, damping=state.damping, l2=options.l2
+    )
+    fixed = options.momentum
+    box = {} if fixed is None else {"min_momentum": fixed, "max_momentum": fixed}
+    step = minimize_in_box(model, **box)
+    coefficients = jnp.stack(step)
+    delta = jax.tree.map(
+        lambda d, v: (step.step_size * d + step.momentum * v).astype(v.dtype),
+        direction,
+        state.velocity,
+    )
+    # The undamped model: the damping is there to restrict the step, not to
+    # predict its effect.
+    predicted = model.value(coefficients, damped=False)
+
+    def objective_change() -> Array:
+        moved = optax.apply_updates(params, delta)
+        change = objective.value_fn(moved) - objective.value
+        if options.l2:
+            change += (
+                options.l2 / 2 * (tree_dot(moved, moved) - tree_dot(params, params))
+            )
+        return jnp.asarray(change, predicted.dtype)
+
+    def adapt() -> tuple[Array, Array]:
+        ratio = reduction_ratio(objective_change(), predicted)
+        damping = levenberg_marquardt(
+            state.damping,
+            ratio,
+            decay=options.damping_decay**options.damping_interval,
+            minimum=options.min_damping,
+            maximum=options.max_damping,
+        )
+        return damping, ratio.astype(state.reduction_ratio.dtype)
+
+    due = (state.cgfac_count + 1) % options.damping_interval == 0
+    damping, ratio = jax.lax.cond(
+        due, adapt, lambda: (state.damping, state.reduction_ratio)
+    )
+    return delta, state._replace(
+        damping=damping,
+        step_size=step.step_size.astype(jnp.float32),
+        momentum=step.momentum.astype(jnp.float32),
+        reduction_ratio=ratio,
+    )
+
+
+def scheduled_step(
+    options: StepOptions,
+    state: CGFACState,
+    grads: PyTree,
+    direction: PyTree,
+    learning_rate: ScalarOrSchedule,
+    damping: Array,
+) -> tuple[PyTree, CGFACState]:
+    """A given learning rate, with KL clip and heavy-ball momentum.
+
+    Args:
+      options: The options.
+      state: The state before the step.
+      grads: ``∇h``, with the ``l2`` term.
+      direction: ``Δ = -x``, like ``grads``.
+      learning_rate: ``η`` or its schedule.
+      damping: The damping of ``x``, to be recorded.
+
+    Returns:
+      The update ``δ`` and the state with the new scalars.
+    """
+    rate = current(learning_rate, state)
+    if options.kl_clip is not None:
+        product = -tree_dot(grads, direction)
+        rate = rate * kl_clip_scale(product, rate, options.kl_clip)
+    momentum = jnp.asarray(options.momentum or 0.0, jnp.float32)
+    delta = jax.tree.map(
+        lambda d, v: (rate * d + momentum * v).astype(v.dtype),
+        direction,
+        state.velocity,
+    )
+    return delta, state._replace(
+        damping=damping,
+        step_size=rate.astype(jnp.float32),
+        momentum=momentum,
+    )
