@@ -187,6 +187,7 @@ def environment() -> dict[str, Any]:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
     device = jax.devices()[0]
+    variables = ("XLA_FLAGS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -194,9 +195,21 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(terse=True),
         "cpu": names[0] if names else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 2),  # of the minute before the run
         "device": f"{device.platform} ({device.device_kind})",
+        **{name: os.environ[name] for name in variables if name in os.environ},
+        "load before": round(os.getloadavg()[0], 2),  # the minute before the run
     }
+
+
+def others_seconds() -> float:
+    """Processor seconds that all other processes have used; NaN if not on Linux."""
+    stat = pathlib.Path("/proc/stat")
+    if not stat.exists():
+        return float("nan")
+    fields = stat.read_text().splitlines()[0].split()[1:9]
+    user, nice, system, _idle, _wait, *interrupts = map(int, fields)
+    ticks = user + nice + system + sum(interrupts)
+    return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def benchmark(
@@ -234,6 +247,7 @@ def benchmark(
             f"{WARM_UP} warm-up steps"
         )
     facts = environment()
+    others_before = others_seconds()
     started = time.perf_counter()
     images = make_curves(num_images, seed)
     data_seconds = time.perf_counter() - started
@@ -286,6 +300,8 @@ def benchmark(
         for key, value in optax_cgfac.diagnostics(opt_state).items()
         if hasattr(value, "ndim") and value.ndim == 0
     }
+    others = (others_seconds() - others_before) / (time.perf_counter() - started)
+    facts["others used"] = f"{max(others, 0):.2f} cores meanwhile"
     slow, fast = (
         np.array(times[name][WARM_UP:num_paired]) for name in ("cgfac", "adam")
     )
