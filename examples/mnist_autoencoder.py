@@ -33,7 +33,7 @@ STEP_MARKS = (10, 30, 100, 300, 1000)  # the rows of the table of losses by step
 
 
 class Autoencoder(nn.Module):
-    """784-1000-500-250-30 and back, with tanh units and a linear code."""
+    """784-1000-500-250-30 and back, with tanh units, a linear code and grey pixels."""
 
     @nn.compact
     def __call__(self, images):
@@ -43,7 +43,7 @@ class Autoencoder(nn.Module):
         x = nn.Dense(30)(x)
         for width in (250, 500, 1000):
             x = nn.tanh(nn.Dense(width)(x))
-        return nn.Dense(images.shape[-1])(x)
+        return nn.sigmoid(nn.Dense(images.shape[-1])(x))
 
 
 model = Autoencoder()
@@ -279,8 +279,8 @@ def main(argv=None):
     trainings = {
         "CG-FAC": cgfac_training(params, batch),
         "Adam (1e-3)": optax_training(optax.adam(1e-3), params),
-        # With momentum 0.9; the largest of 1e-3, 3e-3 and 1e-2 that does not diverge.
-        "SGD (1e-3, 0.9)": optax_training(optax.sgd(1e-3, momentum=0.9), params),
+        # With momentum 0.9; 1e-2 was the best of 1e-3, 3e-3, 1e-2 and 3e-2 here.
+        "SGD (1e-2, 0.9)": optax_training(optax.sgd(1e-2, momentum=0.9), params),
     }
     print("compiling ...", flush=True)
     runs = [

@@ -50,7 +50,7 @@ def cgfac(
     warm_start: bool = True,
     damping_decay: float = 0.95,
     damping_interval: int = 5,
-    min_damping: float = 1e-8,
+    min_damping: float = 1e-3,
     max_damping: float = 1e4,
     missing: Missing = "raise",
 ) -> optax.GradientTransformationExtraArgs:
@@ -89,7 +89,9 @@ def cgfac(
       damping_decay: ``ω`` per update of the Levenberg-Marquardt rule.
       damping_interval: Updates between two adaptations, each of which evaluates
         ``value_fn`` once.
-      min_damping: Lower end of the adapted damping.
+      min_damping: Lower end of the adapted damping. On small batches a good
+        reduction ratio rewards fitting the batch, and without a floor the damping
+        falls until the loss turns up.
       max_damping: Upper end of the adapted damping.
       missing: As in `scale_by_cgfac`.
 
@@ -114,7 +116,7 @@ def cgfac(
       ...     return jnp.mean(jnp.sum((model_fn(params, x) - y) ** 2, -1))
       >>> estimator = optax_cgfac.fisher_estimator(model_fn, "squared_error", rows=8)
       >>> curvature = estimator.init(params, x)
-      >>> tx = optax_cgfac.cgfac(damping=1e-4)
+      >>> tx = optax_cgfac.cgfac(damping=1e-2)
       >>> state = tx.init(params)
       >>> for step in range(10):
       ...     loss, grads = jax.value_and_grad(loss_fn)(params)
@@ -154,7 +156,7 @@ def cgfac(
     check_damping(damping)
     check_missing(missing)
     _check_options(options)
-    _check_modes(learning_rate, damping, kl_clip)
+    _check_modes(options, learning_rate, damping)
     rest = _Rest(fallback, where)
     keeps_start = warm_start and config.is_iterative
 
@@ -304,15 +306,22 @@ def _check_options(options: StepOptions) -> None:
 
 
 def _check_modes(
+    options: StepOptions,
     learning_rate: ScalarOrSchedule | None,
     damping: ScalarOrSchedule,
-    kl_clip: float | None,
 ) -> None:
-    if learning_rate is None and kl_clip is not None:
+    if learning_rate is None and options.kl_clip is not None:
         raise ValueError(
             "kl_clip needs a learning_rate; without one the quadratic model sets the "
             "step size."
         )
+    if learning_rate is None and isinstance(damping, (int, float)):
+        low, high = options.min_damping, options.max_damping
+        if not low <= damping <= high:
+            raise ValueError(
+                f"The initial damping must lie in [min_damping, max_damping] = "
+                f"[{low:g}, {high:g}], got {damping:g}. Move the bounds to start there."
+            )
     if learning_rate is None and callable(damping):
         raise ValueError(
             "Without a learning_rate the damping adapts itself: pass its initial "

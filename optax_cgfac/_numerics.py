@@ -97,10 +97,10 @@ def spd_inverses(matrices: Sequence[Array]) -> list[Array]:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> [inverse] = spd_inverses([jnp.array([[2.0, 0.0], [0.0, 4.0]])])
+      >>> [inverse] = spd_inverses([jnp.array([[2.0, 1.0], [1.0, 1.0]])])
       >>> print(inverse)
-      [[0.5  0.  ]
-       [0.   0.25]]
+      [[ 1. -1.]
+       [-1.  2.]]
     """
     groups: dict[tuple[int, jnp.dtype], list[int]] = {}
     for index, matrix in enumerate(matrices):

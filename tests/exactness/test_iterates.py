@@ -1,0 +1,85 @@
+"""Iterates agree step by step: sample space, parameter space, the textbook."""
+
+import jax
+import numpy as np
+import oracles
+import problems
+import pytest
+
+from optax_cgfac import (
+    DampedOperator,
+    KroneckerOperator,
+    conjugate_gradient,
+    jacobi_preconditioner,
+)
+from optax_cgfac._sample_space import conjugate_gradient_on_rows
+
+DAMPING = 0.1
+AGREEMENT = {"float64": 1e-10, "float32": 1e-3}
+SIZES = {
+    "fewer rows than features": (16, 24, 20),
+    "more rows than features": (60, 8, 6),
+    "one row": (1, 6, 5),
+}
+
+solve_in_parameter_space = jax.jit(conjugate_gradient)
+solve_on_rows = jax.jit(conjugate_gradient_on_rows)
+
+
+def setup(size, start, dtype):
+    problem = problems.layer_problem(*SIZES[size], dtype=dtype)
+    scale = 1 / len(problem.a)
+    operator = KroneckerOperator(problem.a, problem.g, scale, scale)
+    return problem, operator, problem.x0 if start == "warm" else None
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 10])
+@pytest.mark.parametrize("start", ["zero", "warm"])
+@pytest.mark.parametrize("size", SIZES)
+def test_sample_space_equals_parameter_space(size, start, num_steps, dtype):
+    problem, operator, x0 = setup(size, start, dtype)
+    limits = {"max_steps": num_steps, "rtol": 0.0}
+    x, _ = solve_in_parameter_space(
+        DampedOperator(operator, DAMPING), problem.b, x0, **limits
+    )
+    on_rows, _ = solve_on_rows(operator, DAMPING, problem.b, x0, **limits)
+    assert on_rows.dtype == dtype
+    assert oracles.relative_error(on_rows, x) <= AGREEMENT[dtype]
+
+
+@pytest.mark.parametrize("start", ["zero", "warm"])
+def test_both_spaces_stop_at_the_same_step_with_the_same_residual(start, dtype):
+    problem, operator, x0 = setup("fewer rows than features", start, dtype)
+    limits = {"max_steps": 50, "rtol": 0.05}
+    _, expected = solve_in_parameter_space(
+        DampedOperator(operator, DAMPING), problem.b, x0, **limits
+    )
+    _, info = solve_on_rows(operator, DAMPING, problem.b, x0, **limits)
+    assert 1 < info.num_steps < 50
+    assert info.num_steps == expected.num_steps
+    assert info.converged
+    assert expected.converged
+    # On rows a squared norm is a difference of terms as large as the first one.
+    first = problem.b - (0 if x0 is None else operator.matvec(x0) + DAMPING * x0)
+    error = abs(info.residual_norm**2 - expected.residual_norm**2)
+    assert error <= oracles.tolerance(dtype) * np.sum(first**2)
+
+
+@pytest.mark.parametrize("preconditioned", [False, True], ids=["plain", "jacobi"])
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 10])
+def test_parameter_space_equals_the_textbook(num_steps, preconditioned, x64):
+    problem, operator, x0 = setup("fewer rows than features", "warm", "float64")
+    operator = DampedOperator(operator, DAMPING)
+    jacobi = jacobi_preconditioner(operator) if preconditioned else None
+    x, _ = solve_in_parameter_space(
+        operator,
+        problem.b,
+        x0,
+        max_steps=num_steps,
+        rtol=0.0,
+        preconditioner=jacobi,
+    )
+    dense = oracles.tikhonov(problem.a, problem.g, DAMPING)
+    weights = 1 / np.diag(dense) if preconditioned else None
+    expected = oracles.cg_iterates(dense, problem.b, x0, num_steps, weights)
+    assert oracles.relative_error(x, expected[-1]) <= 1e-10

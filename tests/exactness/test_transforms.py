@@ -1,0 +1,64 @@
+"""The public transformations solve the dense systems of the rows they are given."""
+
+import jax
+import jax.numpy as jnp
+import oracles
+import problems
+import pytest
+
+from optax_cgfac import scale_by_cgfac, scale_by_kfac, value_and_grad
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+DAMPING = 0.1
+LAYERS = ["Dense_0", "Dense_1"]
+TO_CONVERGENCE = {"max_steps": 500, "rtol": 1e-13}
+TRANSFORMS = {
+    "kfac": scale_by_kfac,
+    "parameter": lambda *args, **kwargs: scale_by_cgfac(
+        *args, **kwargs, **TO_CONVERGENCE, space="parameter"
+    ),
+    "jacobi": lambda *args, **kwargs: scale_by_cgfac(
+        *args,
+        **kwargs,
+        **TO_CONVERGENCE,
+        space="parameter",
+        preconditioner="jacobi",
+    ),
+    "sample": lambda *args, **kwargs: scale_by_cgfac(
+        *args, **kwargs, **TO_CONVERGENCE, space="sample", solver="cg"
+    ),
+    "auto": lambda *args, **kwargs: scale_by_cgfac(*args, **kwargs, **TO_CONVERGENCE),
+}
+
+
+def gradients_and_curvature(use_bias, seed):
+    model = problems.MLP((4, 3), use_bias=use_bias)
+    model_fn, params, inputs = problems.model_problem(model, (6, 5), seed=seed)
+
+    def loss_fn(params):
+        return jnp.mean(jnp.sum((model_fn(params, inputs) - 1) ** 2, -1))
+
+    _, grads, curvature = value_and_grad(loss_fn)(params)
+    return params, grads, curvature
+
+
+@pytest.mark.parametrize("use_bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("form", ["tikhonov", "factored"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_updates_solve_the_dense_systems_from_zero_and_from_a_warm_start(
+    name, form, use_bias
+):
+    tx = TRANSFORMS[name](DAMPING, damping_form=form)
+    update = jax.jit(tx.update)
+    state = None
+    for seed in (0, 1):
+        params, grads, curvature = gradients_and_curvature(use_bias, seed)
+        state = tx.init(params) if state is None else state
+        updates, state = update(grads, state, curvature=curvature)
+        for layer in LAYERS:
+            rows = curvature.layers[layer]
+            dense = oracles.DAMPED[form](rows.a, rows.g, DAMPING)
+            b = problems.layer_matrix(grads[layer])
+            x = problems.layer_matrix(updates[layer])
+            assert oracles.relative_error(x, oracles.solve(dense, b)) < 1e-9

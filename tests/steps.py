@@ -1,0 +1,142 @@
+"""A small problem and the training steps that the contract tests share."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+import optax_cgfac
+
+TRANSFORMS = {
+    "cgfac": lambda: optax_cgfac.cgfac(damping_interval=2),
+    "cgfac by cg": lambda: optax_cgfac.cgfac(solver="cg", damping_interval=2),
+    "cgfac with a learning rate": lambda: optax_cgfac.cgfac(
+        0.1, momentum=0.9, kl_clip=1e-2, l2=1e-3
+    ),
+    "scale_by_cgfac": lambda: optax_cgfac.scale_by_cgfac(0.1),
+    "scale_by_cgfac on parameters": lambda: optax_cgfac.scale_by_cgfac(
+        0.1, space="parameter", preconditioner="jacobi"
+    ),
+    "scale_by_kfac": lambda: optax_cgfac.scale_by_kfac(0.1),
+}
+
+
+class MLP(nn.Module):
+    """Two layers, one with a bias and one without."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.tanh(nn.Dense(4, name="hidden")(x))
+        return nn.Dense(3, use_bias=False, name="out")(x)
+
+
+class Problem(NamedTuple):
+    """Squared error of a small network on eight examples."""
+
+    estimator: optax_cgfac.CurvatureEstimator
+    params: Any
+    batch: dict[str, jax.Array]
+
+    def loss(self, params, batch):
+        outputs = model_fn(params, batch["x"])
+        return jnp.mean(jnp.sum((outputs - batch["y"]) ** 2, -1))
+
+    def curvature(self):
+        return self.estimator.init(self.params, self.batch["x"])
+
+    def start(self, tx):
+        return self.params, tx.init(self.params), self.curvature()
+
+    def step(self, tx):
+        """``(state, batch, rng) -> (state, loss)``, as in the README."""
+
+        def train_step(state, batch, rng):
+            params, opt_state, curvature = state
+            value, grads = jax.value_and_grad(self.loss)(params, batch)
+            curvature = self.estimator.update(curvature, params, batch["x"], rng=rng)
+            updates, opt_state = tx.update(
+                grads,
+                opt_state,
+                params,
+                curvature=curvature,
+                value=value,
+                value_fn=lambda p: self.loss(p, batch),
+            )
+            params = optax.apply_updates(params, updates)
+            return (params, opt_state, curvature), value
+
+        return train_step
+
+
+def model_fn(params, x):
+    return MLP().apply({"params": params}, x)
+
+
+def make_problem(dtype=jnp.float32, **options) -> Problem:
+    options = {"rows": 4, "window": 2, "model_rows": 8} | options
+    x = jax.random.normal(jax.random.key(0), (8, 5), dtype)
+    y = jax.random.normal(jax.random.key(1), (8, 3), dtype)
+    params = jax.jit(MLP().init)(jax.random.key(2), x)["params"]
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    estimator = optax_cgfac.fisher_estimator(model_fn, "squared_error", **options)
+    return Problem(estimator, params, {"x": x, "y": y})
+
+
+class Ingredients(NamedTuple):
+    """What one ``tx.update`` takes."""
+
+    grads: Any
+    params: Any
+    curvature: optax_cgfac.Curvature
+    value: jax.Array
+
+
+@functools.cache
+def problem() -> Problem:
+    return make_problem()
+
+
+@functools.cache
+def ingredients(num_updates=2) -> Ingredients:
+    """Gradients and a curvature whose window is full."""
+    p = problem()
+
+    @jax.jit
+    def make(params, curvature):
+        value, grads = jax.value_and_grad(p.loss)(params, p.batch)
+        for i in range(num_updates):
+            rng = jax.random.key(i)
+            curvature = p.estimator.update(curvature, params, p.batch["x"], rng=rng)
+        return Ingredients(grads, params, curvature, value)
+
+    return make(p.params, p.curvature())
+
+
+def value_fn(params):
+    return problem().loss(params, problem().batch)
+
+
+def update(tx, opt_state, given: Ingredients | None = None, **changes):
+    """``tx.update`` on the ingredients, compiled."""
+    given = (ingredients() if given is None else given)._replace(**changes)
+
+    @jax.jit
+    def run(opt_state, given):
+        return tx.update(
+            given.grads,
+            opt_state,
+            given.params,
+            curvature=given.curvature,
+            value=given.value,
+            value_fn=value_fn,
+        )
+
+    return run(opt_state, given)
+
+
+def describe(tree):
+    """Shapes, dtypes and weak types of a tree's leaves."""
+    return jax.tree.map(lambda x: (x.shape, str(x.dtype), x.weak_type), tree)

@@ -1,0 +1,448 @@
+"""The estimator: which rows it takes, what they mean, and what it refuses."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import BATCH, Compact, init, normal
+from steps import make_problem, problem
+
+from optax_cgfac import Loss, fisher_estimator, value_and_grad
+
+X, Y = normal(0, 6, 5), normal(1, 6, 3)
+MODEL = Compact()
+PARAMS = init(MODEL, X)
+
+
+def model_fn(params, x):
+    return MODEL.apply({"params": params}, x)
+
+
+def estimate(fn=model_fn, params=PARAMS, inputs=X, *, times=1, loss="squared_error",
+             rng=None, targets=None, **options):
+    """A curvature after some updates, compiled; ``rng`` is a seed."""
+    estimator = fisher_estimator(fn, loss, **({"rows": 4, "window": 2} | options))
+    curvature = estimator.init(params, inputs)
+
+    @jax.jit
+    def run(curvature, params, inputs, targets):
+        for i in range(times):
+            key = None if rng is None else jax.random.key(rng + i)
+            curvature = estimator.update(
+                curvature, params, inputs, rng=key, targets=targets
+            )
+        return curvature
+
+    return run(curvature, params, inputs, targets)
+
+
+# ---------------------------------------------------------------- what rows are
+
+
+def test_empirical_rows_are_those_of_the_single_pass():
+    curvature = estimate(kind="empirical", targets=Y, rows=6, window=1)
+
+    def loss_fn(params):
+        return jnp.mean(jnp.sum((model_fn(params, X) - Y) ** 2, -1))
+
+    _, _, expected = jax.jit(value_and_grad(loss_fn))(PARAMS)
+    for name, rows in expected.layers.items():
+        for got, want in zip(curvature.layers[name], rows, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def preactivations(x):
+    """Both layers as plain functions of shifts of their outputs, for the oracle."""
+
+    def outputs(shifts):
+        first, last = PARAMS["Dense_0"], PARAMS["Dense_1"]
+        s = x @ first["kernel"] + first["bias"] + shifts["Dense_0"]
+        return jnp.tanh(s) @ last["kernel"] + last["bias"] + shifts["Dense_1"]
+
+    first = PARAMS["Dense_0"]
+    hidden = jnp.tanh(x @ first["kernel"] + first["bias"])
+    shifts = {
+        "Dense_0": jnp.zeros((*x.shape[:-1], 4)),
+        "Dense_1": jnp.zeros((*x.shape[:-1], 3)),
+    }
+    return outputs, {"Dense_0": x, "Dense_1": hidden}, shifts
+
+
+def dense_factors(pool, x):
+    """``A`` and ``G`` of a squared error on ``pool(outputs)``, all positions."""
+    outputs, inputs, shifts = preactivations(x)
+    jacobians = jax.jacobian(lambda shifts: pool(outputs(shifts)))(shifts)
+    factors = {}
+    for name, a in inputs.items():
+        a = a.reshape(-1, a.shape[-1])
+        a = np.concatenate([a, np.ones((len(a), 1))], -1)
+        # (N, ..., C, N, T, features): the loss is the mean over N and positions.
+        j = np.asarray(jacobians[name], np.float64)
+        j = j.reshape(-1, j.shape[-1])
+        predictions = np.prod(pool(outputs(shifts)).shape[:-1])
+        factors[name] = a.T @ a / len(a), 2 * j.T @ j / predictions
+    return factors
+
+
+def test_exact_rows_give_the_dense_factors():
+    curvature = estimate(kind="exact", rows=6, window=1)
+    for name, (a, g) in dense_factors(lambda y: y, X).items():
+        dense = curvature.operator(name).to_dense()
+        np.testing.assert_allclose(dense, np.kron(a, g), rtol=1e-4, atol=1e-5)
+
+
+def factor_traces(curvature, name):
+    operator = curvature.operator(name)
+    a, g = operator.factors()
+    return jnp.trace(a), g
+
+
+def average_g(fn, inputs, name, **options):
+    """``G`` of one layer averaged over two thousand keys."""
+    estimator = fisher_estimator(fn, "squared_error", rows=6, window=1, **options)
+    curvature = estimator.init(PARAMS, inputs)
+
+    def one(key):
+        updated = estimator.update(curvature, PARAMS, inputs, rng=key)
+        return updated.operator(name).factors()
+
+    keys = jax.random.split(jax.random.key(5), 2000)
+    return jax.jit(lambda: jax.tree.map(lambda x: x.mean(0), jax.vmap(one)(keys)))()
+
+
+@pytest.mark.parametrize("name", ["Dense_0", "Dense_1"])
+def test_mc_rows_average_to_the_dense_factors(name):
+    a, g = average_g(model_fn, X, name)
+    expected_a, expected_g = dense_factors(lambda y: y, X)[name]
+    np.testing.assert_allclose(a, expected_a, rtol=1e-4, atol=1e-5)
+    assert np.linalg.norm(g - expected_g) < 0.05 * np.linalg.norm(expected_g)
+
+
+OVER_TIME = normal(3, 6, 3, 5)
+
+
+@pytest.mark.parametrize("name", ["Dense_0", "Dense_1"])
+def test_sampled_positions_are_unbiased_with_an_output_per_position(name):
+    a, g = average_g(model_fn, OVER_TIME, name)
+    expected_a, expected_g = dense_factors(lambda y: y, OVER_TIME)[name]
+    assert np.linalg.norm(a - expected_a) < 0.05 * np.linalg.norm(expected_a)
+    assert np.linalg.norm(g - expected_g) < 0.05 * np.linalg.norm(expected_g)
+
+
+def pooled(params, x):
+    return model_fn(params, x).mean(1)
+
+
+def pooled_oracle(name):
+    a, g = dense_factors(lambda y: y.mean(1), OVER_TIME)[name]
+    # Rows of an example sum to its gradient: G is summed over its positions.
+    return a, g
+
+
+@pytest.mark.parametrize("name", ["Dense_0", "Dense_1"])
+def test_sampled_positions_are_unbiased_with_pooled_outputs(name):
+    a, g = average_g(pooled, OVER_TIME, name)
+    expected_a, expected_g = pooled_oracle(name)
+    assert np.linalg.norm(a - expected_a) < 0.05 * np.linalg.norm(expected_a)
+    assert np.linalg.norm(g - expected_g) < 0.05 * np.linalg.norm(expected_g)
+
+
+@pytest.mark.parametrize("num_examples", [5, 6])
+def test_without_rng_every_position_of_every_example_is_met(num_examples):
+    """Examples and positions cycle; after enough updates nothing was left out."""
+    inputs = OVER_TIME[:num_examples]
+    curvature = estimate(
+        pooled, inputs=inputs, kind="exact", rows=num_examples,
+        window=3 * num_examples, times=3 * num_examples,
+    )
+    rows = np.asarray(curvature.layers["Dense_0"].a)[:, :-1]
+    met = {tuple(row) for row in rows.round(4).tolist()}
+    every = {tuple(row) for row in np.asarray(inputs).reshape(-1, 5).round(4).tolist()}
+    assert met == every
+
+
+# ---------------------------------------------------------------- randomness
+
+
+def test_the_same_rng_takes_the_same_rows_and_another_one_others():
+    first, again, other = (estimate(rng=seed) for seed in (3, 3, 11))
+    for name in first.layers:
+        for x, y, z in zip(
+            first.layers[name], again.layers[name], other.layers[name], strict=True
+        ):
+            np.testing.assert_array_equal(x, y)
+            assert not np.allclose(x, z)
+
+
+def test_examples_of_one_update_are_distinct():
+    curvature = estimate(rng=0, window=1)
+    rows = np.asarray(curvature.layers["Dense_0"].a)[:, :-1]
+    taken = [np.flatnonzero(np.isclose(X, row).all(1)).item() for row in rows]
+    assert len(set(taken)) == 4
+
+
+# ---------------------------------------------------------------- inputs
+
+
+def test_model_inputs_are_kept_and_replaced_by_every_update():
+    estimator = fisher_estimator(model_fn, "squared_error", rows=2, model_rows=4)
+    curvature = estimator.init(PARAMS, X)
+    assert curvature.model_inputs.shape == (4, 5)
+    later = X + 100
+    curvature = jax.jit(estimator.update)(
+        curvature, PARAMS, later, rng=jax.random.key(0)
+    )
+    assert curvature.model_inputs.shape == (4, 5)
+    kept = [np.flatnonzero(np.isclose(later, x).all(1)).item()
+            for x in curvature.model_inputs]
+    assert len(set(kept)) == 4
+
+
+def with_scale(params, inputs):
+    return model_fn(params, inputs["x"] * inputs["scale"])
+
+
+def test_leaves_without_an_axis_of_examples_stay_whole():
+    inputs = {"x": X, "scale": jnp.full(5, 2.0)}
+    curvature = estimate(with_scale, inputs=inputs, kind="exact", model_rows=3)
+    np.testing.assert_array_equal(curvature.model_inputs["scale"], inputs["scale"])
+    assert curvature.model_inputs["x"].shape == (3, 5)
+
+
+def test_a_leaf_as_long_as_the_batch_needs_input_axes():
+    inputs = {"x": X[:5], "scale": jnp.full(5, 2.0)}  # five examples, five features
+    with pytest.raises(Exception, match=r"input_axes|shape|broadcast"):
+        estimate(with_scale, inputs=inputs, kind="exact")
+    axes = {"x": 0, "scale": None}
+    curvature = estimate(
+        with_scale, inputs=inputs, kind="exact", input_axes=axes, model_rows=3
+    )
+    assert curvature.model_inputs["scale"].shape == (5,)
+    doubled = estimate(inputs=2 * X[:5], kind="exact", model_rows=3)
+    for name, rows in doubled.layers.items():
+        np.testing.assert_allclose(curvature.layers[name].a, rows.a, rtol=1e-5)
+
+
+def test_input_axes_may_be_a_prefix():
+    inputs = {"x": X, "scale": jnp.full(5, 2.0)}
+    curvature = estimate(
+        lambda p, inputs: with_scale(p, inputs[0]),
+        inputs=(inputs,),
+        kind="exact",
+        input_axes=({"x": 0, "scale": None},),
+    )
+    assert curvature.spec.batched == (False, True)
+
+
+def test_a_key_inside_the_inputs_travels_on():
+    def noisy(params, inputs):
+        noise = jax.random.normal(inputs["key"], inputs["x"].shape[1:])
+        return model_fn(params, inputs["x"] + noise)
+
+    inputs = {"x": X, "key": jax.random.key(4)}
+    curvature = estimate(noisy, inputs=inputs, kind="exact", rows=6, window=1)
+    expected = X + jax.random.normal(inputs["key"], (5,))
+    rows = np.asarray(curvature.layers["Dense_0"].a)[:, :-1]
+    assert sorted(map(tuple, rows.round(4).tolist())) == sorted(
+        map(tuple, np.asarray(expected).round(4).tolist())
+    )
+
+
+# ---------------------------------------------------------------- jit and scan
+
+
+@pytest.mark.parametrize("kind", ["mc", "exact"])
+def test_updates_keep_shapes_and_run_under_jit_and_scan(kind):
+    estimator = fisher_estimator(model_fn, "squared_error", kind=kind, rows=4, window=3)
+    start = estimator.init(PARAMS, X)
+
+    def body(curvature, seed):
+        rng = jax.random.key(seed)
+        return estimator.update(curvature, PARAMS, X, rng=rng), None
+
+    scanned, _ = jax.jit(lambda c: jax.lax.scan(body, c, jnp.arange(4)))(start)
+    one = jax.jit(lambda c, seed: body(c, seed)[0])
+    looped = start
+    for seed in range(4):
+        looped = one(looped, seed)
+    assert jax.tree.structure(scanned) == jax.tree.structure(start)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+        scanned.layers,
+        looped.layers,
+    )
+    assert one._cache_size() == 1
+    shapes = jax.tree.map(jnp.shape, start.layers)
+    assert jax.tree.map(jnp.shape, looped.layers) == shapes
+    columns = 3 if kind == "exact" else 1
+    assert start.layers["Dense_0"].a.shape == (3 * 4 * columns, 6)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "fisher"}, "kind must be 'mc', 'empirical' or 'exact'"),
+        ({"window": 0}, "window must be an int of at least 1, got 0"),
+        ({"rows": 0}, "rows must be an int of at least 1"),
+        ({"model_rows": 1.5}, "model_rows must be an int of at least 1"),
+        ({"loss": "mse"}, r"Unknown loss 'mse'. Names: softmax_cross_entropy"),
+    ],
+)
+def test_bad_options_are_refused_at_construction(options, message):
+    options = {"loss": "squared_error"} | options
+    with pytest.raises(ValueError, match=message):
+        fisher_estimator(model_fn, **options)
+
+
+def test_a_module_is_no_model_fn():
+    with pytest.raises(TypeError, match=r"lambda params, x: model.apply"):
+        fisher_estimator(3, "squared_error")
+
+
+def test_exact_needs_columns_of_the_hessian():
+    squared = problem().curvature().spec.loss
+    loss = Loss("own", squared.value, squared.sample, squared.hessian_product)
+    with pytest.raises(ValueError, match=r"kind='exact' needs Loss.hessian_columns"):
+        fisher_estimator(model_fn, loss, kind="exact")
+
+
+def test_more_rows_than_examples_are_refused():
+    estimator = fisher_estimator(model_fn, "squared_error", rows=7)
+    with pytest.raises(ValueError, match=r"rows=7 .* hold 6.*rows=6"):
+        estimator.init(PARAMS, X)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [lambda p, x: model_fn(p, x).sum(), lambda p, x: (model_fn(p, x),)],
+    ids=["scalar", "tuple"],
+)
+def test_outputs_must_be_one_array_of_examples(fn):
+    with pytest.raises(ValueError, match=r"must return one array of shape \(N"):
+        fisher_estimator(fn, "squared_error", rows=4).init(PARAMS, X)
+
+
+def test_exact_refuses_outputs_with_positions():
+    estimator = fisher_estimator(model_fn, "squared_error", kind="exact", rows=4)
+    with pytest.raises(ValueError, match=r"outputs of shape \(N, C\).*kind='mc'"):
+        estimator.init(PARAMS, OVER_TIME)
+
+
+def test_inputs_without_the_batch_axis_are_refused():
+    estimator = fisher_estimator(
+        lambda p, x: model_fn(p, x).T[:2], "squared_error", rows=2
+    )
+    with pytest.raises(ValueError, match=r"no leaf of inputs has a first axis"):
+        estimator.init(PARAMS, X)
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ("all", "input_axes must be 'auto' or a pytree prefix"),
+        ({"x": 1, "scale": None}, "input_axes takes 0 and None"),
+        ({"x": 0, "scale": 0}, r"input_axes 0 has shape \(5,\)"),
+    ],
+)
+def test_bad_input_axes_are_refused(axes, message):
+    inputs = {"x": X, "scale": jnp.ones(5)}
+    estimator = fisher_estimator(with_scale, "squared_error", rows=4, input_axes=axes)
+    with pytest.raises(ValueError, match=message):
+        estimator.init(PARAMS, inputs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        ("mc", {}, r"pass rng=jax.random.fold_in\(key, step\)"),
+        ("empirical", {}, "kind='empirical' needs targets"),
+        ("mc", {"rng": 1, "targets": Y}, "kind='mc' takes no targets"),
+        ("exact", {"targets": Y}, "kind='exact' takes no targets"),
+    ],
+)
+def test_update_says_what_it_misses(kind, arguments, message):
+    estimator = fisher_estimator(model_fn, "squared_error", kind=kind, rows=4)
+    curvature = estimator.init(PARAMS, X)
+    if "rng" in arguments:
+        arguments = arguments | {"rng": jax.random.key(0)}
+    with pytest.raises(ValueError, match=message):
+        estimator.update(curvature, PARAMS, X, **arguments)
+
+
+def exact_estimator(**options):
+    options = {"rows": 4, "model_rows": 6} | options
+    return fisher_estimator(model_fn, "squared_error", kind="exact", **options)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (normal(0, 5, 5), "The batch has 5 examples; .* rows=4 and to keep 6"),
+        (normal(0, 6, 4), "another shape than at estimator.init"),
+        ({"x": X}, "inputs must have the structure"),
+    ],
+)
+def test_update_refuses_other_inputs(inputs, message):
+    estimator = exact_estimator()
+    curvature = estimator.init(PARAMS, X)
+    with pytest.raises(ValueError, match=message):
+        estimator.update(curvature, PARAMS, inputs)
+
+
+def test_a_longer_batch_is_welcome():
+    estimator = exact_estimator()
+    curvature = estimator.init(PARAMS, X)
+    curvature = jax.jit(estimator.update)(curvature, PARAMS, normal(0, 9, 5))
+    assert int(curvature.num_updates) == 1
+
+
+def test_inputs_of_different_lengths_are_refused():
+    estimator = fisher_estimator(
+        lambda p, inputs: model_fn(p, inputs[0]), "squared_error", kind="exact", rows=4
+    )
+    curvature = estimator.init(PARAMS, (X, X))
+    with pytest.raises(ValueError, match="disagree on the number of examples"):
+        estimator.update(curvature, PARAMS, (X, normal(0, 8, 5)))
+
+
+def test_another_estimators_curvature_is_refused():
+    curvature = make_problem().curvature()
+    with pytest.raises(ValueError, match="comes from another estimator"):
+        exact_estimator().update(curvature, PARAMS, X)
+
+
+def test_something_else_than_a_curvature_is_refused():
+    with pytest.raises(TypeError, match=r"the Curvature that estimator.init returned"):
+        exact_estimator().update({}, PARAMS, X)
+
+
+def test_integer_parameters_are_refused():
+    params = PARAMS | {"steps": jnp.zeros((), jnp.int32)}
+    with pytest.raises(TypeError, match=r"'steps' has dtype int32.*inside inputs"):
+        exact_estimator().init(params, X)
+
+
+def test_no_parameters_at_all_are_refused():
+    estimator = fisher_estimator(lambda p, x: x, "squared_error", rows=4)
+    with pytest.raises(ValueError, match="params has no leaves"):
+        estimator.init({}, X)
+
+
+def test_estimators_with_the_same_model_but_other_rows_are_told_apart():
+    """Otherwise rows of one would overwrite slots of the other."""
+    curvature = exact_estimator(rows=4).init(PARAMS, X)
+    with pytest.raises(ValueError, match="another estimator"):
+        exact_estimator(rows=2).update(curvature, PARAMS, X)
+
+
+def test_the_curvature_is_a_pytree_of_arrays_only():
+    curvature = problem().curvature()
+    leaves = jax.tree.leaves(curvature)
+    assert all(isinstance(leaf, jax.Array) for leaf in leaves)
+    assert BATCH.dtype == leaves[0].dtype
+    assert dataclasses.is_dataclass(curvature)

@@ -1,0 +1,130 @@
+"""The single pass: like `jax.value_and_grad`, with the rows of the batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import CASES, NUM_EXAMPLES, Compact, by_name, init, normal, rebuild_gradients
+
+from optax_cgfac import value_and_grad
+
+X = normal(0, NUM_EXAMPLES, 5)
+Y = normal(1, NUM_EXAMPLES, 3)
+PARAMS = init(Compact(), X)
+
+
+def outputs_of(params, x):
+    return Compact().apply({"params": params}, x)
+
+
+def loss_fn(params, x, y):
+    return jnp.mean(jnp.sum((outputs_of(params, x) - y) ** 2, -1))
+
+
+def test_has_aux_returns_the_pair_beside_the_value():
+    def with_aux(params, x, y):
+        outputs = outputs_of(params, x)
+        return jnp.mean(jnp.sum((outputs - y) ** 2, -1)), {"outputs": outputs}
+
+    run = jax.jit(value_and_grad(with_aux, has_aux=True))
+    (value, aux), grads, curvature = run(PARAMS, X, Y)
+    expected, expected_grads, _ = jax.jit(value_and_grad(loss_fn))(PARAMS, X, Y)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(aux["outputs"], outputs_of(PARAMS, X), rtol=1e-5)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+        grads,
+        expected_grads,
+    )
+    assert curvature.layers["Dense_0"].a.shape == (NUM_EXAMPLES, 6)
+
+
+def test_each_row_is_the_gradient_of_its_own_example():
+    _, _, curvature = jax.jit(value_and_grad(loss_fn))(PARAMS, X, Y)
+    per_example = jax.jit(jax.vmap(jax.grad(loss_fn), (None, 0, 0)))(
+        PARAMS, X[:, None], Y[:, None]
+    )
+    for name, leaf in per_example.items():
+        a, g = curvature.layers[name]
+        outer = jnp.einsum("ni,no->nio", a, g)
+        np.testing.assert_allclose(outer[:, :-1], leaf["kernel"], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(outer[:, -1], leaf["bias"], rtol=1e-4, atol=1e-6)
+
+
+def test_a_summed_loss_has_the_same_rows_as_its_mean():
+    def summed(*args):
+        return NUM_EXAMPLES * loss_fn(*args)
+
+    _, _, mean = jax.jit(value_and_grad(loss_fn))(PARAMS, X, Y)
+    _, _, total = jax.jit(value_and_grad(summed, loss_reduction="sum"))(PARAMS, X, Y)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+        total.layers,
+        mean.layers,
+    )
+
+
+def test_the_window_holds_one_batch_that_counts_in_full():
+    _, _, curvature = jax.jit(value_and_grad(loss_fn))(PARAMS, X, Y)
+    assert int(curvature.num_updates) == 1
+    assert int(curvature.num_rows("Dense_1")) == NUM_EXAMPLES
+
+
+def test_every_position_is_a_row():
+    case = CASES["dense rank 4"]()
+    _, _, curvature = jax.jit(value_and_grad(case.loss))(case.params, case.inputs)
+    assert curvature.layers["."].a.shape == (NUM_EXAMPLES * 6, 6)
+    assert int(curvature.num_rows(".")) == NUM_EXAMPLES * 6
+
+
+def test_where_leaves_parameters_out_but_differentiates_them():
+    run = value_and_grad(loss_fn, where=lambda path: path != "Dense_0/bias")
+    _, grads, curvature = jax.jit(run)(PARAMS, X, Y)
+    assert np.any(grads["Dense_0"]["bias"])
+    assert curvature.layers["Dense_0"].a.shape == (NUM_EXAMPLES, 5)
+    assert not curvature.covers("Dense_0/bias")
+    rebuilt = rebuild_gradients(curvature, PARAMS)
+    np.testing.assert_allclose(
+        rebuilt["Dense_0/kernel"], by_name(grads)["Dense_0/kernel"], rtol=1e-4, atol=1e-6
+    )
+
+
+def test_an_unknown_reduction_is_refused():
+    with pytest.raises(ValueError, match="loss_reduction must be 'mean' or 'sum'"):
+        value_and_grad(loss_fn, loss_reduction="max")
+
+
+def test_a_loss_that_is_no_scalar_is_refused():
+    with pytest.raises(ValueError, match="loss_fn must return a scalar"):
+        value_and_grad(outputs_of)(PARAMS, X)
+
+
+def test_a_forgotten_has_aux_is_named():
+    def with_aux(params, x, y):
+        return loss_fn(params, x, y), None
+
+    with pytest.raises(ValueError, match="has_aux=True"):
+        value_and_grad(with_aux)(PARAMS, X, Y)
+
+
+def test_has_aux_without_aux_is_refused():
+    with pytest.raises(ValueError, match=r"a pair \(scalar, aux\)"):
+        value_and_grad(loss_fn, has_aux=True)(PARAMS, X, Y)
+
+
+def test_a_loss_without_layers_says_what_it_must_call():
+    with pytest.raises(ValueError, match=r"must call\s+model.apply un-jitted"):
+        value_and_grad(lambda params: jnp.sum(params["w"]))({"w": jnp.ones(3)})
+
+
+@pytest.mark.parametrize("traced_before", [False, True])
+def test_a_jitted_apply_inside_the_loss_is_refused(traced_before):
+    jitted = jax.jit(lambda params, x: outputs_of(params, x))
+
+    def loss(params, x):
+        return jnp.mean(jitted(params, x) ** 2)
+
+    if traced_before:
+        jitted(PARAMS, X)
+    with pytest.raises(ValueError, match=r"un-jitted|wrapped in jax.jit"):
+        value_and_grad(loss)(PARAMS, X)
