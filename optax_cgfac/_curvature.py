@@ -31,6 +31,7 @@ class CurvatureSpec:
       model_fn: The user's model, for Gauss-Newton products; None for a curvature
         of `value_and_grad`.
       loss: The loss, for its Hessian; None likewise.
+      options: The options of the estimator that fills the window.
       batched: For every leaf of the inputs, whether it has an axis of examples.
     """
 
@@ -39,6 +40,7 @@ class CurvatureSpec:
     window: int
     model_fn: Callable[..., Any] | None = None
     loss: Loss | None = None
+    options: tuple[Any, ...] = ()
     batched: tuple[bool, ...] = ()
 
 

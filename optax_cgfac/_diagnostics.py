@@ -5,7 +5,6 @@ from typing import Any
 import jax
 
 from optax_cgfac._paths import leaves_by_path, text
-from optax_cgfac._precondition import SolveInfo
 from optax_cgfac._step import CGFACState
 from optax_cgfac._transform import ScaleByCGFACState
 
@@ -21,7 +20,8 @@ def diagnostics(opt_state: Any) -> dict[str, Any]:
 
     Returns:
       A dict with ``"layers"``, for every layer its ``"cg_steps"``, its relative
-      ``"residual"`` and its ``"num_fallbacks"``; for `cgfac` also ``"damping"``,
+      ``"residual"`` and its ``"num_fallbacks"`` (by the number of the parameter
+      where the solves are direct and the state holds no names); for `cgfac` also ``"damping"``,
       ``"step_size"``, ``"momentum"``, ``"reduction_ratio"`` and
       ``"num_rejected"``.
 
@@ -47,7 +47,7 @@ def diagnostics(opt_state: Any) -> dict[str, Any]:
             "state of one optimizer."
         )
     (state,) = found
-    result: dict[str, Any] = {"layers": _layers(state.info)}
+    result: dict[str, Any] = {"layers": _layers(state)}
     if isinstance(state, CGFACState):
         result |= {
             "damping": state.damping,
@@ -59,13 +59,20 @@ def diagnostics(opt_state: Any) -> dict[str, Any]:
     return result
 
 
-def _layers(info: SolveInfo) -> dict[str, dict[str, Any]]:
-    steps, residuals, fallbacks = map(leaves_by_path, info)
+def _layers(state: CGFACState | ScaleByCGFACState) -> dict[str, dict[str, Any]]:
+    tree = state.velocity if isinstance(state, CGFACState) else state.warm_start
+    # A direct solve keeps nothing that is shaped like the parameters.
+    count = state.info.num_steps.shape[-1]
+    paths = leaves_by_path(tree) if tree is not None else map(_numbered, range(count))
     return {
         text(path[:-1]) or ".": {
-            "cg_steps": steps[path],
-            "residual": residuals[path],
-            "num_fallbacks": fallbacks[path],
+            "cg_steps": state.info.num_steps[..., index],
+            "residual": state.info.residual[..., index],
+            "num_fallbacks": state.info.num_fallbacks[..., index],
         }
-        for path in steps
+        for index, path in enumerate(paths)
     }
+
+
+def _numbered(index: int) -> tuple[str, str]:
+    return f"leaf_{index}", ""

@@ -157,6 +157,8 @@ def fisher_estimator(
     for name, value in (("window", window), ("rows", rows), ("model_rows", model_rows)):
         check_positive(name, value)
 
+    options = (kind, window, rows, model_rows)
+
     def init(params: PyTree, inputs: PyTree) -> Curvature:
         outputs = jax.eval_shape(model_fn, params, inputs)
         _check_outputs(outputs, kind)
@@ -176,7 +178,9 @@ def fisher_estimator(
         tags, uncovered = make_tags(
             discovery, params, Rows(rows, columns), where=where, fallback=fallback
         )
-        spec = CurvatureSpec(tags, uncovered, window, model_fn, loss, batched)
+        spec = CurvatureSpec(
+            tags, uncovered, window, model_fn, loss, options, batched
+        )
         kept = jnp.arange(min(model_rows, num_examples))
         return empty_curvature(spec, slice_examples(inputs, batched, kept))
 
@@ -188,7 +192,7 @@ def fisher_estimator(
         rng: Array | None = None,
         targets: PyTree = None,
     ) -> Curvature:
-        _check_update(curvature, model_fn, kind, rng, targets)
+        _check_update(curvature, (model_fn, loss, options), kind, rng, targets)
         batched = curvature.spec.batched
         num_examples = check_examples(inputs, batched, curvature.model_inputs, rows)
         if rng is None:
@@ -200,6 +204,8 @@ def fisher_estimator(
         indices = strided_indices(start, rows, num_examples)
         few = slice_examples(inputs, batched, indices)
         few_targets = jax.tree.map(lambda t: jnp.asarray(t)[indices], targets)
+
+        cycle = curvature.num_updates // (num_examples // rows)
 
         def forward(probes):
             capture = run_captured(model_fn, (params, few), probes)
@@ -213,7 +219,7 @@ def fisher_estimator(
             found = {}
             for tag in curvature.tags:
                 layer = example_rows(tag, calls_of(tag, calls, by_call), rows)
-                found[tag.name] = _one_position(layer, position_rng, start)
+                found[tag.name] = _one_position(layer, position_rng, indices + cycle)
             return found
 
         cotangents = _cotangents(
@@ -266,13 +272,16 @@ def _cotangents(
     return gradient * jnp.asarray(scale, outputs.dtype)
 
 
-def _one_position(rows: LayerRows, rng: Array | None, start: Array) -> LayerRows:
-    """Keeps one position of every example: ``(*stack, N, T, n) -> (*stack, N, n)``."""
+def _one_position(rows: LayerRows, rng: Array | None, turn: Array) -> LayerRows:
+    """Keeps one position of every example: ``(*stack, N, T, n) -> (*stack, N, n)``.
+
+    At random, or without a key at the ``turn`` of each example.
+    """
     num_examples, num_positions = rows.a.shape[-3:-1]
     if num_positions == 1:
         return jax.tree.map(lambda x: x[..., 0, :], rows)
     if rng is None:
-        chosen = (start + jnp.arange(num_examples)) % num_positions
+        chosen = turn % num_positions
     else:
         chosen = jax.random.randint(rng, (num_examples,), 0, num_positions)
     return jax.tree.map(
@@ -307,14 +316,15 @@ def _check_outputs(outputs: PyTree, kind: Kind) -> None:
 
 
 def _check_update(
-    curvature: Curvature, model_fn: Any, kind: Kind, rng: Any, targets: Any
+    curvature: Curvature, source: tuple, kind: Kind, rng: Any, targets: Any
 ) -> None:
     if not isinstance(curvature, Curvature):
         raise TypeError(
             "estimator.update takes the Curvature that estimator.init returned, got "
             f"{type(curvature).__name__}."
         )
-    if curvature.spec.model_fn is not model_fn:
+    spec = curvature.spec
+    if (spec.model_fn, spec.loss, spec.options) != source:
         raise ValueError(
             "This curvature comes from another estimator. Call "
             "estimator.init(params, inputs) of the one that updates it."

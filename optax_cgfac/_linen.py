@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.core.scope import union_filters
+from flax.core.scope import Scope, subtract_filters, union_filters
 
 from optax_cgfac._layers import LayerCall
 from optax_cgfac._paths import Path, leaves_by_path
@@ -69,10 +69,17 @@ class Root(NamedTuple):
 
 
 class Visit(NamedTuple):
-    """A module that the trace met, for reports on uncovered parameters."""
+    """A module that the trace met, for reports on uncovered parameters.
+
+    Attributes:
+      class_name: Its class.
+      liftable: Whether the collections of capture reach it.
+      hidden: Whether it runs below a JAX transform inside the user's function.
+    """
 
     class_name: str
     liftable: bool
+    hidden: bool
 
 
 class Capture(NamedTuple):
@@ -100,8 +107,7 @@ def run_captured(
       The `Capture`.
     """
     tap = _Tap(probes)
-    # Entered last, so inside the interceptors a user may have set.
-    with nn.intercept_methods(tap.intercept):
+    with nn.intercept_methods(tap.intercept_outermost):
         outputs = function(*args)
     return Capture(outputs, tuple(tap.roots), tap.visits)
 
@@ -144,35 +150,81 @@ def probe_calls(probes: tuple[PyTree, ...]) -> list[dict[Path, list[Array]]]:
 
 
 class _Tap:
-    """The interceptor of one traced call."""
+    """The interceptors of one traced call."""
 
     def __init__(self, probes: tuple[PyTree, ...] | None):
         self.probes = probes
         self.roots: list[Root] = []
         self.visits: dict[tuple[int, Path], Visit] = {}
-        self._root_scope = None
-        self._opened: tuple[Any, Any] | None = None  # root scope, its own filter
+        self._level = Scope({}).trace_level
+        self._root_scope: Scope | None = None  # of the outermost call under way
+        self._hidden = False  # whether that call is below a transform of the user's
+        self._opened: tuple[Scope, Any] | None = None  # root scope, its own filter
 
-    def intercept(
+    def intercept_outermost(
         self,
         next_function: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         context: nn.module.InterceptorContext,
     ) -> Any:
-        module = context.module
-        if module.scope is None:
+        """Puts the collections in place for a call, and takes them away again."""
+        scope = context.module.scope
+        if scope is None or self._root_scope is not None:
             return next_function(*args, **kwargs)
-        if self._root_scope is None:
-            self._open(module.scope)
+        # Values of a trace that began below model_fn (a jit, cond, scan or vmap of
+        # the user's own) could not be returned from here: they would leak.
+        self._hidden = scope.root.trace_level != self._level
+        if not self._hidden:
+            self._open(scope)
         if context.method_name == "setup":
             # Runs before the outermost call, and makes the children's scopes.
             return next_function(*args, **kwargs)
-        if self._root_scope is None:
-            return self._outermost(next_function, args, kwargs, context)
-        return self._inner(next_function, args, kwargs, context)
+        root, mutable = scope.root, scope.root.mutable
+        if not self._hidden:
+            root, mutable = self._open(scope)
+            self._put_probes(root, mutable)
+        self._root_scope = root
+        try:
+            # Entered only now, so inside every interceptor the user has entered:
+            # layers are tapped where they compute, as their parameters see it.
+            with nn.intercept_methods(self.intercept_layer):
+                outputs = self.intercept_layer(next_function, args, kwargs, context)
+        finally:
+            # The user's apply returns the collections that are mutable now.
+            root.mutable = subtract_filters(mutable, [INPUTS, PROBES])
+            self._root_scope = self._opened = None
+        self._harvest(root)
+        return outputs
 
-    def _open(self, scope) -> tuple[Any, Any]:
+    def intercept_layer(
+        self,
+        next_function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        """Taps a layer that rows can be taken from."""
+        scope = context.module.scope
+        if scope is None or context.method_name == "setup":
+            return next_function(*args, **kwargs)
+        if scope.root is self._root_scope and not self._hidden:
+            # Scopes may be older than the call (nn.Module.bind). Inside a lifted
+            # transform the transform alone decides: a collection it does not
+            # carry would be lost on the way out.
+            scope.mutable = union_filters(scope.mutable, INPUTS)
+        liftable = scope.is_mutable_collection(INPUTS)
+        key = (len(self.roots), tuple(scope.path))
+        class_name = type(context.module).__name__
+        self.visits.setdefault(key, Visit(class_name, liftable, self._hidden))
+        describe = _layer_of(context)
+        outputs = next_function(*args, **kwargs)
+        if describe is None or self._hidden or not liftable:
+            return outputs
+        call, a = describe(context.module, *args, **kwargs)
+        return self._tap_layer(scope, call, a, outputs)
+
+    def _open(self, scope: Scope) -> tuple[Scope, Any]:
         """Makes the inputs' collection mutable; returns the root and its own filter."""
         root = scope.root
         if self._opened is None or self._opened[0] is not root:
@@ -181,50 +233,24 @@ class _Tap:
         scope.mutable = root.mutable
         return self._opened
 
-    def _outermost(self, next_function, args, kwargs, context):
-        """Puts the collections in place for the call, and takes them away again."""
-        root, mutable = self._open(context.module.scope)
-        if self.probes is not None:
-            index = len(self.roots)
-            probes = self.probes[index] if index < len(self.probes) else {}
-            root.mutable = union_filters(mutable, [INPUTS, PROBES])
-            for name, value in probes.items():
-                root.put_variable(PROBES, name, value)
-            root.mutable = union_filters(mutable, INPUTS)
-        self._root_scope = root
-        try:
-            outputs = self._inner(next_function, args, kwargs, context)
-        finally:
-            # The user's apply returns the collections that are mutable now.
-            root.mutable = mutable
-            self._root_scope = self._opened = None
+    def _put_probes(self, root: Scope, mutable: Any) -> None:
+        if self.probes is None or len(self.roots) >= len(self.probes):
+            return
+        opened = root.mutable
+        root.mutable = union_filters(mutable, [INPUTS, PROBES])
+        for name, value in self.probes[len(self.roots)].items():
+            root.put_variable(PROBES, name, value)
+        root.mutable = opened
+
+    def _harvest(self, root: Scope) -> None:
+        """Records what the outermost call that just ended has left in its scope."""
         variables = root.variables()
         calls: dict[Path, list[tuple[LayerCall, tuple[Array, ...]]]] = {}
-        for path, call, values in _entries(variables.get(INPUTS, {})):
-            calls.setdefault(path, []).extend((call, value) for value in values)
-        leaf_ids = {
-            path: id(leaf)
-            for path, leaf in leaves_by_path(dict(variables.get("params", {}))).items()
-        }
-        self.roots.append(Root(calls, leaf_ids))
-        return outputs
-
-    def _inner(self, next_function, args, kwargs, context):
-        scope = context.module.scope
-        if scope.root is self._root_scope:
-            # Scopes may be older than the call (nn.Module.bind). Inside a lifted
-            # transform the transform alone decides: a collection it does not
-            # carry would be lost on the way out.
-            scope.mutable = union_filters(scope.mutable, INPUTS)
-        liftable = scope.is_mutable_collection(INPUTS)
-        key = (len(self.roots), tuple(scope.path))
-        self.visits.setdefault(key, Visit(type(context.module).__name__, liftable))
-        describe = _layer_of(context)
-        outputs = next_function(*args, **kwargs)
-        if describe is None or not liftable:
-            return outputs
-        call, a = describe(context.module, *args, **kwargs)
-        return self._tap_layer(scope, call, a, outputs)
+        if not self._hidden:
+            for path, call, values in _entries(variables.get(INPUTS, {})):
+                calls.setdefault(path, []).extend((call, value) for value in values)
+        leaves = leaves_by_path(dict(variables.get("params", {})))
+        self.roots.append(Root(calls, {path: id(x) for path, x in leaves.items()}))
 
     def _tap_layer(self, scope, call: LayerCall, a: Array, outputs: Array) -> Array:
         name = _encode(call)
@@ -281,7 +307,8 @@ def _describe_dense_general(
         return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
     def normalize(axes) -> tuple[int, ...]:
-        return tuple(axis % inputs.ndim for axis in as_tuple(axes))
+        # Flax sorts the axes, so the kernel's are in this order too.
+        return tuple(sorted(axis % inputs.ndim for axis in as_tuple(axes)))
 
     axis, batch = normalize(module.axis), normalize(module.batch_dims)
     positions = [i for i in range(inputs.ndim) if i not in axis and i not in batch]

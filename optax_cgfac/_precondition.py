@@ -1,5 +1,6 @@
 """Applies the damped inverse curvature to a gradient tree, layer by layer."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -21,9 +22,11 @@ from optax_cgfac._types import Array, PyTree
 
 
 class SolveInfo(NamedTuple):
-    """How the last solve of every layer went, as trees of scalars like the params.
+    """How the last solve of every layer went: vectors over the parameters' leaves.
 
-    A layer's kernel and bias hold the same numbers; of stacked layers, the worst.
+    Vectors and not trees like the parameters: what Optax's tools find in such trees
+    they take for one array per parameter, with its shape and sharding. A layer's
+    kernel and bias hold the same numbers; of stacked layers, the worst.
 
     Attributes:
       num_steps: CG iterations, int32; 0 for direct solves.
@@ -31,18 +34,19 @@ class SolveInfo(NamedTuple):
       num_fallbacks: Solves so far whose result was not finite and was replaced.
     """
 
-    num_steps: PyTree
-    residual: PyTree
-    num_fallbacks: PyTree
+    num_steps: Array
+    residual: Array
+    num_fallbacks: Array
 
 
 def init_info(params: PyTree) -> SolveInfo:
     """Returns the info of before the first solve."""
-
-    def scalars(dtype) -> PyTree:
-        return jax.tree.map(lambda _: jnp.zeros((), dtype), params)
-
-    return SolveInfo(scalars(jnp.int32), scalars(jnp.float32), scalars(jnp.int32))
+    shape = (len(jax.tree.leaves(params)),)
+    return SolveInfo(
+        jnp.zeros(shape, jnp.int32),
+        jnp.zeros(shape, jnp.float32),
+        jnp.zeros(shape, jnp.int32),
+    )
 
 
 def precondition(
@@ -104,7 +108,7 @@ def precondition(
         for path in problem.leaves:
             infos[path] = (cg_info._replace(residual_norm=relative), failed)
     updates = map_with_path(lambda path, leaf: solutions.get(path, leaf), grads)
-    return updates, _merge_info(info, infos)
+    return updates, _merge_info(info, leaves, infos)
 
 
 class _Problem(NamedTuple):
@@ -142,25 +146,18 @@ def _replace_non_finite(
     return jnp.where(finite, x, safe), ~finite
 
 
-def _merge_info(info: SolveInfo, infos: dict[Path, tuple[CGInfo, Array]]) -> SolveInfo:
-    def num_steps(path, old):
-        if path not in infos:
-            return old
-        return jnp.max(infos[path][0].num_steps).astype(old.dtype)
-
-    def residual(path, old):
-        if path not in infos:
-            return old
-        return jnp.max(infos[path][0].residual_norm).astype(old.dtype)
-
-    def num_fallbacks(path, old):
-        return old + infos[path][1].astype(old.dtype) if path in infos else old
-
-    return SolveInfo(
-        map_with_path(num_steps, info.num_steps),
-        map_with_path(residual, info.residual),
-        map_with_path(num_fallbacks, info.num_fallbacks),
-    )
+def _merge_info(
+    info: SolveInfo, paths: Iterable[Path], infos: dict[Path, tuple[CGInfo, Array]]
+) -> SolveInfo:
+    num_steps, residual, num_fallbacks = info
+    for index, path in enumerate(paths):
+        if path in infos:
+            cg_info, failed = infos[path]
+            steps, norm = jnp.max(cg_info.num_steps), jnp.max(cg_info.residual_norm)
+            num_steps = num_steps.at[index].set(steps)
+            residual = residual.at[index].set(norm.astype(residual.dtype))
+            num_fallbacks = num_fallbacks.at[index].add(failed)
+    return SolveInfo(num_steps, residual, num_fallbacks)
 
 
 def _check_shapes(tag: LayerTag, leaves: dict[Path, Array]) -> None:

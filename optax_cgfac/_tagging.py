@@ -57,9 +57,6 @@ def discover(function: Callable[..., PyTree], params: PyTree, *args: Any) -> Dis
 
     Returns:
       The `Discovery`.
-
-    Raises:
-      ValueError: If the function hides its layers behind an own `jax.jit`.
     """
     links: list[dict[Path, Path]] = []
     visits: dict[tuple[int, Path], Visit] = {}
@@ -71,15 +68,7 @@ def discover(function: Callable[..., PyTree], params: PyTree, *args: Any) -> Dis
         visits.update(capture.visits)
         return capture.outputs, [root.calls for root in capture.roots]
 
-    try:
-        outputs, roots = jax.eval_shape(traced, params, *args)
-    except jax.errors.UnexpectedTracerError as error:
-        raise ValueError(
-            "The model could not be captured: values of its layers do not leave the "
-            "function. This happens where model.apply is wrapped in jax.jit, lax.cond "
-            "or lax.scan inside model_fn. Pass the plain function, and jit the whole "
-            "training step instead."
-        ) from error
+    outputs, roots = jax.eval_shape(traced, params, *args)
     sources: dict[Path, list[Source]] = {}
     biases: dict[Path, Path | None] = {}
     for index, calls in enumerate(roots):
@@ -284,6 +273,12 @@ def _reason(path: Path, discovery: Discovery) -> str:
         return (
             "no module that reads it was met: it is unused, or read below a function "
             "that was jitted before"
+        )
+    if visit.hidden:
+        return (
+            f"its {visit.class_name} runs below a jax.jit, vmap, cond or scan (or an "
+            "outermost nn.jit or nn.remat) inside model_fn, out of which no rows can "
+            "be taken; jit the whole training step instead"
         )
     if not visit.liftable:
         return (

@@ -104,8 +104,9 @@ def _flat(rows: Array) -> Array:
 
 
 def _check_scalar(outputs: Any, has_aux: bool) -> None:
-    value = outputs[0] if has_aux and isinstance(outputs, tuple) else outputs
-    if getattr(value, "shape", None) != ():
+    is_pair = isinstance(outputs, tuple) and len(outputs) == 2
+    value = outputs[0] if has_aux and is_pair else outputs
+    if getattr(value, "shape", None) != () or has_aux != is_pair:
         expected = "a pair (scalar, aux)" if has_aux else "a scalar"
         raise ValueError(
             f"loss_fn must return {expected}, got {outputs}. "

@@ -143,7 +143,7 @@ def compact():
 
 def setup():
     names = ("encoder", "decoders_0", "decoders_1")
-    return plain(Setup(), BATCH, {name: ("dense", 1) for name in names})
+    return plain(Setup(), BATCH, dict.fromkeys(names, ("dense", 1)))
 
 
 def outer(inner):
@@ -328,7 +328,7 @@ def ensemble():
 
 def nested_scan():
     names = ("first", "outer/mix", "outer/blocks/Dense_0")
-    return plain(NestedScan(), BATCH, {name: ("dense", 1) for name in names})
+    return plain(NestedScan(), BATCH, dict.fromkeys(names, ("dense", 1)))
 
 
 def scan(remat=False):
@@ -345,7 +345,9 @@ def applied_twice():
     model = nn.Dense(5)
 
     def model_fn(params, x):
-        return model.apply({"params": params}, nn.tanh(model.apply({"params": params}, x)))
+        return model.apply(
+            {"params": params}, nn.tanh(model.apply({"params": params}, x))
+        )
 
     return Case(model_fn, init(model, BATCH), BATCH, {".": ("dense", 2)})
 
@@ -388,7 +390,9 @@ def dropout():
         rngs = {"dropout": inputs["key"]}
         return model.apply({"params": params}, inputs["x"], rngs=rngs)
 
-    variables = model.init({"params": jax.random.key(1), "dropout": inputs["key"]}, BATCH)
+    variables = model.init(
+        {"params": jax.random.key(1), "dropout": inputs["key"]}, BATCH
+    )
     return Case(model_fn, variables["params"], inputs, FIRST_LAST)
 
 

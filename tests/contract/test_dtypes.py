@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from steps import TRANSFORMS, make_problem
 
 import optax_cgfac
+from steps import TRANSFORMS, make_problem
 
 
 def floating_dtypes(tree):

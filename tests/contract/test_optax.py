@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from steps import TRANSFORMS, ingredients, problem, update
 
 import optax_cgfac
+from steps import TRANSFORMS, ingredients, problem, update
 
 every_transform = pytest.mark.parametrize("name", TRANSFORMS)
 
@@ -116,7 +116,9 @@ def test_inject_hyperparams_makes_the_damping_traced(factory, arguments):
 
 
 @pytest.mark.parametrize(
-    "factory", [optax_cgfac.scale_by_cgfac, optax_cgfac.cgfac], ids=["scale_by", "cgfac"]
+    "factory",
+    [optax_cgfac.scale_by_cgfac, optax_cgfac.cgfac],
+    ids=["scale_by", "cgfac"],
 )
 def test_inject_hyperparams_needs_no_static_args(factory):
     """Every number of the signature becomes an array, unless it is excluded."""
@@ -179,7 +181,10 @@ def test_map_params_places_the_state_beside_the_parameters(name):
     state = tx.init(params)
     mesh = jax.make_mesh((1,), ("model",))
     specs = {
-        "hidden": {"kernel": PartitionSpec(None, "model"), "bias": PartitionSpec("model")},
+        "hidden": {
+            "kernel": PartitionSpec(None, "model"),
+            "bias": PartitionSpec("model"),
+        },
         "out": {"kernel": PartitionSpec("model", None)},
     }
     shardings = jax.tree.map(

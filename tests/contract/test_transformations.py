@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
 from steps import TRANSFORMS, describe, problem
 
 every_transform = pytest.mark.parametrize("name", TRANSFORMS)

@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from models import NUM_EXAMPLES, Compact, JitMethod, Scanned, init, normal
 
 import optax_cgfac
+from models import NUM_EXAMPLES, Compact, JitMethod, Scanned, init, normal
 
 X = normal(0, NUM_EXAMPLES, 5)
 
@@ -115,7 +115,8 @@ def test_where_may_leave_out_a_tagged_layer_or_its_bias():
 
 def jitted_before():
     apply = jax.jit(lambda params, x: Compact().apply({"params": params}, x))
-    apply(init(Compact(), X), X)
+    for num_examples in (4, NUM_EXAMPLES):  # what init traces, and the whole batch
+        apply(init(Compact(), X), X[:num_examples])
     return apply
 
 
@@ -144,12 +145,14 @@ def under_scan():
 
 
 @pytest.mark.parametrize(
-    "make", [jitted_before, jitted_now, under_cond, under_scan], ids=lambda f: f.__name__
+    "make",
+    [jitted_before, jitted_now, under_cond, under_scan],
+    ids=lambda f: f.__name__,
 )
 def test_an_apply_under_a_jax_transform_of_the_user_raises_a_clear_error(make):
     """Never a leaked tracer, and never a report that says all is covered."""
     estimator = optax_cgfac.fisher_estimator(make(), "squared_error", rows=4)
-    with pytest.raises(ValueError, match=r"jax\.jit|jitted before"):
+    with pytest.raises(ValueError, match=r"jax\.jit|jitted before|no curvature"):
         estimator.init(init(Compact(), X), X)
 
 

@@ -50,19 +50,18 @@ def test_sample_space_equals_parameter_space(size, start, num_steps, dtype):
 @pytest.mark.parametrize("start", ["zero", "warm"])
 def test_both_spaces_stop_at_the_same_step_with_the_same_residual(start, dtype):
     problem, operator, x0 = setup("fewer rows than features", start, dtype)
-    limits = {"max_steps": 50, "rtol": 0.05}
+    limits = {"max_steps": 30, "rtol": 0.5}
     _, expected = solve_in_parameter_space(
         DampedOperator(operator, DAMPING), problem.b, x0, **limits
     )
     _, info = solve_on_rows(operator, DAMPING, problem.b, x0, **limits)
-    assert 1 < info.num_steps < 50
+    assert 1 < info.num_steps < 30
     assert info.num_steps == expected.num_steps
     assert info.converged
     assert expected.converged
-    # On rows a squared norm is a difference of terms as large as the first one.
-    first = problem.b - (0 if x0 is None else operator.matvec(x0) + DAMPING * x0)
-    error = abs(info.residual_norm**2 - expected.residual_norm**2)
-    assert error <= oracles.tolerance(dtype) * np.sum(first**2)
+    np.testing.assert_allclose(
+        info.residual_norm, expected.residual_norm, rtol=AGREEMENT[dtype]
+    )
 
 
 @pytest.mark.parametrize("preconditioned", [False, True], ids=["plain", "jacobi"])

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import BATCH, Compact, init, normal
-from steps import make_problem, problem
 
+from models import BATCH, Compact, init, normal
 from optax_cgfac import Loss, fisher_estimator, value_and_grad
+from steps import make_problem, problem
 
 X, Y = normal(0, 6, 5), normal(1, 6, 3)
 MODEL = Compact()
@@ -20,8 +20,17 @@ def model_fn(params, x):
     return MODEL.apply({"params": params}, x)
 
 
-def estimate(fn=model_fn, params=PARAMS, inputs=X, *, times=1, loss="squared_error",
-             rng=None, targets=None, **options):
+def estimate(
+    fn=model_fn,
+    params=PARAMS,
+    inputs=X,
+    *,
+    times=1,
+    loss="squared_error",
+    rng=None,
+    targets=None,
+    **options,
+):
     """A curvature after some updates, compiled; ``rng`` is a seed."""
     estimator = fisher_estimator(fn, loss, **({"rows": 4, "window": 2} | options))
     curvature = estimator.init(params, inputs)
@@ -93,12 +102,6 @@ def test_exact_rows_give_the_dense_factors():
         np.testing.assert_allclose(dense, np.kron(a, g), rtol=1e-4, atol=1e-5)
 
 
-def factor_traces(curvature, name):
-    operator = curvature.operator(name)
-    a, g = operator.factors()
-    return jnp.trace(a), g
-
-
 def average_g(fn, inputs, name, **options):
     """``G`` of one layer averaged over two thousand keys."""
     estimator = fisher_estimator(fn, "squared_error", rows=6, window=1, **options)
@@ -135,16 +138,10 @@ def pooled(params, x):
     return model_fn(params, x).mean(1)
 
 
-def pooled_oracle(name):
-    a, g = dense_factors(lambda y: y.mean(1), OVER_TIME)[name]
-    # Rows of an example sum to its gradient: G is summed over its positions.
-    return a, g
-
-
 @pytest.mark.parametrize("name", ["Dense_0", "Dense_1"])
 def test_sampled_positions_are_unbiased_with_pooled_outputs(name):
     a, g = average_g(pooled, OVER_TIME, name)
-    expected_a, expected_g = pooled_oracle(name)
+    expected_a, expected_g = dense_factors(lambda y: y.mean(1), OVER_TIME)[name]
     assert np.linalg.norm(a - expected_a) < 0.05 * np.linalg.norm(expected_a)
     assert np.linalg.norm(g - expected_g) < 0.05 * np.linalg.norm(expected_g)
 
@@ -154,8 +151,12 @@ def test_without_rng_every_position_of_every_example_is_met(num_examples):
     """Examples and positions cycle; after enough updates nothing was left out."""
     inputs = OVER_TIME[:num_examples]
     curvature = estimate(
-        pooled, inputs=inputs, kind="exact", rows=num_examples,
-        window=3 * num_examples, times=3 * num_examples,
+        pooled,
+        inputs=inputs,
+        kind="exact",
+        rows=num_examples,
+        window=3 * num_examples,
+        times=3 * num_examples,
     )
     rows = np.asarray(curvature.layers["Dense_0"].a)[:, :-1]
     met = {tuple(row) for row in rows.round(4).tolist()}
@@ -195,8 +196,10 @@ def test_model_inputs_are_kept_and_replaced_by_every_update():
         curvature, PARAMS, later, rng=jax.random.key(0)
     )
     assert curvature.model_inputs.shape == (4, 5)
-    kept = [np.flatnonzero(np.isclose(later, x).all(1)).item()
-            for x in curvature.model_inputs]
+    kept = [
+        np.flatnonzero(np.isclose(later, x).all(1)).item()
+        for x in curvature.model_inputs
+    ]
     assert len(set(kept)) == 4
 
 
@@ -244,10 +247,10 @@ def test_a_key_inside_the_inputs_travels_on():
     inputs = {"x": X, "key": jax.random.key(4)}
     curvature = estimate(noisy, inputs=inputs, kind="exact", rows=6, window=1)
     expected = X + jax.random.normal(inputs["key"], (5,))
-    rows = np.asarray(curvature.layers["Dense_0"].a)[:, :-1]
-    assert sorted(map(tuple, rows.round(4).tolist())) == sorted(
-        map(tuple, np.asarray(expected).round(4).tolist())
-    )
+    rows = np.asarray(curvature.layers["Dense_0"].a)[::3, :-1]  # one of three columns
+    distances = np.abs(rows[:, None] - np.asarray(expected)).max(-1)
+    assert len(rows) == 6
+    np.testing.assert_array_less(distances.min(0), 1e-5)
 
 
 # ---------------------------------------------------------------- jit and scan

@@ -2,10 +2,10 @@
 
 import jax
 import pytest
-from models import NUM_EXAMPLES, Heads, Scanned, init, normal
-from steps import problem
 
 import optax_cgfac
+from models import NUM_EXAMPLES, Heads, Scanned, init, normal
+from steps import problem
 
 
 def table(report):

@@ -4,8 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import CASES, NUM_EXAMPLES, Compact, by_name, init, normal, rebuild_gradients
 
+from models import (
+    CASES,
+    NUM_EXAMPLES,
+    Compact,
+    by_name,
+    init,
+    normal,
+    rebuild_gradients,
+)
 from optax_cgfac import value_and_grad
 
 X = normal(0, NUM_EXAMPLES, 5)
@@ -85,7 +93,10 @@ def test_where_leaves_parameters_out_but_differentiates_them():
     assert not curvature.covers("Dense_0/bias")
     rebuilt = rebuild_gradients(curvature, PARAMS)
     np.testing.assert_allclose(
-        rebuilt["Dense_0/kernel"], by_name(grads)["Dense_0/kernel"], rtol=1e-4, atol=1e-6
+        rebuilt["Dense_0/kernel"],
+        by_name(grads)["Dense_0/kernel"],
+        rtol=1e-4,
+        atol=1e-6,
     )
 
 

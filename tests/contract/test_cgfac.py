@@ -1,0 +1,216 @@
+"""The ready-made optimizer: its two modes, and each of its options."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from optax_cgfac import cgfac, diagnostics, scale_by_cgfac
+from steps import ingredients, model_fn, problem, update, value_fn
+
+
+def assert_trees_close(actual, expected, rtol=1e-4, atol=1e-6):
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol),
+        actual,
+        expected,
+    )
+
+
+def first(tx, **changes):
+    return update(tx, tx.init(ingredients().params), **changes)
+
+
+def solution(damping=0.1, **changes):
+    """What both modes build on: the preconditioned gradient."""
+    return first(scale_by_cgfac(damping, damping_form="factored"), **changes)[0]
+
+
+def scaled(factor, tree):
+    return jax.tree.map(lambda x: factor * x, tree)
+
+
+def dot(x, y):
+    return sum(
+        np.vdot(np.asarray(u, np.float64), np.asarray(v, np.float64))
+        for u, v in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
+    )
+
+
+def gauss_newton(direction):
+    """``dᵀFd`` of the squared error on the kept examples, by a plain jvp."""
+    given = ingredients()
+    _, tangent = jax.jvp(
+        lambda p: model_fn(p, given.curvature.model_inputs),
+        (given.params,),
+        (direction,),
+    )
+    return 2 * np.mean(np.sum(np.asarray(tangent, np.float64) ** 2, -1))
+
+
+# ---------------------------------------------------------------- with a rate
+
+
+def test_a_learning_rate_scales_the_preconditioned_gradient():
+    updates, state = first(cgfac(0.3))
+    assert_trees_close(updates, scaled(-0.3, solution()))
+    assert float(state.step_size) == pytest.approx(0.3)
+
+
+def test_schedules_are_read_at_the_count():
+    tx = cgfac(
+        optax.linear_schedule(0.4, 0.0, 4), damping=lambda count: 0.1 * (count + 1)
+    )
+    updates, state = first(tx)
+    assert_trees_close(updates, scaled(-0.4, solution(0.1)))
+    updates, state = update(tx, state)
+    assert_trees_close(updates, scaled(-0.3, solution(0.2)))
+    assert float(state.damping) == pytest.approx(0.2)
+
+
+def test_momentum_adds_the_previous_update():
+    tx = cgfac(0.3, momentum=0.5)
+    before, state = first(tx)
+    updates, _ = update(tx, state)
+    expected = jax.tree.map(lambda x, d: -0.3 * x + 0.5 * d, solution(), before)
+    assert_trees_close(updates, expected)
+
+
+def test_the_kl_clip_bounds_the_step():
+    clip = 1e-3
+    updates, state = first(cgfac(0.3, kl_clip=clip))
+    x = solution()
+    nu = np.sqrt(clip / (0.3**2 * dot(x, ingredients().grads)))
+    assert nu < 1
+    assert_trees_close(updates, scaled(-0.3 * nu, x))
+    assert float(state.step_size) == pytest.approx(0.3 * nu, rel=1e-4)
+    loose, _ = first(cgfac(0.3, kl_clip=1e6))
+    assert_trees_close(loose, scaled(-0.3, x))
+
+
+def with_l2(l2):
+    given = ingredients()
+    return jax.tree.map(lambda g, p: g + l2 * p, given.grads, given.params)
+
+
+def test_l2_adds_to_the_gradient():
+    updates, _ = first(cgfac(0.3, l2=0.5))
+    expected, _ = first(cgfac(0.3), grads=with_l2(0.5))
+    assert_trees_close(updates, expected)
+    without, _ = first(cgfac(0.3))
+    assert not np.allclose(updates["out"]["kernel"], without["out"]["kernel"])
+
+
+# ---------------------------------------------------------------- without one
+
+
+@pytest.mark.parametrize("l2", [0.0, 0.5])
+def test_the_step_minimizes_the_damped_gauss_newton_model(l2):
+    damping = 0.2
+    grads = with_l2(l2)
+    direction = scaled(-1, solution(damping, grads=grads))
+    slope = dot(grads, direction)
+    norm = dot(direction, direction)
+    size = -slope / (gauss_newton(direction) + (damping + l2) * norm)
+    assert 0 < size < 1, "the box would hide what is tested"
+
+    updates, state = first(cgfac(damping=damping, l2=l2))
+    assert float(state.step_size) == pytest.approx(size, rel=1e-3)
+    assert float(state.momentum) == 0
+    assert_trees_close(updates, scaled(size, direction), rtol=1e-3)
+
+
+@pytest.mark.parametrize("l2", [0.0, 0.5])
+def test_the_reduction_ratio_is_actual_over_predicted(l2):
+    damping, given = 0.2, ingredients()
+    tx = cgfac(damping=damping, l2=l2, damping_interval=1, damping_decay=0.5)
+    updates, state = first(tx)
+
+    moved = optax.apply_updates(given.params, updates)
+    actual = float(value_fn(moved) - given.value)
+    actual += l2 / 2 * (dot(moved, moved) - dot(given.params, given.params))
+    predicted = dot(with_l2(l2), updates)
+    predicted += (gauss_newton(updates) + l2 * dot(updates, updates)) / 2
+    ratio = actual / predicted
+    assert float(state.reduction_ratio) == pytest.approx(ratio, rel=1e-2)
+    factor = 0.5 if ratio > 0.75 else 2.0 if ratio < 0.25 else 1.0
+    assert float(state.damping) == pytest.approx(damping * factor)
+
+
+def test_the_damping_changes_at_the_interval_only_and_stays_in_its_bounds():
+    tx = cgfac(damping=0.1, damping_interval=2, damping_decay=0.1, min_damping=0.05)
+    state, seen = tx.init(ingredients().params), []
+    for _ in range(4):
+        _, state = update(tx, state)
+        seen.append(float(state.damping))
+    assert seen[0] == pytest.approx(0.1)
+    assert seen[1] == seen[2]
+    assert min(seen) >= 0.05 - 1e-7
+
+
+def test_a_loss_that_explodes_raises_the_damping():
+    tx = cgfac(damping=0.1, damping_interval=1, damping_decay=0.5)
+    given = ingredients()
+    _, state = tx.update(
+        given.grads,
+        tx.init(given.params),
+        given.params,
+        curvature=given.curvature,
+        value=given.value,
+        value_fn=lambda params: jnp.asarray(jnp.inf),
+    )
+    assert float(state.damping) == pytest.approx(0.2)
+    assert float(state.reduction_ratio) == -np.inf
+
+
+def test_a_fixed_momentum_is_used_as_it_is():
+    tx = cgfac(momentum=0.5)
+    before, state = first(tx)
+    updates, state = update(tx, state)
+    assert float(state.momentum) == 0.5
+    size = float(state.step_size)
+    expected = jax.tree.map(lambda x, d: -size * x + 0.5 * d, solution(), before)
+    assert_trees_close(updates, expected, rtol=1e-3)
+
+
+def test_a_chosen_momentum_stays_in_its_box():
+    tx = cgfac()
+    state = tx.init(ingredients().params)
+    for _ in range(3):
+        _, state = update(tx, state)
+        assert 0 <= float(state.momentum) <= 0.95
+        assert 0 <= float(state.step_size) <= 1
+
+
+# ---------------------------------------------------------------- diagnostics
+
+
+@pytest.mark.parametrize("wrap", [False, True], ids=["alone", "in a chain"])
+def test_diagnostics_are_arrays_under_jit(wrap):
+    tx = cgfac(solver="cg", max_steps=3)
+    tx = optax.chain(optax.clip(1e6), tx) if wrap else tx
+    _, state = first(tx)
+    result = jax.jit(diagnostics)(state)
+    assert set(result["layers"]) == {"hidden", "out"}
+    for layer in result["layers"].values():
+        assert 1 <= int(layer["cg_steps"]) <= 2 * 3
+        assert float(layer["residual"]) > 0
+        assert int(layer["num_fallbacks"]) == 0
+    assert float(result["damping"]) == pytest.approx(0.1)
+    assert 0 < float(result["step_size"]) <= 1
+    assert {"momentum", "reduction_ratio", "num_rejected"} < set(result)
+
+
+def test_diagnostics_of_the_building_block_have_layers_only():
+    _, state = first(scale_by_cgfac(0.1))
+    assert set(diagnostics(state)) == {"layers"}
+
+
+def test_diagnostics_need_one_state():
+    adam = optax.adam(1e-3).init(problem().params)
+    with pytest.raises(ValueError, match="Expected one CG-FAC state .* found 0"):
+        diagnostics(adam)
+    state = cgfac().init(problem().params)
+    with pytest.raises(ValueError, match="found 2"):
+        diagnostics((state, state))

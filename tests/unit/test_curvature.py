@@ -1,0 +1,209 @@
+"""The window of rows: a ring buffer in which only what was seen counts."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models import Compact, init, normal
+from optax_cgfac import LayerRows, value_and_grad
+from steps import problem
+
+
+def empty(window=3):
+    """The small problem's curvature: layers "hidden" (6 x 4) and "out" (4 x 3)."""
+    return problem().curvature().with_window(window)
+
+
+def rows_of(value):
+    """One update's rows, four of each layer, all entries equal."""
+    full = jnp.full
+    return {
+        "hidden": LayerRows(full((4, 6), value), full((4, 4), value)),
+        "out": LayerRows(full((4, 4), value), full((4, 3), value)),
+    }
+
+
+def slots(curvature):
+    """The value that each slot of the window holds."""
+    return np.asarray(curvature.layers["out"].a)[::4, 0].tolist()
+
+
+def test_the_oldest_rows_are_dropped():
+    curvature = empty(window=3)
+    for value, held in [
+        (1.0, [1, 0, 0]),
+        (2.0, [1, 2, 0]),
+        (3.0, [1, 2, 3]),
+        (4.0, [4, 2, 3]),
+        (5.0, [4, 5, 3]),
+    ]:
+        curvature = curvature.push_rows(rows_of(value))
+        assert slots(curvature) == held
+    assert int(curvature.num_updates) == 5
+
+
+def test_only_rows_seen_so_far_count():
+    curvature = empty(window=3)
+    assert int(curvature.num_rows("out")) == 0
+    for expected in (4, 8, 12, 12):
+        curvature = curvature.push_rows(rows_of(1.0))
+        assert int(curvature.num_rows("out")) == expected
+
+
+def test_a_partly_filled_window_averages_over_what_it_holds():
+    """The same rows once or three times are the same curvature."""
+    once = empty(window=3).push_rows(rows_of(2.0))
+    full = once.push_rows(rows_of(2.0)).push_rows(rows_of(2.0))
+    expected = np.full((12, 12), 2.0**4)  # the mean of a aᵀ is 4, that of g gᵀ too
+    for curvature in (once, full):
+        dense = curvature.operator("out").to_dense()
+        np.testing.assert_allclose(dense, expected, rtol=1e-6)
+
+
+def test_before_the_first_update_the_curvature_is_zero():
+    assert not np.any(empty().operator("hidden").to_dense())
+
+
+@pytest.mark.parametrize("side", ["a", "g"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_row_that_is_not_finite_is_dropped_in_both_factors(side, bad):
+    rows = rows_of(1.0)
+    poisoned = getattr(rows["hidden"], side).at[2, 1].set(bad)
+    rows["hidden"] = rows["hidden"]._replace(**{side: poisoned})
+    curvature = empty(window=1).push_rows(rows)
+    for held in curvature.layers["hidden"]:
+        np.testing.assert_array_equal(held[2], np.zeros(held.shape[1]))
+        np.testing.assert_array_equal(np.delete(held, 2, 0), 1.0)
+    np.testing.assert_array_equal(curvature.layers["out"].a, 1.0)
+
+
+def test_pushing_keeps_what_was_not_given():
+    before = empty()
+    after = before.push_rows(rows_of(1.0))
+    np.testing.assert_array_equal(after.model_inputs, before.model_inputs)
+    assert after.spec is before.spec
+    assert slots(before) == [0, 0, 0]
+
+
+# ---------------------------------------------------------------- push
+
+
+X = normal(0, 6, 5)
+PARAMS = init(Compact(), X)
+
+
+def one_pass(num_examples=6, **options):
+    def loss_fn(params):
+        outputs = Compact().apply({"params": params}, X[:num_examples])
+        return jnp.mean(jnp.sum(outputs**2, -1))
+
+    return jax.jit(lambda p: value_and_grad(loss_fn, **options)(p)[2])(PARAMS)
+
+
+def test_push_collects_batches_of_the_single_pass():
+    batch = one_pass()
+    window = batch.with_window(2)
+    assert int(window.num_updates) == 0
+    held = window.push(batch).push(batch)
+    for name, rows in batch.layers.items():
+        np.testing.assert_array_equal(
+            held.layers[name].a, np.concatenate([rows.a, rows.a])
+        )
+    assert int(held.num_rows("Dense_0")) == 12
+
+
+def test_push_refuses_other_numbers_of_rows():
+    with pytest.raises(ValueError, match=r"\(6 rows\), .*window 1\n.*\(4 rows\)"):
+        one_pass().with_window(2).push(one_pass(4))
+
+
+def test_push_refuses_other_layers():
+    other = one_pass(where=lambda path: "Dense_1" not in path)
+    with pytest.raises(ValueError, match="same layers with window 1"):
+        one_pass().with_window(2).push(other)
+
+
+def test_push_refuses_a_window_of_several_updates():
+    batch = one_pass()
+    with pytest.raises(ValueError, match=r"got: .*window 2"):
+        batch.with_window(2).push(batch.with_window(2))
+
+
+@pytest.mark.parametrize("window", [0, -1, 2.0])
+def test_a_window_must_be_a_positive_int(window):
+    with pytest.raises(ValueError, match="window must be an int of at least 1"):
+        empty().with_window(window)
+
+
+# ---------------------------------------------------------------- looking inside
+
+
+def test_covers_names_parameters():
+    curvature = empty()
+    assert curvature.covers("hidden/kernel")
+    assert curvature.covers("hidden/bias")
+    assert not curvature.covers("out/bias")
+    assert not curvature.covers("hidden")
+
+
+@pytest.mark.parametrize("form", ["tikhonov", "factored"])
+def test_the_damped_operator_is_larger_by_its_damping(form):
+    curvature = empty().push_rows(rows_of(1.0))
+    undamped = np.asarray(curvature.operator("out").to_dense())
+    operator = curvature.operator("out", damping=0.25, damping_form=form)
+    added = np.asarray(operator.to_dense()) - undamped
+    if form == "tikhonov":
+        np.testing.assert_allclose(added, 0.25 * np.eye(12), atol=1e-6)
+    # Factored: αβ = γ, and the cross terms only add.
+    assert np.linalg.eigvalsh(added).min() > 0.25 - 1e-5
+
+
+def test_an_unknown_layer_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"No tagged layer 'Dense_7'.*hidden, out"):
+        empty().operator("Dense_7")
+    with pytest.raises(ValueError, match="No tagged layer"):
+        empty().num_rows("Dense_7")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"structure": "block"}, "structure must be one of 'kronecker', got 'block'"),
+        ({"damping": 0.1, "damping_form": "ridge"}, "damping_form must be one of"),
+    ],
+)
+def test_unknown_options_of_an_operator_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        empty().operator("out", **options)
+
+
+# ---------------------------------------------------------------- as a pytree
+
+
+def test_a_curvature_passes_through_jit_scan_and_flattening():
+    start = empty()
+    leaves, structure = jax.tree.flatten(start)
+    assert all(isinstance(leaf, jax.Array) for leaf in leaves)
+    again = jax.tree.unflatten(structure, leaves)
+    assert again.tags == start.tags
+
+    def body(curvature, value):
+        return curvature.push_rows(rows_of(value)), None
+
+    values = jnp.arange(1.0, 5.0)
+    scanned, _ = jax.jit(lambda c: jax.lax.scan(body, c, values))(start)
+    assert slots(scanned) == [4, 2, 3]
+    assert jax.tree.structure(scanned) == structure
+
+
+def test_two_estimators_are_two_structures():
+    """Otherwise jit would reuse a trace with the model of the other one."""
+    curvature = empty()
+    assert jax.tree.structure(curvature) != jax.tree.structure(
+        dataclasses.replace(
+            curvature, spec=dataclasses.replace(curvature.spec, model_fn=max)
+        )
+    )

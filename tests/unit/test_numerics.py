@@ -1,0 +1,149 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from optax_cgfac import _numerics as numerics
+
+
+def random_matrices(size, stack=(), *, dtype, seed=0):
+    """Positive definite, condition number 100."""
+    rng = np.random.default_rng(seed)
+    basis = np.linalg.qr(rng.normal(size=(*stack, size, size)))[0]
+    values = np.geomspace(0.1, 10, size)
+    return jnp.asarray((basis * values) @ np.swapaxes(basis, -1, -2), dtype)
+
+
+def test_tree_dot_sums_over_all_leaves(dtype):
+    rng = np.random.default_rng(0)
+    x, y = ({"w": rng.normal(size=(4, 3)), "b": [rng.normal(size=5)]} for _ in range(2))
+    expected = np.sum(x["w"] * y["w"]) + np.sum(x["b"][0] * y["b"][0])
+    as_dtype = [jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), t) for t in (x, y)]
+    dot = numerics.tree_dot(*as_dtype)
+    assert dot.dtype == dtype
+    assert abs(dot - expected) < oracles.tolerance(dtype, condition=10)
+
+
+def test_tree_dtype_is_the_promoted_dtype(x64):
+    tree = {"a": jnp.ones(2, jnp.float32), "b": jnp.ones((), jnp.float64)}
+    assert numerics.tree_dtype(tree) == jnp.float64
+    assert numerics.tree_dot(tree, tree).dtype == jnp.float64
+
+
+@pytest.mark.parametrize(
+    ("value", "is_finite"),
+    [(1.0, True), (jnp.nan, False), (jnp.inf, False), (-jnp.inf, False)],
+)
+def test_tree_is_finite_looks_at_every_entry(value, is_finite):
+    tree = {"a": jnp.zeros(3), "b": (jnp.zeros((2, 2)).at[1, 0].set(value),)}
+    assert numerics.tree_is_finite(tree) == is_finite
+
+
+def test_an_empty_tree_is_finite():
+    assert numerics.tree_is_finite({})
+
+
+def test_safe_divide_gives_zero_where_the_denominator_is_zero(dtype):
+    numerator = jnp.asarray([6.0, 1.0, 0.0, -3.0], dtype)
+    denominator = jnp.asarray([2.0, 0.0, 0.0, 4.0], dtype)
+    quotient = numerics.safe_divide(numerator, denominator)
+    assert quotient.dtype == dtype
+    np.testing.assert_array_equal(quotient, [3.0, 0.0, 0.0, -0.75])
+
+
+def test_products_ask_for_full_precision():
+    rows = jnp.ones((2, 3))
+    for function in (numerics.gram, lambda x: numerics.tree_dot(x, x)):
+        jaxpr = jax.make_jaxpr(function)(rows)
+        assert "HIGHEST" in str(jaxpr)
+
+
+@pytest.mark.parametrize("num_features", [3, 40])
+def test_gram_holds_the_inner_products_of_rows(num_features, dtype):
+    rows = np.random.default_rng(0).normal(size=(2, 5, num_features))
+    gram = numerics.gram(jnp.asarray(rows, dtype))
+    expected = np.einsum("sri,sti->srt", rows, rows)
+    assert oracles.relative_error(gram, expected) < oracles.tolerance(dtype)
+
+
+@pytest.mark.parametrize("size", [2, 30, 120])
+def test_the_tiny_shift_keeps_a_singular_gram_matrix_definite(size, dtype):
+    rng = np.random.default_rng(0)
+    rows = jnp.asarray(rng.normal(size=(size, 1 + size // 10)), dtype)
+    matrix = numerics.gram(rows)
+    shift = numerics.tiny_shift(jnp.trace(matrix))
+    assert 0 < shift < 1e-3 * jnp.trace(matrix)
+    factor = jnp.linalg.cholesky(matrix + shift * jnp.eye(size, dtype=dtype))
+    assert np.all(np.isfinite(factor))
+
+
+def test_the_tiny_shift_of_a_zero_matrix_can_be_divided_by(dtype):
+    shift = numerics.tiny_shift(jnp.zeros((), dtype))
+    assert shift.dtype == dtype
+    assert shift > 0
+    assert np.isfinite(1 / shift**2)
+
+
+def test_inverses_of_many_sizes_stacks_and_positions(dtype):
+    shapes = [(1, ()), (5, (2,)), (32, ()), (33, ()), (31, (2, 3)), (70, ())]
+    matrices = [
+        random_matrices(size, stack, dtype=dtype, seed=seed)
+        for seed, (size, stack) in enumerate(shapes)
+    ]
+    inverses = jax.jit(numerics.spd_inverses)(matrices)
+    assert len(inverses) == len(matrices)
+    for matrix, inverse in zip(matrices, inverses, strict=True):
+        expected = np.linalg.inv(oracles.float64(matrix))
+        assert inverse.dtype == dtype
+        assert oracles.relative_error(inverse, expected) < oracles.tolerance(
+            dtype, condition=100
+        )
+
+
+def test_each_inverse_keeps_its_own_dtype(x64):
+    matrices = [random_matrices(4, dtype=name) for name in ("float32", "float64")]
+    inverses = numerics.spd_inverses(matrices)
+    assert [inverse.dtype for inverse in inverses] == [jnp.float32, jnp.float64]
+
+
+@pytest.mark.parametrize("size", [1, 8, 32, 33, 200])
+def test_blocked_and_unblocked_inverses_agree(size, dtype):
+    matrices = random_matrices(size, (2,), dtype=dtype)
+    blocked = numerics.blocked_inverse(matrices)
+    unblocked = numerics.cholesky_inverse(matrices)
+    assert oracles.relative_error(blocked, unblocked) < oracles.tolerance(
+        dtype, condition=100
+    )
+
+
+INDEFINITE = {
+    "negative": -np.eye(3),
+    "zero": np.zeros((3, 3)),
+    "singular": np.ones((3, 3)),
+    "indefinite": np.array([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 1.0]]),
+    "not a number": np.full((3, 3), np.nan),
+    "large, last pivot negative": np.diag([*np.ones(39), -1.0]),
+}
+
+
+@pytest.mark.parametrize(
+    "invert",
+    [
+        lambda matrix: numerics.spd_inverses([matrix])[0],
+        lambda matrix: numerics.blocked_inverse(matrix[None])[0],
+        lambda matrix: numerics.cholesky_inverse(matrix[None])[0],
+    ],
+    ids=["grouped", "blocked", "unblocked"],
+)
+@pytest.mark.parametrize("name", INDEFINITE)
+def test_the_inverse_of_what_is_not_positive_definite_is_not_finite(name, invert):
+    inverse = invert(jnp.asarray(INDEFINITE[name], jnp.float32))
+    assert not np.all(np.isfinite(inverse))
+
+
+def test_a_bad_matrix_does_not_spoil_the_others_of_its_batch():
+    good = jnp.diag(jnp.array([2.0, 4.0]))
+    bad, inverse = numerics.spd_inverses([-good, good])
+    assert not np.all(np.isfinite(bad))
+    np.testing.assert_allclose(inverse, np.diag([0.5, 0.25]), rtol=1e-6)

@@ -1,0 +1,170 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import problems
+import pytest
+
+from optax_cgfac import (
+    DampedOperator,
+    DiagonalOperator,
+    FactoredDampedOperator,
+    KroneckerOperator,
+    jacobi_preconditioner,
+)
+
+A_SCALE, G_SCALE, DAMPING, ALPHA, BETA = 0.2, 0.7, 0.3, 0.5, 1.5
+STACKS = {"one layer": (), "stacked": (2,), "doubly stacked": (2, 3)}
+NAMES = ["kronecker", "damped", "factored damped"]
+
+
+def rows(stack, dtype, sizes=(5, 4, 3)):
+    num_rows, n_in, n_out = sizes
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(*stack, num_rows, n_in))
+    g = rng.normal(size=(*stack, num_rows, n_out))
+    vector = rng.normal(size=(*stack, n_in, n_out))
+    return tuple(jnp.asarray(x, dtype) for x in (a, g, vector))
+
+
+def make(name, a, g):
+    operator = KroneckerOperator(a, g, A_SCALE, G_SCALE)
+    if name == "damped":
+        return DampedOperator(operator, DAMPING)
+    if name == "factored damped":
+        stack = a.shape[:-2]
+        alpha, beta = (jnp.full(stack, x, a.dtype) for x in (ALPHA, BETA))
+        return FactoredDampedOperator(operator, alpha, beta)
+    return operator
+
+
+def dense_layer(name, a, g):
+    a, g = oracles.moment(a, A_SCALE), oracles.moment(g, G_SCALE)
+    if name == "factored damped":
+        a, g = a + ALPHA * np.eye(len(a)), g + BETA * np.eye(len(g))
+    dense = np.kron(a, g)
+    return dense + DAMPING * np.eye(len(dense)) if name == "damped" else dense
+
+
+def dense_layers(name, a, g):
+    """The oracle's matrices of shape ``(*stack, n, n)``."""
+    stack = a.shape[:-2]
+    flat_a, flat_g = a.reshape(-1, *a.shape[-2:]), g.reshape(-1, *g.shape[-2:])
+    layers = [dense_layer(name, *pair) for pair in zip(flat_a, flat_g, strict=True)]
+    return np.stack(layers).reshape(*stack, *layers[0].shape)
+
+
+@pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_view_of_an_operator_agrees_with_the_dense_oracle(name, stack, dtype):
+    a, g, vector = rows(stack, dtype)
+    operator = make(name, a, g)
+    dense = dense_layers(name, a, g)
+    product = np.einsum("...ij,...j->...i", dense, vector.reshape(*stack, -1))
+    diagonal = np.diagonal(dense, axis1=-2, axis2=-1)
+    for view, expected in (
+        (operator.to_dense(), dense),
+        (operator.matvec(vector), product.reshape(vector.shape)),
+        (operator.diagonal(), diagonal.reshape(vector.shape)),
+        (operator.trace(), diagonal.sum(-1)),
+    ):
+        assert view.dtype == dtype
+        assert oracles.relative_error(view, expected) < oracles.tolerance(dtype)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_operators_are_pytrees(name):
+    a, g, vector = rows((), "float32")
+    operator = make(name, a, g)
+    apply = jax.jit(lambda operator, vector: operator.matvec(vector))
+    np.testing.assert_allclose(
+        apply(operator, vector), operator.matvec(vector), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_single_precision_stays_single_beside_double_precision_scales(name, x64):
+    a, g, vector = rows((), "float32")
+    operator = KroneckerOperator(a, g, jnp.float64(A_SCALE), jnp.float64(G_SCALE))
+    if name == "damped":
+        operator = DampedOperator(operator, jnp.float64(DAMPING))
+    elif name == "factored damped":
+        alpha, beta = jnp.float32(ALPHA), jnp.float32(BETA)
+        operator = FactoredDampedOperator(operator, alpha, beta)
+    results = operator.matvec(vector), operator.diagonal(), operator.to_dense()
+    assert {result.dtype for result in results} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_product_forms_no_matrix_as_large_as_a_factor(name):
+    a, g, vector = rows((), "float32", sizes=(2, 50, 40))
+    operator = make(name, a, g)
+    jaxpr = jax.make_jaxpr(operator.matvec)(vector)
+    shapes = {var.aval.shape for eqn in jaxpr.eqns for var in eqn.outvars}
+    assert (50, 40) in shapes
+    assert not shapes & {(50, 50), (40, 40)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_products_ask_for_full_precision(name):
+    a, g, vector = rows((), "float32")
+    jaxpr = jax.make_jaxpr(make(name, a, g).matvec)(vector)
+    precisions = [
+        eqn.params["precision"]
+        for eqn in jaxpr.eqns
+        if eqn.primitive.name == "dot_general"
+    ]
+    highest = jax.lax.Precision.HIGHEST
+    assert precisions == [(highest, highest)] * 4
+
+
+def test_scales_default_to_the_sum_over_rows(dtype):
+    a, g, vector = rows((), dtype)
+    expected = np.kron(oracles.moment(a, 1.0), oracles.moment(g, 1.0))
+    product = KroneckerOperator(a, g).matvec(vector)
+    assert oracles.relative_error(
+        product, oracles.apply(expected, vector)
+    ) < oracles.tolerance(dtype)
+
+
+def test_factors_are_the_scaled_moments(dtype):
+    a, g, _ = rows((2,), dtype)
+    factors = KroneckerOperator(a, g, A_SCALE, G_SCALE).factors()
+    for factor, side, scale in zip(factors, (a, g), (A_SCALE, G_SCALE), strict=True):
+        expected = np.stack([oracles.moment(layer, scale) for layer in side])
+        assert oracles.relative_error(factor, expected) < oracles.tolerance(dtype)
+
+
+def test_views_of_a_diagonal_operator_agree(dtype):
+    entries = jnp.asarray([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype)
+    operator = DiagonalOperator(entries)
+    vector = entries[::-1]
+    dense = np.diag(np.arange(1.0, 7.0))
+    np.testing.assert_array_equal(operator.to_dense(), dense)
+    np.testing.assert_array_equal(
+        operator.matvec(vector), oracles.apply(dense, vector)
+    )
+    np.testing.assert_array_equal(operator.diagonal(), entries)
+    assert operator.trace() == 21
+
+
+def test_a_damped_diagonal_operator_agrees_with_its_dense_form():
+    operator = DampedOperator(DiagonalOperator(jnp.array([1.0, 2.0, 3.0])), 0.5)
+    np.testing.assert_array_equal(operator.to_dense(), np.diag([1.5, 2.5, 3.5]))
+    np.testing.assert_array_equal(operator.diagonal(), [1.5, 2.5, 3.5])
+    assert operator.trace() == 7.5
+
+
+def test_the_inverse_of_a_diagonal_skips_entries_that_are_not_positive():
+    inverse = DiagonalOperator(jnp.array([2.0, 0.0, -4.0, 0.5])).inverse()
+    np.testing.assert_array_equal(inverse.entries, [0.5, 1.0, 1.0, 2.0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_jacobi_preconditioner_inverts_the_diagonal(name, dtype):
+    problem = problems.layer_problem(5, 4, 3, dtype=dtype)
+    operator = make(name, problem.a, problem.g)
+    diagonal = np.diag(dense_layer(name, problem.a, problem.g))
+    product = jacobi_preconditioner(operator).matvec(problem.b)
+    expected = oracles.float64(problem.b) / diagonal.reshape(problem.b.shape)
+    assert oracles.relative_error(product, expected) < oracles.tolerance(dtype)
