@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_cgfac._curvature import Curvature, check_positive
+from optax_cgfac._checks import check_positive, is_number
+from optax_cgfac._curvature import Curvature
 from optax_cgfac._layers import LEFT_OUT
 from optax_cgfac._numerics import tree_is_finite
 from optax_cgfac._paths import leaves_by_path, map_with_path, text
@@ -20,6 +21,7 @@ from optax_cgfac._step import (
     StepOptions,
     adaptive_step,
     current,
+    has_l2,
     scheduled_step,
 )
 from optax_cgfac._transform import (
@@ -199,7 +201,7 @@ def cgfac(
                 "cgfac needs the parameters: tx.update(grads, opt_state, params, ...)."
             )
         grads = updates
-        if l2:
+        if has_l2(options):
             grads = jax.tree.map(lambda g, p: g + l2 * p, grads, params)
         grads = rest.split(grads, jax.tree.map(jnp.zeros_like, grads))
         gamma = state.damping if learning_rate is None else current(damping, state)
@@ -292,16 +294,15 @@ def _check_options(options: StepOptions) -> None:
     check_positive("damping_interval", options.damping_interval)
     for name in ("l2", "momentum", "kl_clip"):
         number = getattr(options, name)
-        if isinstance(number, (int, float)) and number < 0:
+        if is_number(number) and number < 0:
             raise ValueError(f"{name} must not be negative, got {number}.")
-    if not 0 < options.damping_decay < 1:
-        raise ValueError(
-            f"damping_decay must lie in (0, 1), got {options.damping_decay}."
-        )
-    if not 0 <= options.min_damping <= options.max_damping:
+    decay, low, high = options.damping_decay, options.min_damping, options.max_damping
+    if is_number(decay) and not 0 < decay < 1:
+        raise ValueError(f"damping_decay must lie in (0, 1), got {decay}.")
+    if is_number(low) and is_number(high) and not 0 <= low <= high:
         raise ValueError(
             "Dampings must satisfy 0 <= min_damping <= max_damping, got "
-            f"{options.min_damping} and {options.max_damping}."
+            f"{low} and {high}."
         )
 
 
@@ -310,13 +311,13 @@ def _check_modes(
     learning_rate: ScalarOrSchedule | None,
     damping: ScalarOrSchedule,
 ) -> None:
+    low, high = options.min_damping, options.max_damping
     if learning_rate is None and options.kl_clip is not None:
         raise ValueError(
             "kl_clip needs a learning_rate; without one the quadratic model sets the "
             "step size."
         )
-    if learning_rate is None and isinstance(damping, (int, float)):
-        low, high = options.min_damping, options.max_damping
+    if learning_rate is None and all(map(is_number, (low, damping, high))):
         if not low <= damping <= high:
             raise ValueError(
                 f"The initial damping must lie in [min_damping, max_damping] = "

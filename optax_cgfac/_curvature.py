@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optax_cgfac._checks import check_positive
 from optax_cgfac._layers import LayerTag
 from optax_cgfac._losses import Loss
 from optax_cgfac._operators import (
@@ -192,7 +193,8 @@ class Curvature:
         Raises:
           ValueError: If ``window`` is not positive.
         """
-        spec = dataclasses.replace(self.spec, window=check_positive("window", window))
+        check_positive("window", window)
+        spec = dataclasses.replace(self.spec, window=window)
         return empty_curvature(spec, self.model_inputs)
 
     def report(self, damping_form: DampingForm = "factored", **options: Any) -> str:
@@ -231,17 +233,6 @@ def empty_curvature(spec: CurvatureSpec, model_inputs: PyTree = None) -> Curvatu
         g = jnp.zeros((*tag.stack, num_rows, tag.n_out), tag.dtype)
         layers[tag.name] = LayerRows(a, g)
     return Curvature(spec, layers, jnp.zeros((), jnp.int32), model_inputs)
-
-
-def check_positive(name: str, value: int) -> int:
-    """Returns ``value`` if it is a positive int.
-
-    Raises:
-      ValueError: Otherwise.
-    """
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an int of at least 1, got {value!r}.")
-    return value
 
 
 def _finite_rows(rows: Array) -> Array:

@@ -7,12 +7,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._curvature import (
-    Curvature,
-    CurvatureSpec,
-    check_positive,
-    empty_curvature,
-)
+from optax_cgfac._checks import check_positive
+from optax_cgfac._curvature import Curvature, CurvatureSpec, empty_curvature
 from optax_cgfac._examples import (
     batched_leaves,
     check_examples,
@@ -178,9 +174,7 @@ def fisher_estimator(
         tags, uncovered = make_tags(
             discovery, params, Rows(rows, columns), where=where, fallback=fallback
         )
-        spec = CurvatureSpec(
-            tags, uncovered, window, model_fn, loss, options, batched
-        )
+        spec = CurvatureSpec(tags, uncovered, window, model_fn, loss, options, batched)
         kept = jnp.arange(min(model_rows, num_examples))
         return empty_curvature(spec, slice_examples(inputs, batched, kept))
 

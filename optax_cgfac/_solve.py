@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_cgfac._cg import CGInfo, conjugate_gradient
+from optax_cgfac._checks import check_positive, is_number
 from optax_cgfac._factored import factored_damping, solve_by_cg, solve_directly
 from optax_cgfac._kfac import solve_by_eigendecomposition
 from optax_cgfac._operators import (
@@ -36,8 +37,8 @@ class SolveConfig:
     damping_form: DampingForm = "tikhonov"
     space: Literal["auto", "parameter", "sample"] = "auto"
     solver: Literal["auto", "cg", "cholesky", "eigendecomposition"] = "auto"
-    max_steps: int = 10
-    rtol: float = 1e-2
+    max_steps: int | Array = 10
+    rtol: float | Array = 1e-2
     preconditioner: Literal["jacobi"] | None = None
     structure: str = "kronecker"
 
@@ -54,11 +55,8 @@ class SolveConfig:
                     f"{name} must be one of {', '.join(map(repr, choices))}, "
                     f"got {value!r}."
                 )
-        if not isinstance(self.max_steps, int) or self.max_steps < 1:
-            raise ValueError(
-                f"max_steps must be an int of at least 1, got {self.max_steps!r}."
-            )
-        if not 0 <= self.rtol < 1:
+        check_positive("max_steps", self.max_steps)
+        if is_number(self.rtol) and not 0 <= self.rtol < 1:
             raise ValueError(f"rtol must lie in [0, 1), got {self.rtol!r}.")
         if self.solver == "cholesky" and self.damping_form != "factored":
             raise ValueError(
@@ -121,7 +119,8 @@ def make_plan(config: SolveConfig, num_rows: int, n_in: int, n_out: int) -> Plan
       >>> make_plan(SolveConfig(), 256, 30, 10).space
       'parameter'
     """
-    steps = config.max_steps
+    # A traced number (of inject_hyperparams) is not known here: assume the default.
+    steps = config.max_steps if isinstance(config.max_steps, int) else 10
     n = n_in * n_out
     solver = _solver(config)
     if solver == "eigendecomposition":

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_cgfac._checks import is_number
 from optax_cgfac._curvature import Curvature
 from optax_cgfac._damping import (
     kl_clip_scale,
@@ -74,6 +75,11 @@ class Objective(NamedTuple):
     value_fn: Callable[[PyTree], Array]
 
 
+def has_l2(options: StepOptions) -> bool:
+    """Whether the regularizer may be non-zero."""
+    return not (is_number(options.l2) and options.l2 == 0)
+
+
 def current(value: ScalarOrSchedule, state: CGFACState) -> Array:
     """Returns a scalar, or a schedule's value at the state's count."""
     value = value(state.cgfac_count) if callable(value) else value
@@ -123,7 +129,7 @@ def adaptive_step(
     def objective_change() -> Array:
         moved = optax.apply_updates(params, delta)
         change = objective.value_fn(moved) - objective.value
-        if options.l2:
+        if has_l2(options):
             change += (
                 options.l2 / 2 * (tree_dot(moved, moved) - tree_dot(params, params))
             )
@@ -177,7 +183,9 @@ def scheduled_step(
     if options.kl_clip is not None:
         product = -tree_dot(grads, direction)
         rate = rate * kl_clip_scale(product, rate, options.kl_clip)
-    momentum = jnp.asarray(options.momentum or 0.0, jnp.float32)
+    momentum = jnp.asarray(
+        0.0 if options.momentum is None else options.momentum, jnp.float32
+    )
     delta = jax.tree.map(
         lambda d, v: (rate * d + momentum * v).astype(v.dtype),
         direction,

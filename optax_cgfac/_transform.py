@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_cgfac._checks import is_number
 from optax_cgfac._curvature import Curvature
 from optax_cgfac._precondition import SolveInfo, init_info, precondition
 from optax_cgfac._solve import SolveConfig
@@ -189,7 +190,7 @@ def check_damping(damping: ScalarOrSchedule) -> None:
     Raises:
       ValueError: If it is negative or not finite.
     """
-    if isinstance(damping, (int, float)) and not 0 <= damping < float("inf"):
+    if is_number(damping) and not 0 <= damping < float("inf"):
         raise ValueError(f"damping must be finite and not negative, got {damping}.")
 
 

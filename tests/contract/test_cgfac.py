@@ -209,7 +209,7 @@ def test_diagnostics_of_the_building_block_have_layers_only():
 
 def test_diagnostics_need_one_state():
     adam = optax.adam(1e-3).init(problem().params)
-    with pytest.raises(ValueError, match="Expected one CG-FAC state .* found 0"):
+    with pytest.raises(ValueError, match=r"Expected one CG-FAC state .* found 0"):
         diagnostics(adam)
     state = cgfac().init(problem().params)
     with pytest.raises(ValueError, match="found 2"):

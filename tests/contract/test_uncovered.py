@@ -1,5 +1,7 @@
 """Parameters that no tag covers: found, explained, and three ways out."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -168,7 +170,11 @@ def test_an_outermost_lifted_class_is_captured_or_refused_by_init(model):
     try:
         curvature = estimator.init(params, X)
     except ValueError as error:
-        assert "no curvature" in str(error) or "could not be captured" in str(error)
+        message = str(error)
+    else:
+        message = None
+    if message is not None:
+        assert re.search("no curvature|could not be captured", message)
         return
     curvature = jax.jit(estimator.update)(curvature, params, X, rng=jax.random.key(0))
     assert all(np.any(rows.g) for rows in curvature.layers.values())

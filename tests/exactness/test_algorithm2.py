@@ -1,6 +1,5 @@
 import oracles
 import problems
-
 from optax_cgfac import KroneckerOperator
 
 

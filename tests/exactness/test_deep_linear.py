@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
-import problems
 import pytest
 
+import oracles
+import problems
 from optax_cgfac import fisher_estimator
 
 pytestmark = pytest.mark.usefixtures("x64")

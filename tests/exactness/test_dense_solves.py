@@ -1,10 +1,10 @@
 """Every solver, run to convergence, equals the dense solve to 1e-9 in float64."""
 
 import jax
-import oracles
-import problems
 import pytest
 
+import oracles
+import problems
 from optax_cgfac import (
     DampedOperator,
     KroneckerOperator,
@@ -34,9 +34,9 @@ def in_parameter_space(operator, form, b, x0):
 def with_jacobi(operator, form, b, x0):
     operator = damped(operator, form)
     preconditioner = jacobi_preconditioner(operator)
-    return conjugate_gradient(
-        operator, b, x0, preconditioner=preconditioner, **LIMITS
-    )[0]
+    return conjugate_gradient(operator, b, x0, preconditioner=preconditioner, **LIMITS)[
+        0
+    ]
 
 
 def on_rows(operator, form, b, x0):

@@ -2,10 +2,10 @@
 
 import jax
 import numpy as np
-import oracles
-import problems
 import pytest
 
+import oracles
+import problems
 from optax_cgfac import (
     DampedOperator,
     KroneckerOperator,

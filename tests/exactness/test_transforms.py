@@ -2,10 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-import oracles
-import problems
 import pytest
 
+import oracles
+import problems
 from optax_cgfac import scale_by_cgfac, scale_by_kfac, value_and_grad
 
 pytestmark = pytest.mark.usefixtures("x64")

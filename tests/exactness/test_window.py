@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
-import problems
 import pytest
 
+import oracles
+import problems
 from optax_cgfac import fisher_estimator
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -22,7 +22,9 @@ def setup(window):
     )
     batches = jnp.split(inputs, 4)
     curvature = estimator.init(params, batches[0])
-    update = jax.jit(lambda curvature, batch: estimator.update(curvature, params, batch))
+    update = jax.jit(
+        lambda curvature, batch: estimator.update(curvature, params, batch)
+    )
     return curvature, update, batches
 
 

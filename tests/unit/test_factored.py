@@ -1,10 +1,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
-import problems
 import pytest
 
+import oracles
+import problems
 from optax_cgfac import FactoredDampedOperator, KroneckerOperator
 from optax_cgfac._factored import factored_damping, solve_by_cg, solve_directly
 

@@ -1,9 +1,9 @@
 import jax.numpy as jnp
 import numpy as np
-import oracles
-import problems
 import pytest
 
+import oracles
+import problems
 from optax_cgfac import DampedOperator, KroneckerOperator
 from optax_cgfac._factored import factored_damping
 from optax_cgfac._kfac import solve_by_eigendecomposition

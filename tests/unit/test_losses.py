@@ -2,9 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracles
 import pytest
 
+import oracles
 from optax_cgfac import Loss
 from optax_cgfac._losses import get_loss
 
@@ -124,8 +124,7 @@ def test_samples_depend_on_the_key_and_differ_between_examples(name):
     loss = get_loss(name)
     outputs = jnp.zeros((50, CLASSES))
     first, second = (
-        np.asarray(loss.sample(jax.random.key(seed), outputs), float)
-        for seed in (0, 1)
+        np.asarray(loss.sample(jax.random.key(seed), outputs), float) for seed in (0, 1)
     )
     assert np.any(first != second)
     assert np.any(first != first[0])

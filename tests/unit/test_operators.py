@@ -1,10 +1,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
-import problems
 import pytest
 
+import oracles
+import problems
 from optax_cgfac import (
     DampedOperator,
     DiagonalOperator,
@@ -141,9 +141,7 @@ def test_views_of_a_diagonal_operator_agree(dtype):
     vector = entries[::-1]
     dense = np.diag(np.arange(1.0, 7.0))
     np.testing.assert_array_equal(operator.to_dense(), dense)
-    np.testing.assert_array_equal(
-        operator.matvec(vector), oracles.apply(dense, vector)
-    )
+    np.testing.assert_array_equal(operator.matvec(vector), oracles.apply(dense, vector))
     np.testing.assert_array_equal(operator.diagonal(), entries)
     assert operator.trace() == 21
 

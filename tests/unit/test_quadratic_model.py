@@ -2,10 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracles
-import problems
 import pytest
 
+import oracles
+import problems
 from optax_cgfac import fisher_estimator
 from optax_cgfac._quadratic_model import (
     QuadraticModel,
@@ -19,8 +19,8 @@ ONE_PREDICTION = {
     "sigmoid_binary_cross_entropy": lambda z: jnp.sum(
         optax.sigmoid_binary_cross_entropy(z, jnp.zeros_like(z))
     ),
-    "softmax_cross_entropy": lambda z: (
-        optax.softmax_cross_entropy_with_integer_labels(z, 0)
+    "softmax_cross_entropy": lambda z: optax.softmax_cross_entropy_with_integer_labels(
+        z, 0
     ),
 }
 SHAPES = {"vectors": (6, 4), "sequences": (5, 3, 4)}
@@ -84,9 +84,7 @@ def test_the_value_is_the_quadratic_at_the_coefficients(damped):
     undamped, slope = curvature - np.eye(2), np.array([-1.0, 0.5])
     model = QuadraticModel(*map(jnp.asarray, (curvature, undamped, slope)))
     coefficients = np.array([0.4, -0.3])
-    expected = oracles.quadratic(
-        curvature if damped else undamped, slope, coefficients
-    )
+    expected = oracles.quadratic(curvature if damped else undamped, slope, coefficients)
     value = model.value(jnp.asarray(coefficients), damped=damped)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
 

@@ -1,10 +1,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
-import problems
 import pytest
 
+import oracles
+import problems
 from optax_cgfac import KroneckerOperator
 from optax_cgfac._sample_space import conjugate_gradient_on_rows
 

@@ -1,10 +1,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
-import problems
 import pytest
 
+import oracles
+import problems
 from optax_cgfac import DampedOperator, FactoredDampedOperator, KroneckerOperator
 from optax_cgfac._solve import SolveConfig, damped_operator, make_plan, solve_layers
 
@@ -122,7 +122,8 @@ def test_every_solve_of_plain_and_stacked_layers_equals_the_dense_one(name, x64)
     layers = [problems.layer_problem(9, 4, 3, bias=True, seed=i) for i in range(2)]
     stacked = problems.stack_problems(layers)
     operators = [
-        KroneckerOperator(p.a, p.g, 1 / n, 1 / n) for p, n in ((single, 4), (stacked, 9))
+        KroneckerOperator(p.a, p.g, 1 / n, 1 / n)
+        for p, n in ((single, 4), (stacked, 9))
     ]
     solve = jax.jit(lambda *args: solve_layers(config, *args))
     (x, info), (xs, infos) = solve(
