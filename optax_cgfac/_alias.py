@@ -209,6 +209,7 @@ def cgfac(
             config, curvature, grads, state.warm_start, gamma, state.info
         )
         direction = jax.tree.map(jnp.negative, solution)
+        old_damping = state.damping
         if learning_rate is None:
             objective = _objective(value, value_fn)
             delta, state = adaptive_step(
@@ -218,12 +219,15 @@ def cgfac(
             delta, state = scheduled_step(
                 options, state, grads, direction, learning_rate, gamma
             )
-        finite = tree_is_finite(delta)
+        # With a bad gradient in one layer the others' is no descent direction, and
+        # momentum would carry half a step on.
+        finite = tree_is_finite(grads) & tree_is_finite(delta)
         delta = jax.tree.map(
             lambda d, v: jnp.where(finite, d, 0).astype(v.dtype), delta, state.velocity
         )
         state = state._replace(
             cgfac_count=count,
+            damping=jnp.where(finite, state.damping, old_damping),
             num_rejected=state.num_rejected + (~finite).astype(jnp.int32),
             velocity=delta,
             warm_start=solution if keeps_start else None,
@@ -317,12 +321,12 @@ def _check_modes(
             "kl_clip needs a learning_rate; without one the quadratic model sets the "
             "step size."
         )
-    if learning_rate is None and all(map(is_number, (low, damping, high))):
-        if not low <= damping <= high:
-            raise ValueError(
-                f"The initial damping must lie in [min_damping, max_damping] = "
-                f"[{low:g}, {high:g}], got {damping:g}. Move the bounds to start there."
-            )
+    numbers = is_number(low) and is_number(damping) and is_number(high)
+    if learning_rate is None and numbers and not low <= damping <= high:
+        raise ValueError(
+            "The initial damping must lie in [min_damping, max_damping] = "
+            f"[{low:g}, {high:g}], got {damping:g}. Move the bounds to start there."
+        )
     if learning_rate is None and callable(damping):
         raise ValueError(
             "Without a learning_rate the damping adapts itself: pass its initial "

@@ -88,7 +88,8 @@ def conjugate_gradient(
         max_steps=max_steps,
         precondition=None if preconditioner is None else preconditioner.matvec,
     )
-    return x, CGInfo(num_steps, jnp.sqrt(squared_norm), squared_norm <= tolerance)
+    converged = (squared_norm <= tolerance) & jnp.isfinite(tolerance)
+    return x, CGInfo(num_steps, jnp.sqrt(squared_norm), converged)
 
 
 class _LoopState(NamedTuple):

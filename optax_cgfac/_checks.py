@@ -11,6 +11,12 @@ def is_number(value: Any) -> TypeGuard[int | float]:
     `optax.inject_hyperparams` turns the numbers of a transformation into traced
     arrays, whose values cannot be checked.
 
+    Args:
+      value: The option.
+
+    Returns:
+      True for an int or a float.
+
     Example:
       >>> is_number(0.1), is_number(None)
       (True, False)

@@ -18,15 +18,17 @@ def reduction_ratio(actual: Array, predicted: Array) -> Array:
       predicted: ``M(δ)``, negative for a descent step.
 
     Returns:
-      The ratio; minus infinity where the loss is not finite, and 1 where nothing
-      was predicted (a zero step).
+      The ratio; 1 where nothing was predicted and the loss has not risen (a zero
+      step), and minus infinity where a number is not finite or no descent was
+      predicted.
 
     Example:
       >>> import jax.numpy as jnp
       >>> print(reduction_ratio(jnp.array(-1.0), jnp.array(-2.0)))
       0.5
     """
-    ratio = jnp.where(predicted < 0, safe_divide(actual, predicted), 1.0)
+    ratio = jnp.where(predicted < 0, safe_divide(actual, predicted), -jnp.inf)
+    ratio = jnp.where((predicted == 0) & (actual <= 0), 1.0, ratio)
     return jnp.where(jnp.isfinite(actual), ratio, -jnp.inf).astype(predicted.dtype)
 
 

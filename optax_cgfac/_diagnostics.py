@@ -21,8 +21,8 @@ def diagnostics(opt_state: Any) -> dict[str, Any]:
     Returns:
       A dict with ``"layers"``, for every layer its ``"cg_steps"``, its relative
       ``"residual"`` and its ``"num_fallbacks"`` (by the number of the parameter
-      where the solves are direct and the state holds no names); for `cgfac` also ``"damping"``,
-      ``"step_size"``, ``"momentum"``, ``"reduction_ratio"`` and
+      where the solves are direct and the state holds no names); for `cgfac` also
+      ``"damping"``, ``"step_size"``, ``"momentum"``, ``"reduction_ratio"`` and
       ``"num_rejected"``.
 
     Raises:

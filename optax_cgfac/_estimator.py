@@ -270,6 +270,9 @@ def _one_position(rows: LayerRows, rng: Array | None, turn: Array) -> LayerRows:
     """Keeps one position of every example: ``(*stack, N, T, n) -> (*stack, N, n)``.
 
     At random, or without a key at the ``turn`` of each example.
+
+    Returns:
+      The rows.
     """
     num_examples, num_positions = rows.a.shape[-3:-1]
     if num_positions == 1:

@@ -224,5 +224,7 @@ def _cg_side(
     )
     relative = safe_divide(jnp.sum(squared_norms), jnp.sum(rhs_squared))
     return side.lift(b, z), CGInfo(
-        num_steps, jnp.sqrt(relative), jnp.all(squared_norms <= tolerance)
+        num_steps,
+        jnp.sqrt(relative),
+        jnp.all((squared_norms <= tolerance) & jnp.isfinite(tolerance)),
     )

@@ -142,7 +142,8 @@ def _replace_non_finite(
     mean_curvature = mean_curvature + damping.astype(b.dtype)
     safe = b / mean_curvature[..., None, None]
     safe = jnp.where(jnp.all(jnp.isfinite(safe)), safe, 0)
-    finite = jnp.all(jnp.isfinite(x))
+    # CG returns its start for a right-hand side that is not finite.
+    finite = jnp.all(jnp.isfinite(x)) & jnp.all(jnp.isfinite(b))
     return jnp.where(finite, x, safe), ~finite
 
 

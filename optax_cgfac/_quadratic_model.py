@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_cgfac._curvature import Curvature
-from optax_cgfac._numerics import tree_dot
+from optax_cgfac._numerics import safe_divide, tree_dot
 from optax_cgfac._types import Array, PyTree
 
 
@@ -126,11 +126,11 @@ def minimize_in_box(
     min_momentum: float = 0.0,
     max_momentum: float = 0.95,
 ) -> Step:
-    """Returns the step size and momentum that minimize the model, boxed.
+    """Returns the step size and momentum that minimize the model in a box.
 
     Where the Gauss-Newton product is nearly flat along ``δ₀`` the unconstrained
-    momentum runs away. It is clipped first, and the step size then chosen anew
-    for the clipped value.
+    momentum runs away. A convex quadratic has its minimum over a box inside, or on
+    one of the four edges, where it is a clipped one-dimensional minimum.
 
     Args:
       model: The model.
@@ -149,14 +149,33 @@ def minimize_in_box(
     """
     (q11, q12), (_, q22) = model.curvature
     s1, s2 = model.slope
+    dtype = q11.dtype
+
+    def best_step_size(momentum: Array) -> Array:
+        return jnp.clip(-safe_divide(s1 + q12 * momentum, q11), 0, max_step_size)
+
+    def best_momentum(step_size: Array) -> Array:
+        best = -safe_divide(s2 + q12 * step_size, q22)
+        return jnp.clip(best, min_momentum, max_momentum)
+
     determinant = q11 * q22 - q12**2
     # Below rounding the two directions are parallel: the momentum is undefined.
-    tiny = 10 * jnp.finfo(q11.dtype).eps * q11 * q22
-    solvable = determinant > tiny
-    momentum = (q12 * s1 - q11 * s2) / jnp.where(solvable, determinant, 1)
-    momentum = jnp.clip(jnp.where(solvable, momentum, 0), min_momentum, max_momentum)
-    positive = q11 > 0
-    step_size = -(s1 + q12 * momentum) / jnp.where(positive, q11, 1)
-    step_size = jnp.clip(jnp.where(positive, step_size, 0), 0, max_step_size)
-    finite = jnp.isfinite(step_size) & jnp.isfinite(momentum)
+    solvable = determinant > 10 * jnp.finfo(dtype).eps * q11 * q22
+    inside = (q12 * s1 - q11 * s2) / jnp.where(solvable, determinant, 1)
+    inside = jnp.clip(jnp.where(solvable, inside, 0), min_momentum, max_momentum)
+    steps = [
+        (best_step_size(momentum), momentum)
+        for momentum in (
+            inside,
+            jnp.asarray(min_momentum, dtype),
+            jnp.asarray(max_momentum, dtype),
+        )
+    ]
+    ends = jnp.zeros((), dtype), jnp.asarray(max_step_size, dtype)
+    steps += [(step_size, best_momentum(step_size)) for step_size in ends]
+    candidates = jnp.array(steps)
+    values = jax.vmap(model.value)(candidates)
+    # The first candidate, the one inside, wins ties.
+    step_size, momentum = candidates[jnp.argmin(values)]
+    finite = jnp.all(jnp.isfinite(model.curvature)) & jnp.all(jnp.isfinite(model.slope))
     return Step(jnp.where(finite, step_size, 0), jnp.where(finite, momentum, 0))

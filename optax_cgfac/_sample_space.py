@@ -123,4 +123,5 @@ def conjugate_gradient_on_rows(
     # round to a negative number.
     norm = jnp.sqrt(jnp.maximum(squared_norm, 0))
     x = x if x0 is None else x0 + x
-    return x, CGInfo(num_steps, norm, squared_norm <= tolerance)
+    converged = (squared_norm <= tolerance) & jnp.isfinite(tolerance)
+    return x, CGInfo(num_steps, norm, converged)

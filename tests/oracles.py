@@ -104,10 +104,15 @@ def gauss_newton(function, x, loss):
         outputs = function(x)
         return outputs.reshape(-1, outputs.shape[-1])
 
-    jacobian = jax.jacrev(predictions)(x)
-    jacobian = jacobian.reshape(*jacobian.shape[:2], -1)
-    hessians = jax.vmap(jax.hessian(loss))(predictions(x))
-    return jnp.einsum("mcp,mcd,mdq->pq", jacobian, hessians, jacobian) / len(jacobian)
+    @jax.jit
+    def matrix(x):
+        jacobian = jax.jacrev(predictions)(x)
+        jacobian = jacobian.reshape(*jacobian.shape[:2], -1)
+        hessians = jax.vmap(jax.hessian(loss))(predictions(x))
+        products = jnp.einsum("mcd,mdq->mcq", hessians, jacobian)
+        return jnp.einsum("mcp,mcq->pq", jacobian, products) / len(jacobian)
+
+    return float64(matrix(x))
 
 
 def quadratic(matrix, slope, x):

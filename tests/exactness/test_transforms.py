@@ -1,5 +1,7 @@
 """The public transformations solve the dense systems of the rows they are given."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -32,6 +34,7 @@ TRANSFORMS = {
 }
 
 
+@functools.cache
 def gradients_and_curvature(use_bias, seed):
     model = problems.MLP((4, 3), use_bias=use_bias)
     model_fn, params, inputs = problems.model_problem(model, (6, 5), seed=seed)
@@ -39,7 +42,7 @@ def gradients_and_curvature(use_bias, seed):
     def loss_fn(params):
         return jnp.mean(jnp.sum((model_fn(params, inputs) - 1) ** 2, -1))
 
-    _, grads, curvature = value_and_grad(loss_fn)(params)
+    _, grads, curvature = jax.jit(value_and_grad(loss_fn))(params)
     return params, grads, curvature
 
 

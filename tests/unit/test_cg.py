@@ -46,7 +46,7 @@ def dense_problem(dtype, seed=0):
 def test_as_many_steps_as_unknowns_give_the_dense_solution(start, x64):
     matrix, b, x0 = dense_problem("float64")
     x0 = x0 if start == "warm" else None
-    x, info = solve(DenseOperator(matrix), b, x0, max_steps=SIZE, rtol=1e-8)
+    x, info = solve(DenseOperator(matrix), b, x0, max_steps=SIZE, rtol=1e-7)
     assert oracles.relative_error(x, oracles.solve(matrix, b)) < 1e-6
     assert info.num_steps == SIZE
     assert info.converged
@@ -165,8 +165,9 @@ def test_a_right_hand_side_that_is_not_finite_is_not_solved(value):
 def test_a_right_hand_side_whose_norm_overflows_is_not_reported_as_solved():
     matrix, b, _ = dense_problem("float32")
     x, info = solve(DenseOperator(matrix), 1e25 * b, max_steps=50)
-    residual = oracles.float64(1e25 * b) - oracles.apply(matrix, x)
-    is_solved = np.linalg.norm(residual) <= 1e-4 * np.linalg.norm(1e25 * b)
+    b = oracles.float64(1e25 * b)
+    residual = b - oracles.apply(matrix, x)
+    is_solved = np.linalg.norm(residual) <= 1e-4 * np.linalg.norm(b)
     assert np.all(np.isfinite(x))
     assert info.converged == is_solved
 

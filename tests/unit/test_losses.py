@@ -37,7 +37,7 @@ def dense_hessians(name, outputs, targets):
     hessian = jax.hessian(lambda z, t: optax_value(name, z, t))
     for _ in range(outputs.ndim - 1):
         hessian = jax.vmap(hessian)
-    return hessian(outputs, targets)
+    return jax.jit(hessian)(outputs, targets)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -103,10 +103,14 @@ def test_gradients_at_sampled_targets_have_mean_zero_and_the_hessian_as_covarian
     loss = get_loss(name)
     z = example(name, dtype)[0][0, 0]
     outputs = jnp.broadcast_to(z, (num_samples, CLASSES))
-    targets = loss.sample(jax.random.key(0), outputs)
-    gradient = jax.grad(lambda z: jnp.sum(loss.value(z, targets)))(outputs)
-    gradient = oracles.float64(gradient)
-    target = jax.tree.map(lambda t: t[0], targets)
+
+    @jax.jit
+    def sample(key, outputs):
+        targets = loss.sample(key, outputs)
+        return targets, jax.grad(lambda z: jnp.sum(loss.value(z, targets)))(outputs)
+
+    targets, gradient = sample(jax.random.key(0), outputs)
+    gradient, target = oracles.float64(gradient), targets[0]
     hessian = oracles.float64(dense_hessians(name, z, target))
     products = gradient[:, :, None] * gradient[:, None, :]
 
@@ -155,5 +159,5 @@ def test_an_unknown_name_lists_the_names():
 
 
 def test_what_is_neither_name_nor_loss_is_refused():
-    with pytest.raises(TypeError, match="name or an optax_cgfac.Loss, got function"):
+    with pytest.raises(TypeError, match=r"name or an optax_cgfac\.Loss, got function"):
         get_loss(optax.squared_error)

@@ -107,11 +107,11 @@ def test_each_inverse_keeps_its_own_dtype(x64):
     assert [inverse.dtype for inverse in inverses] == [jnp.float32, jnp.float64]
 
 
-@pytest.mark.parametrize("size", [1, 8, 32, 33, 200])
+@pytest.mark.parametrize("size", [1, 33, 200])
 def test_blocked_and_unblocked_inverses_agree(size, dtype):
     matrices = random_matrices(size, (2,), dtype=dtype)
-    blocked = numerics.blocked_inverse(matrices)
-    unblocked = numerics.cholesky_inverse(matrices)
+    blocked = jax.jit(numerics.blocked_inverse)(matrices)
+    unblocked = jax.jit(numerics.cholesky_inverse)(matrices)
     assert oracles.relative_error(blocked, unblocked) < oracles.tolerance(
         dtype, condition=100
     )
