@@ -321,13 +321,11 @@ def _check_modes(
             "kl_clip needs a learning_rate; without one the quadratic model sets the "
             "step size."
         )
-    numbers = is_number(low) and is_number(damping) and is_number(high)
-    if learning_rate is None and numbers and not low <= damping <= high:
-        raise ValueError(
-            "The initial damping must lie in [min_damping, max_damping] = "
-            f"[{low:g}, {high:g}], got {damping:g}. Move the bounds to start there."
-        )
-    if learning_rate is None and callable(damping):
+    if learning_rate is not None:
+        return
+    if is_number(low) and is_number(high) and is_number(damping):
+        _check_initial_damping(damping, low, high)
+    if callable(damping):
         raise ValueError(
             "Without a learning_rate the damping adapts itself: pass its initial "
             "value, or a learning_rate to use a schedule of dampings."
@@ -345,3 +343,16 @@ def _objective(value: Any, value_fn: Any) -> Objective:
             "            value=loss, value_fn=lambda p: loss_fn(p, batch))"
         )
     return Objective(value, value_fn)
+
+
+def _check_initial_damping(damping: float, low: float, high: float) -> None:
+    """Checks that the damping starts between its bounds.
+
+    Raises:
+      ValueError: If it does not.
+    """
+    if not low <= damping <= high:
+        raise ValueError(
+            "The initial damping must lie in [min_damping, max_damping] = "
+            f"[{low:g}, {high:g}], got {damping:g}. Move the bounds to start there."
+        )

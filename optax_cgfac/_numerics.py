@@ -110,8 +110,7 @@ def spd_inverses(matrices: Sequence[Array]) -> list[Array]:
     for (size, _), members in groups.items():
         padded = [_pad_with_identity(matrices[index], size) for index in members]
         # XLA's CPU backend factorises by LAPACK, whose threads and XLA's own wait
-        # for each other: twice the time of the blocked form on idle cores, and
-        # many times on busy ones (benchmarks/inverse.py).
+        # for each other, the more so on busy cores (benchmarks/inverse.py).
         batch = jax.lax.platform_dependent(
             jnp.concatenate(padded), cpu=blocked_inverse, default=cholesky_inverse
         )

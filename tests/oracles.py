@@ -62,11 +62,11 @@ DAMPED = {"tikhonov": tikhonov, "factored": factored}
 
 
 def apply(dense, matrix):
-    return (dense @ float64(matrix).reshape(-1)).reshape(matrix.shape)
+    return (float64(dense) @ float64(matrix).reshape(-1)).reshape(matrix.shape)
 
 
 def solve(dense, b):
-    return np.linalg.solve(dense, float64(b).reshape(-1)).reshape(b.shape)
+    return np.linalg.solve(float64(dense), float64(b).reshape(-1)).reshape(b.shape)
 
 
 def algorithm2_product(a, g, matrix):
@@ -94,25 +94,28 @@ def cg_iterates(dense, b, x0, num_steps, preconditioner=None):
     return iterates
 
 
-def gauss_newton(function, x, loss):
+def gauss_newton(function, x, inputs, loss):
     """The mean over predictions of ``Jᵀ H J``, by `jax.jacrev` and `jax.hessian`.
 
-    ``function(x)`` has one prediction on its last axis, ``loss`` takes one.
+    ``function(x, inputs)`` has examples on its first axis and one prediction on its
+    last; ``loss`` takes one prediction.
     """
 
-    def predictions(x):
-        outputs = function(x)
-        return outputs.reshape(-1, outputs.shape[-1])
+    def of_one(example):
+        def predictions(x):
+            outputs = function(x, example[None])
+            return outputs.reshape(-1, outputs.shape[-1])
 
-    @jax.jit
-    def matrix(x):
         jacobian = jax.jacrev(predictions)(x)
         jacobian = jacobian.reshape(*jacobian.shape[:2], -1)
         hessians = jax.vmap(jax.hessian(loss))(predictions(x))
-        products = jnp.einsum("mcd,mdq->mcq", hessians, jacobian)
-        return jnp.einsum("mcp,mcq->pq", jacobian, products) / len(jacobian)
+        return jnp.einsum("mcp,mcd,mdq->pq", jacobian, hessians, jacobian)
 
-    return float64(matrix(x))
+    def mean(inputs):
+        num_predictions = function(x, inputs[:1])[..., 0].size
+        return jnp.mean(jax.vmap(of_one)(inputs), 0) / num_predictions
+
+    return float64(jax.jit(mean)(inputs))
 
 
 def quadratic(matrix, slope, x):

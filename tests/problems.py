@@ -37,14 +37,15 @@ class MLP(nn.Module):
     """Dense layers with an activation in between."""
 
     widths: tuple[int, ...]
-    use_bias: bool = True
+    use_bias: bool | tuple[bool, ...] = True
     activation: str | None = "tanh"
     dtype: str = "float64"
 
     @nn.compact
     def __call__(self, x):
+        use_bias = np.broadcast_to(self.use_bias, len(self.widths)).tolist()
         for index, width in enumerate(self.widths):
-            x = nn.Dense(width, use_bias=self.use_bias, param_dtype=self.dtype)(x)
+            x = nn.Dense(width, use_bias=use_bias[index], param_dtype=self.dtype)(x)
             if self.activation and index + 1 < len(self.widths):
                 x = getattr(nn, self.activation)(x)
         return x

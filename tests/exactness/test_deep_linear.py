@@ -29,12 +29,15 @@ def captured(model_fn, params, inputs, kind):
 
 
 def fisher_block(model_fn, params, inputs, name):
-    def outputs(matrix):
+    def outputs(matrix, inputs):
         layer = problems.layer_from_matrix(matrix, params[name])
         return model_fn({**params, name: layer}, inputs)
 
     return oracles.gauss_newton(
-        outputs, problems.layer_matrix(params[name]), lambda z: jnp.sum(z**2)
+        outputs,
+        problems.layer_matrix(params[name]),
+        inputs,
+        lambda z: jnp.sum(z**2),
     )
 
 

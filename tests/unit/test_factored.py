@@ -102,10 +102,17 @@ def test_a_direct_solve_of_stacked_layers_is_that_of_each(size, dtype):
         )
 
 
-@pytest.mark.parametrize("start", ["zero", "warm"])
-@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize(
+    ("size", "start"),
+    [
+        ("fewer rows", "warm"),
+        ("between", "zero"),
+        ("between", "warm"),
+        ("more rows", "warm"),
+    ],
+)
 def test_conjugate_gradients_on_both_sides_solve_the_system(size, start, dtype):
-    problem = problems.layer_problem(*size, dtype=dtype)
+    problem = problems.layer_problem(*SIZES[size], dtype=dtype)
     rtol = 20 * np.finfo(dtype).eps
     x0 = problem.x0 if start == "warm" else None
     x, info = by_cg(damped(problem), problem.b, x0, max_steps=300, rtol=rtol)

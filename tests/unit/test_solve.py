@@ -144,8 +144,8 @@ def test_solves_stay_in_single_precision_beside_a_double_precision_damping(x64):
     problem = problems.layer_problem(4, 6, 5, dtype="float32")
     operator = KroneckerOperator(problem.a, problem.g, 0.25, 0.25)
     solve = jax.jit(solve_layers, static_argnums=0)
-    for options in SOLVES.values():
-        config = SolveConfig(**options)
+    for name in ("tikhonov, sample", "tikhonov, jacobi", "factored, auto"):
+        config = SolveConfig(**SOLVES[name])
         [(x, info)] = solve(config, [operator], jnp.float64(0.1), [problem.b], [None])
         assert x.dtype == jnp.float32
         assert info.residual_norm.dtype == jnp.float32
