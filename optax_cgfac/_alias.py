@@ -209,7 +209,7 @@ def cgfac(
             config, curvature, grads, state.warm_start, gamma, state.info
         )
         direction = jax.tree.map(jnp.negative, solution)
-        old_damping = state.damping
+        old = state
         if learning_rate is None:
             objective = _objective(value, value_fn)
             delta, state = adaptive_step(
@@ -227,7 +227,10 @@ def cgfac(
         )
         state = state._replace(
             cgfac_count=count,
-            damping=jnp.where(finite, state.damping, old_damping),
+            damping=jnp.where(finite, state.damping, old.damping),
+            reduction_ratio=jnp.where(
+                finite, state.reduction_ratio, old.reduction_ratio
+            ),
             num_rejected=state.num_rejected + (~finite).astype(jnp.int32),
             velocity=delta,
             warm_start=solution if keeps_start else None,

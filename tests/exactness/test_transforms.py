@@ -48,9 +48,7 @@ def gradients_and_curvature(seed):
 
 @pytest.mark.parametrize("form", ["tikhonov", "factored"])
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_updates_solve_the_dense_systems_from_zero_and_from_a_warm_start(
-    name, form
-):
+def test_updates_solve_the_dense_systems_from_zero_and_from_a_warm_start(name, form):
     tx = TRANSFORMS[name](DAMPING, damping_form=form)
     update = jax.jit(tx.update)
     state = None
