@@ -86,9 +86,10 @@ def test_an_interceptor_of_the_user_inside_the_function_still_runs():
             return case.loss(params, inputs)
 
     value, grads = jax.value_and_grad(loss)(case.params, case.inputs)
-    captured, captured_grads, _ = value_and_grad(loss)(case.params, case.inputs)
+    captured, captured_grads, curvature = value_and_grad(loss)(case.params, case.inputs)
     np.testing.assert_allclose(captured, value, rtol=1e-6)
     assert_close(by_name(captured_grads), by_name(grads), 1e-6)
+    assert_close(rebuild_gradients(curvature, case.params), by_name(grads), 1e-6)
 
 
 def test_capture_leaves_no_interceptor_and_no_cached_trace_behind():
