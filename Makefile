@@ -15,10 +15,11 @@ IN_VENV := $(VENV)/bin/python
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help example test lint clean
+.PHONY: help example layers test lint clean
 
 help:
 	@echo 'make example   train the MNIST autoencoder; its options: make example ARGS="..."'
+	@echo 'make layers    a table of what is covered, for every kind of layer (minutes)'
 	@echo 'make test      unit tests and doctests; pytest options: make test ARGS="..."'
 	@echo 'make lint      ruff, pyright and the import order'
 	@echo 'make clean     remove $(VENV), caches and build results'
@@ -26,6 +27,9 @@ help:
 
 example: $(VENV)/.installed-examples
 	$(IN_VENV) examples/mnist_autoencoder.py $(ARGS)
+
+layers: $(VENV)/.installed-test
+	PYTHONPATH=tests $(IN_VENV) tests/layer_table.py $(ARGS)
 
 test: $(VENV)/.installed-test
 	MPLBACKEND=Agg $(IN_VENV) -m pytest -n $(JOBS) $(ARGS)

@@ -5,8 +5,11 @@ from optax_cgfac._cg import CGInfo, conjugate_gradient
 from optax_cgfac._curvature import Curvature
 from optax_cgfac._diagnostics import diagnostics
 from optax_cgfac._estimator import CurvatureEstimator, fisher_estimator
+from optax_cgfac._fisher_blocks import BlockFisherOperator, FullFisherOperator
+from optax_cgfac._gradient_check import GradientCheck, check_gradients
 from optax_cgfac._linen import capture_axes
 from optax_cgfac._losses import Loss
+from optax_cgfac._nnx_layers import CaptureVariable
 from optax_cgfac._operators import (
     DampedOperator,
     DiagonalOperator,
@@ -15,18 +18,23 @@ from optax_cgfac._operators import (
     jacobi_preconditioner,
 )
 from optax_cgfac._step import CGFACState
+from optax_cgfac._tag_layer import tag_layer
 from optax_cgfac._transform import ScaleByCGFACState, scale_by_cgfac, scale_by_kfac
 from optax_cgfac._types import LayerRows, LinearOperator
 from optax_cgfac._value_and_grad import value_and_grad
 
 __all__ = [
+    "BlockFisherOperator",
     "CGFACState",
     "CGInfo",
+    "CaptureVariable",
     "Curvature",
     "CurvatureEstimator",
     "DampedOperator",
     "DiagonalOperator",
     "FactoredDampedOperator",
+    "FullFisherOperator",
+    "GradientCheck",
     "KroneckerOperator",
     "LayerRows",
     "LinearOperator",
@@ -34,11 +42,13 @@ __all__ = [
     "ScaleByCGFACState",
     "capture_axes",
     "cgfac",
+    "check_gradients",
     "conjugate_gradient",
     "diagnostics",
     "fisher_estimator",
     "jacobi_preconditioner",
     "scale_by_cgfac",
     "scale_by_kfac",
+    "tag_layer",
     "value_and_grad",
 ]

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_cgfac._checks import check_positive, is_number
+from optax_cgfac._checks import check_damping, check_positive, is_number
 from optax_cgfac._curvature import Curvature
 from optax_cgfac._layers import LEFT_OUT
 from optax_cgfac._numerics import tree_is_finite
 from optax_cgfac._paths import leaves_by_path, map_with_path, text
 from optax_cgfac._precondition import init_info, precondition
-from optax_cgfac._solve import SolveConfig
+from optax_cgfac._solve import SolveConfig, Structure, default_damping_form
 from optax_cgfac._step import (
     CGFACState,
     Objective,
@@ -28,7 +28,6 @@ from optax_cgfac._transform import (
     Missing,
     ScalarOrSchedule,
     check_curvature,
-    check_damping,
     check_missing,
     gradient_transformation,
 )
@@ -44,12 +43,14 @@ def cgfac(
     kl_clip: float | None = None,
     fallback: optax.GradientTransformation | None = None,
     where: Callable[[str], bool] | None = None,
-    damping_form: Literal["tikhonov", "factored"] = "factored",
+    structure: Structure = "kronecker",
+    damping_form: Literal["tikhonov", "factored"] | None = None,
     space: Literal["auto", "parameter", "sample"] = "auto",
     solver: Literal["auto", "cg", "cholesky"] = "auto",
     max_steps: int = 10,
     rtol: float = 1e-2,
     warm_start: bool = True,
+    preconditioner: Literal["jacobi"] | None = None,
     damping_decay: float = 0.95,
     damping_interval: int = 5,
     min_damping: float = 1e-3,
@@ -79,15 +80,19 @@ def cgfac(
         and gradients passed in do not contain it.
       kl_clip: ``κ``, with a learning rate: bounds the step's Fisher norm.
       fallback: An optimizer (with its own learning rate) for the parameters for
-        which ``where`` is false.
+        which ``where`` is false. `optax.inject_hyperparams` needs
+        ``static_args=("fallback", "where")`` then.
       where: ``where("encoder/Dense_0/kernel") -> bool``, true for the parameters
         that CG-FAC updates; usually ``curvature.covers``. Needed with ``fallback``.
-      damping_form: As in `scale_by_cgfac`.
+      structure: As in `scale_by_cgfac`.
+      damping_form: As in `scale_by_cgfac`; None for ``"factored"`` where the
+        structure has factors, ``"tikhonov"`` where it has none.
       space: As in `scale_by_cgfac`.
       solver: As in `scale_by_cgfac`.
       max_steps: As in `scale_by_cgfac`.
       rtol: As in `scale_by_cgfac`.
       warm_start: As in `scale_by_cgfac`.
+      preconditioner: As in `scale_by_cgfac`.
       damping_decay: ``ω`` per update of the Levenberg-Marquardt rule.
       damping_interval: Updates between two adaptations, each of which evaluates
         ``value_fn`` once.
@@ -140,11 +145,13 @@ def cgfac(
       Chen (2021); Martens & Grosse (2015), sections 6 and 7; Ba et al. (2017).
     """
     config = SolveConfig(
-        damping_form=damping_form,
+        structure=structure,
+        damping_form=damping_form or default_damping_form(structure),
         space=space,
         solver=solver,
         max_steps=max_steps,
         rtol=rtol,
+        preconditioner=preconditioner,
     )
     options = StepOptions(
         momentum,
@@ -195,7 +202,7 @@ def cgfac(
         curvature = check_curvature(curvature, missing)
         if curvature is None:
             return updates, state._replace(cgfac_count=count)
-        rest.check(curvature, updates)
+        rest.check(curvature, updates, whole=learning_rate is None)
         if params is None:
             raise ValueError(
                 "cgfac needs the parameters: tx.update(grads, opt_state, params, ...)."
@@ -276,9 +283,21 @@ class _Rest:
             lambda path, x, y: x if self.keeps(text(path)) else y, kept, others
         )
 
-    def check(self, curvature: Curvature, grads: PyTree) -> None:
-        """Checks that every leaf has a curvature, a fallback, or was left out."""
+    def check(self, curvature: Curvature, grads: PyTree, *, whole: bool) -> None:
+        """Checks that every leaf has a curvature, a fallback, or was left out.
+
+        Raises:
+          ValueError: If one has not, or the ``whole`` model is needed and not there.
+        """
         paths = {text(path) for path in leaves_by_path(grads)}
+        missing = {text(path) for tag in curvature.tags for path in tag.leaves} - paths
+        if whole and missing and any(map(curvature.covers, paths)):
+            raise ValueError(
+                "The quadratic model needs the gradients of all layers; absent: "
+                f"{', '.join(sorted(missing))}. To train only some parameters, pass "
+                "cgfac(where=..., fallback=...) instead of optax.masked or "
+                "optax.partition, or a learning_rate."
+            )
         left_out = {
             text(path)
             for path, reason in curvature.spec.uncovered
@@ -298,7 +317,7 @@ class _Rest:
 
 
 def _check_options(options: StepOptions) -> None:
-    check_positive("damping_interval", options.damping_interval)
+    check_positive("damping_interval", options.damping_interval, may_be_array=True)
     for name in ("l2", "momentum", "kl_clip"):
         number = getattr(options, name)
         if is_number(number) and number < 0:

@@ -56,6 +56,7 @@ def conjugate_gradient(
     Raises:
       ValueError: If ``x0`` does not have the structure, shapes and dtypes of
         ``b``, or ``max_steps`` is not positive.
+      TypeError: If ``b`` is not real floating point.
 
     Example:
       >>> import jax.numpy as jnp
@@ -69,6 +70,11 @@ def conjugate_gradient(
       Hestenes & Stiefel (1952), "Methods of conjugate gradients for solving
       linear systems"; Chen (2021), Algorithm 2.
     """
+    if not jnp.issubdtype(tree_dtype(b), jnp.floating):
+        raise TypeError(
+            "b must hold real floating-point arrays, got dtype "
+            f"{tree_dtype(b).name}. Convert with jnp.asarray(b, jnp.float32)."
+        )
     if isinstance(max_steps, int) and max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, got {max_steps}.")
     if x0 is None:

@@ -2,6 +2,8 @@
 
 from typing import Any, TypeGuard
 
+import numpy as np
+
 from optax_cgfac._types import Array
 
 
@@ -21,15 +23,18 @@ def is_number(value: Any) -> TypeGuard[int | float]:
       >>> is_number(0.1), is_number(None)
       (True, False)
     """
-    return isinstance(value, (int, float))
+    return isinstance(value, (int, float, np.integer, np.floating))
 
 
-def check_positive(name: str, value: int | Array) -> int | Array:
-    """Returns ``value`` if it is a positive int, or an array.
+def check_positive(
+    name: str, value: int | Array, *, may_be_array: bool = False
+) -> int | Array:
+    """Returns ``value`` if it is a positive int, or an array where that is allowed.
 
     Args:
       name: The option, for the message.
       value: Its value.
+      may_be_array: Whether it may be an array, as `optax.inject_hyperparams` makes it.
 
     Returns:
       The value.
@@ -41,8 +46,19 @@ def check_positive(name: str, value: int | Array) -> int | Array:
       >>> check_positive("rows", 32)
       32
     """
-    if isinstance(value, Array):
+    if may_be_array and isinstance(value, Array):
         return value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not is_int or value < 1:
         raise ValueError(f"{name} must be an int of at least 1, got {value!r}.")
     return value
+
+
+def check_damping(damping: Any) -> None:
+    """Checks a damping given as a number; schedules and tracers pass.
+
+    Raises:
+      ValueError: If it is negative or not finite.
+    """
+    if is_number(damping) and not 0 <= damping < float("inf"):
+        raise ValueError(f"damping must be finite and not negative, got {damping}.")

@@ -1,15 +1,16 @@
 """The curvature: a pytree of tagged layers and a window of their rows."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._checks import check_positive
+from optax_cgfac._checks import check_damping, check_positive
+from optax_cgfac._criterion import Criterion
+from optax_cgfac._fisher_blocks import BlockFisherOperator, FullFisherOperator
 from optax_cgfac._layers import LayerTag
-from optax_cgfac._losses import Loss
 from optax_cgfac._operators import (
     DampedOperator,
     FactoredDampedOperator,
@@ -17,8 +18,32 @@ from optax_cgfac._operators import (
 )
 from optax_cgfac._paths import Path, text
 from optax_cgfac._report import format_report
-from optax_cgfac._solve import DampingForm, SolveConfig, damped_operator
+from optax_cgfac._rows import (
+    IndexRows,
+    StackedRows,
+    all_finite,
+    as_dtype,
+    keep_where,
+    num_rows,
+    split_rows,
+    update_slot,
+)
+from optax_cgfac._solve import (
+    DampingForm,
+    SolveConfig,
+    Structure,
+    damped_operator,
+    default_damping_form,
+)
 from optax_cgfac._types import Array, LayerRows, PyTree
+
+AnyOperator = (
+    KroneckerOperator
+    | BlockFisherOperator
+    | FullFisherOperator
+    | DampedOperator
+    | FactoredDampedOperator
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,18 +56,22 @@ class CurvatureSpec:
       window: Number of updates whose rows are kept.
       model_fn: The user's model, for Gauss-Newton products; None for a curvature
         of `value_and_grad`.
-      loss: The loss, for its Hessian; None likewise.
+      criterion: The losses, for their Hessians; None likewise.
       options: The options of the estimator that fills the window.
       batched: For every leaf of the inputs, whether it has an axis of examples.
+      factor: Of the Fisher beside a mean over examples: their number for a sum.
+      num_examples: Examples of an update.
     """
 
     tags: tuple[LayerTag, ...]
     uncovered: tuple[tuple[Path, str], ...]
     window: int
     model_fn: Callable[..., Any] | None = None
-    loss: Loss | None = None
+    criterion: Criterion | None = None
     options: tuple[Any, ...] = ()
     batched: tuple[bool, ...] = ()
+    factor: int = 1
+    num_examples: int = 1
 
 
 @jax.tree_util.register_dataclass
@@ -95,39 +124,86 @@ class Curvature:
 
     def operator(
         self,
-        path: str,
+        path: str | None,
         damping: Array | float | None = None,
-        structure: str = "kronecker",
+        structure: Structure = "kronecker",
         damping_form: DampingForm = "tikhonov",
-    ) -> KroneckerOperator | DampedOperator | FactoredDampedOperator:
+    ) -> AnyOperator:
         """Returns the curvature of one layer as a linear operator.
 
         Args:
-          path: The layer's name, as in the report.
+          path: The layer's name, as in the report; None for all, with
+            ``structure="full"``.
           damping: The scalar ``γ``; None for the undamped operator.
-          structure: ``"kronecker"``.
-          damping_form: ``"tikhonov"`` or ``"factored"``.
+          structure: ``"kronecker"``, ``"block"`` (the layer's exact Fisher block) or
+            ``"full"`` (all layers, with the blocks between them).
+          damping_form: ``"tikhonov"``, or for ``"kronecker"`` also ``"factored"``.
 
         Returns:
-          An operator on matrices of shape ``(*stack, n_in, n_out)``.
+          An operator on matrices of shape ``(*stack, n_in, n_out)``; for ``"full"``
+          on a list of them in the order of ``tags``.
 
         Raises:
           ValueError: If the layer or an option is unknown.
         """
         SolveConfig(structure=structure, damping_form=damping_form)
-        operator = self.kronecker_operator(self._tag(path), self.layers[path])
+        if damping is not None:
+            check_damping(damping)
+        if (path is None) != (structure == "full"):
+            raise ValueError(
+                "structure='full' takes path=None, all layers together; the others "
+                f"take one layer. Got path={path!r}, structure={structure!r}."
+            )
+        if path is None:
+            blocks = (self.block_operator(t, self.layers[t.name]) for t in self.tags)
+            operator = FullFisherOperator(tuple(blocks))
+            check_units(operator.blocks, self.tags)
+        else:
+            tag = self._tag(path)
+            operator = self.layer_operator(tag, self.layers[tag.name], structure)
         if damping is None:
             return operator
         return damped_operator(operator, damping, damping_form)
 
+    def layer_operator(
+        self, tag: LayerTag, rows: LayerRows, structure: Structure
+    ) -> KroneckerOperator | BlockFisherOperator:
+        """Returns the layer's own part of a structure over ``rows``."""
+        if structure == "kronecker":
+            return self.kronecker_operator(tag, rows)
+        return self.block_operator(tag, rows)
+
+    def block_operator(self, tag: LayerTag, rows: LayerRows) -> BlockFisherOperator:
+        """Returns the exact Fisher block over ``rows`` of the layer ``tag``.
+
+        Raises:
+          ValueError: If an example's gradient cannot be had from its rows.
+        """
+        if any(not use.is_exact for use in tag.uses):
+            raise ValueError(
+                f"Layer {tag.name!r} keeps some of an example's positions, or their "
+                "mean: its exact Fisher block needs all. Pass "
+                "fisher_estimator(..., positions=None, weight_sharing='expand')."
+            )
+        per_unit = sum(use.kept for use in tag.uses)
+        units = num_rows(rows.a) // per_unit
+        rows = LayerRows(as_dtype(rows.a, tag.dtype), rows.g.astype(tag.dtype))
+        seen = jnp.maximum(self.num_rows(tag.name) // (per_unit * tag.columns), 1)
+        return BlockFisherOperator(*rows, units, 1 / seen.astype(tag.dtype))
+
     def kronecker_operator(self, tag: LayerTag, rows: LayerRows) -> KroneckerOperator:
         """Returns ``A ⊗ G`` over ``rows`` of the layer ``tag``, seen ones averaged."""
+        rows = LayerRows(as_dtype(rows.a, tag.dtype), rows.g.astype(tag.dtype))
         # Before the first update every row is zero, and so is the operator.
-        count = jnp.maximum(self.num_rows(tag.name), 1).astype(rows.a.dtype)
+        count = jnp.maximum(self.num_rows(tag.name), 1).astype(tag.dtype)
+        # Inputs whose cotangent is zero, as those of padding, do not count.
+        active = jnp.sum(jnp.any(rows.g != 0, -1), -1)
+        active = jnp.maximum(active, 1).astype(tag.dtype)
         # Rows of an example with T positions sum to its gradient, so that the
         # mean of g gᵀ over rows is 1/T of the mean over examples; so do the rows
         # of the C columns of kind="exact".
-        return KroneckerOperator(*rows, 1 / count, tag.positions * tag.columns / count)
+        g_scale = tag.positions * tag.columns / count
+        return KroneckerOperator(*rows, 1 / active, g_scale)
 
     def push(self, other: "Curvature") -> "Curvature":
         """Adds the rows of ``other``, one update's worth, dropping the oldest.
@@ -146,7 +222,8 @@ class Curvature:
             raise ValueError(
                 "push() takes a curvature of the same layers with window 1.\n"
                 f"  expected: {_describe(self)}, window 1\n"
-                f"  got:      {_describe(other)}, window {other.spec.window}"
+                f"  got:      {_describe(other)}, window {other.spec.window}\n"
+                "Start the window with curvature.with_window(8) of a first curvature."
             )
         return self.push_rows(other.layers)
 
@@ -157,21 +234,12 @@ class Curvature:
         slot = self.num_updates % self.spec.window
         layers = {}
         for tag in self.tags:
-            new, old = rows[tag.name], self.layers[tag.name]
+            new = rows[tag.name]
             # A row with a NaN or an infinity would poison the layer for a whole
-            # window: it is dropped, in both factors.
-            finite = _finite_rows(new.a) & _finite_rows(new.g)
-            layers[tag.name] = LayerRows(
-                *(
-                    jax.lax.dynamic_update_slice_in_dim(
-                        o,
-                        jnp.where(finite, n, 0).astype(o.dtype),
-                        slot * tag.rows_per_step,
-                        axis=-2,
-                    )
-                    for n, o in zip(new, old, strict=True)
-                )
-            )
+            # window: it is dropped, in both factors. So is one without a cotangent.
+            good = all_finite(new.a) & all_finite(new.g) & jnp.any(new.g != 0, -1)
+            new = LayerRows(keep_where(new.a, good), keep_where(new.g, good))
+            layers[tag.name] = _update_slot(self.layers[tag.name], new, slot)
         if model_inputs is None:
             model_inputs = self.model_inputs
         return dataclasses.replace(
@@ -197,21 +265,28 @@ class Curvature:
         spec = dataclasses.replace(self.spec, window=window)
         return empty_curvature(spec, self.model_inputs)
 
-    def report(self, damping_form: DampingForm = "factored", **options: Any) -> str:
+    def report(self, damping_form: DampingForm | None = None, **options: Any) -> str:
         """Returns a table of what is preconditioned, how, and what is not.
 
         Args:
           damping_form: The damping form of the transformation that will use this
-            curvature; `cgfac` defaults to ``"factored"``.
+            curvature; None for the default of `cgfac`.
           **options: Further options of the solve, as in `scale_by_cgfac`.
 
         Returns:
           A text to print.
         """
-        config = SolveConfig(damping_form=damping_form, **options)
+        structure = options.get("structure", "kronecker")
+        form = damping_form or default_damping_form(structure)
+        config = SolveConfig(damping_form=form, **options)
         spec = self.spec
         return format_report(
-            spec.tags, spec.uncovered, spec.window, self.layers, config
+            spec.tags,
+            spec.uncovered,
+            spec.window,
+            self.layers,
+            config,
+            sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.model_inputs)),
         )
 
     def _tag(self, name: str) -> LayerTag:
@@ -224,19 +299,55 @@ class Curvature:
         )
 
 
+def check_units(
+    blocks: Sequence[BlockFisherOperator], tags: Sequence[LayerTag]
+) -> None:
+    """Checks that the layers have gradients of the same examples.
+
+    Raises:
+      ValueError: If one has not.
+    """
+    for tag, block in zip(tags, blocks, strict=True):
+        if tag.sharing > 1 or block.num_units != blocks[0].num_units:
+            raise ValueError(
+                f"Layer {tag.name!r} has one input for all examples, so that no "
+                "example has a gradient of its own in it. Leave it out of the "
+                "structure 'full' by fisher_estimator(..., where=...)."
+            )
+
+
 def empty_curvature(spec: CurvatureSpec, model_inputs: PyTree = None) -> Curvature:
     """Returns a curvature whose window holds no rows yet."""
-    layers = {}
-    for tag in spec.tags:
-        num_rows = spec.window * tag.rows_per_step
-        a = jnp.zeros((*tag.stack, num_rows, tag.n_in), tag.dtype)
-        g = jnp.zeros((*tag.stack, num_rows, tag.n_out), tag.dtype)
-        layers[tag.name] = LayerRows(a, g)
+    layers = {tag.name: _empty_rows(tag, spec.window) for tag in spec.tags}
     return Curvature(spec, layers, jnp.zeros((), jnp.int32), model_inputs)
 
 
-def _finite_rows(rows: Array) -> Array:
-    return jnp.all(jnp.isfinite(rows), -1, keepdims=True)
+def _empty_rows(tag: LayerTag, window: int) -> LayerRows:
+    num_rows = window * tag.rows_per_step
+    g = jnp.zeros((*tag.stack, num_rows, tag.n_out), tag.rows_dtype)
+    kept = {use.form: use.kept for use in tag.uses}
+    num_indices = num_rows * kept.get("index", 0) // sum(kept.values())
+    dense = jnp.zeros((*tag.stack, num_rows - num_indices, tag.n_in), tag.rows_dtype)
+    if not num_indices:
+        return LayerRows(dense, g)
+    shape = (*tag.stack, num_indices)
+    indices = IndexRows(
+        jnp.zeros(shape, jnp.int32), jnp.zeros(shape, tag.rows_dtype), tag.n_in
+    )
+    a = indices if num_indices == num_rows else StackedRows(indices, dense)
+    return LayerRows(a, g)
+
+
+def _update_slot(buffer: LayerRows, new: LayerRows, slot: Array) -> LayerRows:
+    """Puts one update's rows into a slot of the window."""
+    g = [
+        update_slot(old, part, slot)
+        for old, part in zip(
+            split_rows(buffer.a, buffer.g), split_rows(new.a, new.g), strict=True
+        )
+    ]
+    a = update_slot(buffer.a, new.a, slot)
+    return LayerRows(a, g[0] if len(g) == 1 else jnp.concatenate(g, -2))
 
 
 def _describe(curvature: Curvature) -> str:

@@ -7,9 +7,10 @@ import jax
 from optax_cgfac._paths import leaves_by_path, text
 from optax_cgfac._step import CGFACState
 from optax_cgfac._transform import ScaleByCGFACState
+from optax_cgfac._types import PyTree
 
 
-def diagnostics(opt_state: Any) -> dict[str, Any]:
+def diagnostics(opt_state: Any, params: PyTree = None) -> dict[str, Any]:
     """Returns what the optimizer did in its last update, as arrays.
 
     Works under `jax.jit` and on states nested in `optax.chain` and the like.
@@ -17,6 +18,8 @@ def diagnostics(opt_state: Any) -> dict[str, Any]:
     Args:
       opt_state: The state of an optimizer that contains `cgfac`, `scale_by_cgfac`
         or `scale_by_kfac`.
+      params: The parameters, for their names where the solves are direct and the
+        state holds none.
 
     Returns:
       A dict with ``"layers"``, for every layer its ``"cg_steps"``, its relative
@@ -47,7 +50,7 @@ def diagnostics(opt_state: Any) -> dict[str, Any]:
             "state of one optimizer."
         )
     (state,) = found
-    result: dict[str, Any] = {"layers": _layers(state)}
+    result: dict[str, Any] = {"layers": _layers(state, params)}
     if isinstance(state, CGFACState):
         result |= {
             "damping": state.damping,
@@ -59,8 +62,11 @@ def diagnostics(opt_state: Any) -> dict[str, Any]:
     return result
 
 
-def _layers(state: CGFACState | ScaleByCGFACState) -> dict[str, dict[str, Any]]:
+def _layers(
+    state: CGFACState | ScaleByCGFACState, params: PyTree
+) -> dict[str, dict[str, Any]]:
     tree = state.velocity if isinstance(state, CGFACState) else state.warm_start
+    tree = params if tree is None else tree
     # A direct solve keeps nothing that is shaped like the parameters.
     count = state.info.num_steps.shape[-1]
     paths = leaves_by_path(tree) if tree is not None else map(_numbered, range(count))

@@ -1,35 +1,46 @@
-"""The user's way to curvature: `fisher_estimator` and `value_and_grad`."""
+"""The user's way to curvature: `fisher_estimator`."""
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
 
+from optax_cgfac._capture import run_captured
 from optax_cgfac._checks import check_positive
+from optax_cgfac._criterion import (
+    Criterion,
+    Kind,
+    Reduction,
+    cotangents,
+    make_criterion,
+)
 from optax_cgfac._curvature import Curvature, CurvatureSpec, empty_curvature
+from optax_cgfac._example_rows import Draw, example_rows, merge_columns
 from optax_cgfac._examples import (
     batched_leaves,
     check_examples,
+    check_targets,
     num_kept,
     slice_examples,
     strided_indices,
 )
-from optax_cgfac._layers import example_rows
-from optax_cgfac._linen import probe_calls, run_captured
-from optax_cgfac._losses import Loss, get_loss
+from optax_cgfac._losses import Loss
+from optax_cgfac._modules import bind, check_same_module
+from optax_cgfac._probes import probe_calls
 from optax_cgfac._tagging import (
     Discovery,
-    Rows,
+    RowOptions,
     Where,
     calls_of,
     discover,
     make_tags,
 )
-from optax_cgfac._types import Array, LayerRows, PyTree
+from optax_cgfac._types import Array, LayerRows, PyTree, user_inputs
 
-Kind = Literal["mc", "empirical", "exact"]
+WeightSharing = Literal["expand", "reduce"]
 
 
 class InitFn(Protocol):
@@ -70,8 +81,8 @@ class CurvatureEstimator(NamedTuple):
 
 
 def fisher_estimator(
-    model_fn: Callable[[PyTree, PyTree], Array],
-    loss: str | Loss,
+    model_fn: Callable[[PyTree, PyTree], PyTree],
+    loss: str | Loss | Sequence[str | Loss],
     *,
     kind: Kind = "mc",
     window: int = 8,
@@ -80,6 +91,12 @@ def fisher_estimator(
     where: Where | None = None,
     fallback: bool = False,
     input_axes: PyTree = "auto",
+    samples: int = 1,
+    weight_sharing: WeightSharing = "expand",
+    positions: int | None = 1,
+    rows_dtype: Any = None,
+    reduction: Reduction = "mean",
+    weights: Callable[[PyTree], PyTree] | None = None,
 ) -> CurvatureEstimator:
     r"""Estimates the Fisher information of every layer from a few examples a step.
 
@@ -92,18 +109,23 @@ def fisher_estimator(
 
     Args:
       model_fn: ``model_fn(params, inputs) -> outputs`` applies a Flax Linen model,
-        un-jitted. ``outputs`` has shape ``(N, ..., C)``. Models whose output for
-        one example depends on the others (BatchNorm) must run in inference mode.
+        un-jitted; or ``model_fn(module, inputs)`` calls an `nnx.Module`, whatever
+        ``init`` and ``update`` are given. It is called with a copy of the module,
+        whose modes it may set. ``outputs`` has shape ``(N, ..., C)``, or is a tuple
+        of such arrays.
+        Models whose output for one example depends on the others (BatchNorm) must run
+        in inference mode.
       loss: ``"softmax_cross_entropy"``, ``"sigmoid_binary_cross_entropy"``,
-        ``"squared_error"``, each summed over the last axis of the outputs and
-        averaged over the others, or a `Loss`.
+        ``"squared_error"``, each summed over the last axis of the outputs, or a
+        `Loss`; a tuple of them for a tuple of outputs, whose losses are added up.
       kind: ``"mc"`` draws targets from the model, an unbiased estimate of ``F``;
         ``"empirical"`` uses the batch's targets (Kunstner et al. 2019 on why this
         is another matrix); ``"exact"`` uses all columns of a square root of the
-        loss Hessian and costs ``C`` backward passes.
+        loss Hessian and costs a backward pass for each output number.
       window: Number of updates whose rows are kept.
       rows: Examples captured per update.
-      model_rows: Examples kept for the Gauss-Newton products of `cgfac`.
+      model_rows: Examples kept for the Gauss-Newton products of `cgfac`; fewer if
+        ``init`` is given fewer, so give it a whole batch.
       where: ``where("encoder/Dense_0/kernel") -> bool``, true for the parameters
         to precondition; None for all.
       fallback: Accepts parameters that no tag covers, for use with
@@ -111,7 +133,24 @@ def fisher_estimator(
       input_axes: Which leaves of ``inputs`` have an axis of examples: a pytree
         prefix of ``inputs`` with 0 (first axis) or None, as ``in_axes`` of
         `jax.vmap`; ``"auto"`` takes every leaf whose first axis has the length of
-        the outputs' first axis.
+        the outputs' first axis. Say it where another leaf, such as the statistics of
+        a BatchNorm, may have that length by chance.
+      samples: How often ``"mc"`` draws targets for an example.
+      weight_sharing: What positions (of a sequence, of an image) at which a layer has
+        the same weights become: rows of their own, ``"expand"``, or together one row,
+        the mean of inputs and the sum of cotangents, ``"reduce"`` (Eschenhagen et
+        al. 2023). Look-ups are always expanded.
+      positions: Positions of each example that become rows, chosen anew every update
+        and rescaled without bias; None for all, which the structures ``"block"`` and
+        ``"full"`` need.
+      rows_dtype: The dtype in which rows are kept, such as ``jnp.bfloat16`` to halve
+        the window; None for the parameters' own, at least float32.
+      reduction: How the loss joins predictions: their ``"mean"``, their ``"sum"``, or
+        ``"mean_of_sums"``, summed over the positions of an example and averaged over
+        examples.
+      weights: ``weights(inputs)`` returns a weight for each prediction, of shape
+        ``(N, ...)``: 0 for padding. A mean divides by their sum. A tuple for a tuple
+        of outputs.
 
     Returns:
       A `CurvatureEstimator`.
@@ -134,31 +173,56 @@ def fisher_estimator(
       >>> [tag.name for tag in curvature.tags]
       ['layers_0', 'layers_2']
 
+      With NNX the first argument is the module. The optimizer hands ``value_fn`` the
+      state of its parameters; ``copy=True`` lets it be called below `jax.lax.cond`:
+
+      >>> from flax import nnx
+      >>> from optax_cgfac import cgfac
+      >>> module = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+      >>> estimator = fisher_estimator(lambda m, x: m(x), "squared_error", rows=4)
+      >>> curvature = estimator.init(module, x)
+      >>> optimizer = nnx.Optimizer(module, cgfac(), wrt=nnx.Param)
+      >>> @nnx.jit
+      ... def train_step(module, optimizer, curvature, x, rng):
+      ...     def loss_fn(module):
+      ...         return jnp.mean(jnp.sum((module(x) - 1) ** 2, -1))
+      ...
+      ...     loss, grads = nnx.value_and_grad(loss_fn)(module)
+      ...     curvature = estimator.update(curvature, module, x, rng=rng)
+      ...     graphdef, _, rest = nnx.split(module, nnx.Param, ...)
+      ...     optimizer.update(
+      ...         module,
+      ...         grads,
+      ...         curvature=curvature,
+      ...         value=loss,
+      ...         value_fn=lambda p: loss_fn(nnx.merge(graphdef, p, rest, copy=True)),
+      ...     )
+      ...     return loss, curvature
+      >>> first, curvature = train_step(
+      ...     module, optimizer, curvature, x, jax.random.key(0)
+      ... )
+      >>> later, curvature = train_step(
+      ...     module, optimizer, curvature, x, jax.random.key(1)
+      ... )
+      >>> bool(later < first)
+      True
+
     References:
       Martens & Grosse (2015), sections 2 and 5; Chen (2021).
     """
-    loss = get_loss(loss)
-    if kind not in ("mc", "empirical", "exact"):
-        raise ValueError(f"kind must be 'mc', 'empirical' or 'exact', got {kind!r}.")
-    if kind == "exact" and loss.hessian_columns is None:
-        raise ValueError(
-            f"kind='exact' needs Loss.hessian_columns, which {loss.name!r} lacks."
-        )
-    if not callable(model_fn):
-        raise TypeError(
-            "model_fn must be a function (params, inputs) -> outputs, "
-            f"got {type(model_fn).__name__}. For a module write "
-            "lambda params, x: model.apply({'params': params}, x)."
-        )
-    for name, value in (("window", window), ("rows", rows), ("model_rows", model_rows)):
+    criterion = make_criterion(loss, reduction, weights)
+    _check_options(model_fn, criterion, kind, samples, weight_sharing)
+    counts = {"window": window, "rows": rows, "model_rows": model_rows}
+    counts |= {"samples": samples} | ({"positions": positions} if positions else {})
+    for name, value in counts.items():
         check_positive(name, value)
-
-    options = (kind, window, rows, model_rows)
+    dtype = None if rows_dtype is None else _rows_dtype(rows_dtype)
+    options = (kind, window, rows, model_rows, samples, weight_sharing, positions)
 
     def init(params: PyTree, inputs: PyTree) -> Curvature:
-        outputs = jax.eval_shape(model_fn, params, inputs)
-        _check_outputs(outputs, kind)
-        num_examples = outputs.shape[0]
+        function, params, (inputs,) = bind(model_fn, params, inputs)
+        heads = criterion.heads(jax.eval_shape(function, params, inputs))
+        num_examples = heads[0].shape[0]
         if num_examples < rows:
             raise ValueError(
                 f"rows={rows} examples are captured per update, but the inputs hold "
@@ -166,15 +230,39 @@ def fisher_estimator(
                 "initialise with a whole batch."
             )
         batched = batched_leaves(inputs, num_examples, input_axes)
-        few = jax.eval_shape(
-            lambda x: slice_examples(x, batched, jnp.arange(rows)), inputs
+
+        def run(count: int) -> Discovery:
+            few = jax.eval_shape(
+                lambda x: slice_examples(x, batched, jnp.arange(count)), inputs
+            )
+            return discover_few(function, params, few, count)
+
+        discovery = run(rows)
+        row_options = RowOptions(
+            rows,
+            criterion.num_columns(heads, kind, samples),
+            positions,
+            weight_sharing == "reduce",
+            dtype,
+            # Cotangents of independent draws add up without cross terms.
+            shares=kind == "mc",
         )
-        discovery = discover_few(params, few)
-        columns = outputs.shape[-1] if kind == "exact" else 1
+        # What does not grow with the batch is told apart by a batch of another size.
+        wider = run(2 * rows)
         tags, uncovered = make_tags(
-            discovery, params, Rows(rows, columns), where=where, fallback=fallback
+            discovery, params, row_options, where=where, fallback=fallback, wider=wider
         )
-        spec = CurvatureSpec(tags, uncovered, window, model_fn, loss, options, batched)
+        spec = CurvatureSpec(
+            tags,
+            uncovered,
+            window,
+            function,
+            criterion,
+            options,
+            batched,
+            criterion.factor(num_examples),
+            rows,
+        )
         kept = jnp.arange(min(model_rows, num_examples))
         return empty_curvature(spec, slice_examples(inputs, batched, kept))
 
@@ -186,9 +274,11 @@ def fisher_estimator(
         rng: Array | None = None,
         targets: PyTree = None,
     ) -> Curvature:
-        _check_update(curvature, (model_fn, loss, options), kind, rng, targets)
+        function, params, (inputs,) = bind(model_fn, params, inputs)
+        _check_update(curvature, (function, criterion, options), kind, rng, targets)
         batched = curvature.spec.batched
         num_examples = check_examples(inputs, batched, curvature.model_inputs, rows)
+        check_targets(targets, num_examples)
         if rng is None:
             # Without randomness the choice of examples and positions cycles.
             start, sample_rng, position_rng = curvature.num_updates, None, None
@@ -200,46 +290,59 @@ def fisher_estimator(
         few_targets = jax.tree.map(lambda t: jnp.asarray(t)[indices], targets)
 
         cycle = curvature.num_updates // (num_examples // rows)
+        discovery = discover_few(function, params, few, rows)
 
         def forward(probes):
-            capture = run_captured(model_fn, (params, few), probes)
+            capture = run_captured(
+                function, (params, few), probes, lifted=discovery.lifted
+            )
             return capture.outputs, [root.calls for root in capture.roots]
 
-        probes = discover_few(params, few).probes
-        outputs, backward, calls = jax.vjp(forward, probes, has_aux=True)
+        outputs, backward, calls = jax.vjp(forward, discovery.probes, has_aux=True)
+        heads = criterion.heads(outputs)
+        precise = [head.astype(_at_least_float32(head)) for head in heads]
 
-        def rows_of(cotangent: Array) -> dict[str, LayerRows]:
-            by_call = probe_calls(*backward(cotangent.astype(outputs.dtype)))
-            found = {}
-            for tag in curvature.tags:
-                layer = example_rows(tag, calls_of(tag, calls, by_call), rows)
-                found[tag.name] = _one_position(layer, position_rng, indices + cycle)
-            return found
+        def rows_of(tangents: Sequence[Array]) -> dict[str, LayerRows]:
+            cast = [
+                t.astype(head.dtype) for t, head in zip(tangents, heads, strict=True)
+            ]
+            cotangent = jax.tree.unflatten(jax.tree.structure(outputs), cast)
+            by_call = probe_calls(*backward(cotangent))
+            draw = Draw(position_rng, indices + cycle)
+            return {
+                tag.name: example_rows(tag, calls_of(tag, calls, by_call), rows, draw)
+                for tag in curvature.tags
+            }
 
-        cotangents = _cotangents(
-            loss,
+        columns = cotangents(
+            criterion,
             kind,
-            outputs.astype(_at_least_float32(outputs)),
-            sample_rng,
-            few_targets,
+            precise,
+            criterion.scales(user_inputs(inputs), heads, indices),
+            factor=criterion.factor(num_examples),
+            samples=samples,
+            rng=sample_rng,
+            targets=few_targets,
         )
-        if kind == "exact":
-            by_column = jax.vmap(rows_of)(cotangents)
-            captured = jax.tree.map(_columns_to_rows, by_column)
+        if columns[0].shape[0] == 1:
+            captured = rows_of([column[0] for column in columns])
         else:
-            captured = rows_of(cotangents)
+            by_column = jax.vmap(rows_of)(list(columns))
+            captured = {name: merge_columns(x) for name, x in by_column.items()}
         kept = num_kept(curvature.model_inputs, batched)
         model_indices = strided_indices(start + 1, kept, num_examples)
         model_inputs = slice_examples(inputs, batched, model_indices)
         return curvature.push_rows(captured, model_inputs)
 
-    def discover_few(params: PyTree, few: PyTree) -> Discovery:
-        """Finds the layers in a run on ``rows`` examples."""
-        discovery = discover(model_fn, params, few)
-        got = discovery.outputs.shape
-        if got[:1] != (rows,):
+    def discover_few(
+        function: Callable[..., PyTree], params: PyTree, few: PyTree, count: int
+    ) -> Discovery:
+        """Finds the layers in a run on ``count`` examples."""
+        discovery = discover(function, params, few)
+        got = jax.tree.leaves(discovery.outputs)[0].shape
+        if got[:1] != (count,):
             raise ValueError(
-                f"With {rows} examples sliced from inputs the outputs have shape "
+                f"With {count} examples sliced from inputs the outputs have shape "
                 f"{got}. Say which leaves of inputs have an axis of examples: "
                 "fisher_estimator(..., input_axes=...)."
             )
@@ -248,67 +351,40 @@ def fisher_estimator(
     return CurvatureEstimator(init, update)
 
 
-def _cotangents(
-    loss: Loss, kind: Kind, outputs: Array, rng: Array | None, targets: PyTree
-) -> Array:
-    """Output cotangents per example; one per Hessian column for ``"exact"``."""
-    predictions = math.prod(outputs.shape[1:-1])
-    if kind == "exact" and loss.hessian_columns is not None:
-        return loss.hessian_columns(outputs)
-    if rng is not None and kind == "mc":
-        targets = loss.sample(rng, outputs)
-        # An example's loss is the mean of its T predictions. Targets are drawn
-        # independently, so squares add up: 1/√T gives (1/T) Σ Jᵀ H J.
-        scale = predictions**-0.5
-    else:
-        scale = 1 / predictions
-    gradient = jax.grad(lambda z: jnp.sum(loss.value(z, targets)))(outputs)
-    return gradient * jnp.asarray(scale, outputs.dtype)
-
-
-def _one_position(rows: LayerRows, rng: Array | None, turn: Array) -> LayerRows:
-    """Keeps one position of every example: ``(*stack, N, T, n) -> (*stack, N, n)``.
-
-    At random, or without a key at the ``turn`` of each example.
-
-    Returns:
-      The rows.
-    """
-    num_examples, num_positions = rows.a.shape[-3:-1]
-    if num_positions == 1:
-        return jax.tree.map(lambda x: x[..., 0, :], rows)
-    if rng is None:
-        chosen = turn % num_positions
-    else:
-        chosen = jax.random.randint(rng, (num_examples,), 0, num_positions)
-    return jax.tree.map(
-        lambda x: jnp.take_along_axis(
-            x, chosen.reshape(*([1] * (x.ndim - 3)), num_examples, 1, 1), -2
-        )[..., 0, :],
-        rows,
-    )
-
-
-def _columns_to_rows(x: Array) -> Array:
-    """``(C, *stack, N, n) -> (*stack, C·N, n)``."""
-    x = jnp.moveaxis(x, 0, -3)
-    return x.reshape(*x.shape[:-3], -1, x.shape[-1])
-
-
 def _at_least_float32(x: Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _check_outputs(outputs: PyTree, kind: Kind) -> None:
-    if not hasattr(outputs, "shape") or len(outputs.shape) < 2:
+def _rows_dtype(dtype: Any) -> str:
+    if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
-            "model_fn must return one array of shape (N, ..., C), examples first and "
-            f"one prediction on the last axis; got {outputs}."
+            f"rows_dtype must be a floating-point dtype, got {jnp.dtype(dtype).name}."
         )
-    if kind == "exact" and len(outputs.shape) != 2:
+    return jnp.dtype(dtype).name
+
+
+def _check_options(
+    model_fn: Any, criterion: Criterion, kind: str, samples: int, weight_sharing: str
+) -> None:
+    if kind not in ("mc", "empirical", "exact"):
+        raise ValueError(f"kind must be 'mc', 'empirical' or 'exact', got {kind!r}.")
+    for loss in criterion.losses:
+        if kind == "exact" and loss.hessian_columns is None:
+            raise ValueError(
+                f"kind='exact' needs Loss.hessian_columns, which {loss.name!r} lacks."
+            )
+    if samples != 1 and kind != "mc":
+        raise ValueError(f"samples={samples} needs kind='mc', got kind={kind!r}.")
+    if weight_sharing not in ("expand", "reduce"):
         raise ValueError(
-            f"kind='exact' takes outputs of shape (N, C), got {outputs.shape}. "
-            "Use kind='mc'."
+            f"weight_sharing must be 'expand' or 'reduce', got {weight_sharing!r}."
+        )
+    if not callable(model_fn) or isinstance(model_fn, (nn.Module, nnx.Module)):
+        raise TypeError(
+            "model_fn must be a function (params, inputs) -> outputs, "
+            f"got {type(model_fn).__name__}. For a module write "
+            "lambda params, x: model.apply({'params': params}, x), or for one of NNX "
+            "lambda module, x: module(x)."
         )
 
 
@@ -321,7 +397,8 @@ def _check_update(
             f"{type(curvature).__name__}."
         )
     spec = curvature.spec
-    if (spec.model_fn, spec.loss, spec.options) != source:
+    if (spec.model_fn, spec.criterion, spec.options) != source:
+        check_same_module(spec.model_fn, source[0])
         raise ValueError(
             "This curvature comes from another estimator. Call "
             "estimator.init(params, inputs) of the one that updates it."

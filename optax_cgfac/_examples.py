@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._types import Array, PyTree
+from optax_cgfac._types import Array, ModuleInputs, PyTree
 
 
 def batched_leaves(
@@ -25,6 +25,10 @@ def batched_leaves(
       ValueError: If no leaf has an axis of examples, one that should has another
         length, or ``input_axes`` is no prefix with 0 and None.
     """
+    if isinstance(inputs, ModuleInputs):
+        # A statistic or a key has no examples, whatever its length.
+        rest = (False,) * len(jax.tree.leaves(inputs.rest))
+        return rest + batched_leaves(inputs.args[0], num_examples, input_axes)
     leaves = jax.tree.leaves(inputs)
     if isinstance(input_axes, str):
         if input_axes != "auto":
@@ -110,6 +114,20 @@ def check_examples(
     return num_examples
 
 
+def check_targets(targets: PyTree, num_examples: int) -> None:
+    """Checks that targets belong to the batch.
+
+    Raises:
+      ValueError: If they are of another number of examples.
+    """
+    for leaf in jax.tree.leaves(targets):
+        if jnp.shape(leaf)[:1] != (num_examples,):
+            raise ValueError(
+                f"targets have shape {jnp.shape(leaf)}; expected the {num_examples} "
+                "examples of inputs on the first axis."
+            )
+
+
 def num_kept(model_inputs: PyTree, batched: Sequence[bool]) -> int:
     """Returns the number of examples in the slice that the curvature holds."""
     leaves = zip(jax.tree.leaves(model_inputs), batched, strict=True)
@@ -128,7 +146,8 @@ def slice_examples(inputs: PyTree, batched: Sequence[bool], indices: Array) -> P
     """Returns ``inputs`` with only the examples at ``indices``."""
     leaves, structure = jax.tree.flatten(inputs)
     sliced = [
-        jnp.asarray(leaf)[indices] if is_batched else jnp.asarray(leaf)
+        # A copy: a caller may donate both the batch or module and the slice.
+        jnp.asarray(leaf)[indices] if is_batched else jnp.copy(leaf)
         for leaf, is_batched in zip(leaves, batched, strict=True)
     ]
     return jax.tree.unflatten(structure, sliced)

@@ -15,14 +15,25 @@ import jax.numpy as jnp
 
 from optax_cgfac._cg import CGInfo, cg_loop
 from optax_cgfac._numerics import (
-    gram,
     matmul,
     safe_divide,
     spd_inverses,
     tiny_shift,
 )
 from optax_cgfac._operators import FactoredDampedOperator, KroneckerOperator
-from optax_cgfac._types import Array
+from optax_cgfac._rows import (
+    IndexRows,
+    Rows,
+    gram,
+    num_features,
+    num_rows,
+    rows_dtype,
+    squared_norm,
+    times,
+    to_dense,
+    transpose_times,
+)
+from optax_cgfac._types import Array, LayerRows
 
 # π² compares the mean eigenvalues of the two factors. Beyond 1e6 one side is
 # numerically zero (a dead layer), and no split of the damping is meaningful.
@@ -55,11 +66,11 @@ def factored_damping(
     References:
       Martens & Grosse (2015), sections 6.3 and 6.6.
     """
-    dtype = operator.a.dtype
-    a_trace = jnp.sum(operator.a**2, (-2, -1)) * jnp.asarray(operator.a_scale, dtype)
-    g_trace = jnp.sum(operator.g**2, (-2, -1)) * jnp.asarray(operator.g_scale, dtype)
-    a_mean = a_trace / operator.a.shape[-1]
-    g_mean = g_trace / operator.g.shape[-1]
+    dtype = operator.g.dtype
+    a_trace = squared_norm(operator.a) * jnp.asarray(operator.a_scale, dtype)
+    g_trace = squared_norm(operator.g) * jnp.asarray(operator.g_scale, dtype)
+    a_mean = a_trace / num_features(operator.a)
+    g_mean = g_trace / num_features(operator.g)
     both = (a_mean > 0) & (g_mean > 0)
     pi_squared = jnp.where(both, a_mean / jnp.where(both, g_mean, 1), 1)
     pi = jnp.sqrt(jnp.clip(pi_squared, 1 / _MAX_PI_SQUARED, _MAX_PI_SQUARED))
@@ -72,44 +83,68 @@ def factored_damping(
 
 
 class _Side(NamedTuple):
-    rows: Array  # (*stack, R, n)
+    rows: Rows  # (*stack, R, n)
     scale: Array
     damping: Array  # stack
-
-    @property
-    def in_row_space(self) -> bool:
-        """Whether the side has fewer rows than features."""
-        return self.rows.shape[-2] < self.rows.shape[-1]
+    in_row_space: bool  # whether the system is that of the rows
 
     def system(self) -> Array:
         """The side's smaller matrix: the Gram matrix or the factor, damped."""
-        matrix = self.scale * gram(self.rows if self.in_row_space else self.rows.mT)
+        if self.in_row_space:
+            matrix = self.scale * gram(self.rows)
+        else:
+            rows = to_dense(self.rows)
+            matrix = self.scale * matmul(rows.mT, rows)
         identity = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
         return matrix + self.damping[..., None, None] * identity
 
     def project(self, x: Array) -> Array:
         """Brings a matrix ``(*stack, n, k)`` to the space of the system."""
-        return matmul(self.rows, x) if self.in_row_space else x
+        return times(self.rows, x) if self.in_row_space else x
 
     def lift(self, b: Array, z: Array) -> Array:
         """Returns the solution for ``b`` from that of the system."""
         if not self.in_row_space:
             return z
-        back = self.scale * matmul(self.rows.mT, z)
+        back = self.scale * transpose_times(self.rows, z)
         return (b - back) / self.damping[..., None, None]
 
     def apply(self, x: Array) -> Array:
         """Returns the damped factor times ``x``."""
-        product = self.scale * matmul(self.rows.mT, matmul(self.rows, x))
+        if not self.in_row_space:
+            return matmul(self.system(), x)
+        product = self.scale * transpose_times(self.rows, times(self.rows, x))
         return product + self.damping[..., None, None] * x
+
+
+def sides_in_row_space(rows: LayerRows) -> tuple[bool, bool]:
+    """Returns for either side whether it is solved among its rows.
+
+    Beside a long vocabulary even ``R x n_in`` is too much: there the right side, as
+    wide as the embedding's vectors, is solved among them.
+    """
+    count, n_in, n_out = num_rows(rows.a), num_features(rows.a), num_features(rows.g)
+    tall = isinstance(rows.a, IndexRows) and count < n_in
+    return count < n_in, count < n_out and not tall
 
 
 def _sides(operator: FactoredDampedOperator) -> tuple[_Side, _Side]:
     kron = operator.operator
-    dtype = kron.a.dtype
+    dtype = rows_dtype(kron.a)
+    left, right = sides_in_row_space(LayerRows(kron.a, kron.g))
     return (
-        _Side(kron.a, jnp.asarray(kron.a_scale, dtype), operator.a_damping),
-        _Side(kron.g, jnp.asarray(kron.g_scale, dtype), operator.g_damping),
+        _Side(
+            kron.a,
+            jnp.asarray(kron.a_scale, dtype),
+            operator.a_damping,
+            left,
+        ),
+        _Side(
+            kron.g,
+            jnp.asarray(kron.g_scale, dtype),
+            operator.g_damping,
+            right,
+        ),
     )
 
 

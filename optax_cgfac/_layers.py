@@ -1,23 +1,32 @@
-"""What the rows of each kind of layer are; knows arrays and shapes, not Flax.
+"""What a layer is: the facts of its calls, its tag, its parameters as one matrix.
 
-A framework adapter reports, for every call of a layer, its input brought to the
-form ``(*stack, *positions, n_in)`` and the cotangent of its output,
-``(*stack, *positions, *features)``. This module turns both into rows, and the
-layer's parameters into one matrix and back.
+Knows arrays and shapes, not Flax. `_example_rows` turns captured calls into rows.
 """
 
+import ast
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from optax_cgfac._patches import Window, output_sizes
 from optax_cgfac._paths import Path, text
 from optax_cgfac._types import Array, LayerRows
 
 LEFT_OUT = "left out by where"
 """The reason of a parameter that the user excluded."""
+
+Form = Literal["dense", "patches", "index", "swapped", "elementwise"]
+"""How the rows of a call come out of its input ``x`` and output cotangent ``y``.
+
+``dense``: ``a = x``, ``g = y``. ``patches``: ``a`` are patches of ``x``. ``index``:
+``x`` are indices, ``a`` one-hot. ``swapped``: the kernel is used transposed, ``a = y``
+and ``g = x``. ``elementwise``: the output is ``scale * x + bias``; a row is the
+gradient of an example with respect to both.
+"""
 
 
 @jax.tree_util.register_static
@@ -25,26 +34,117 @@ LEFT_OUT = "left out by where"
 class LayerCall:
     """The static facts of one layer call, as its framework adapter saw it.
 
+    Shapes and axes are those inside all transforms. The captured input has the form
+    ``(*batch, *positions, *inner)``, where ``batch`` are axes that the kernel has too
+    and ``inner`` belongs to the form: one axis of features (``dense``, ``swapped``),
+    space and channels (``patches``), nothing (``index``), the output's features
+    (``elementwise``).
+
     Attributes:
-      kind: The kind of layer, ``"dense"`` or ``"dense_general"``.
-      batch_ndim: Leading kernel axes that are batched (one matrix each).
-      contract_ndim: Kernel axes that are summed over.
-      feature_ndim: Trailing kernel axes, the output features.
-      input_ndim: Rank of the input in the form above, inside all transforms.
-      has_bias: Whether the layer adds a bias.
+      kind: The kind of layer, for reports.
+      form: How rows come out of the call.
+      input_ndim: Rank of the captured input.
+      output_ndim: Rank of the output.
+      kernel: Name of the kernel among the layer's parameters, if it has one.
+      scale: Name of an elementwise factor.
+      bias: Name of the bias.
+      kernel_axes: The kernel's axes in the order batch, summed over, features.
+      batch_ndim: How many of them are batched (one matrix each).
+      feature_ndim: How many are output features; of an ``elementwise`` call, the
+        trailing axes of its output that have parameters of their own.
+      groups: Groups of input and output channels with a matrix each.
+      windows: The spatial dimensions of a convolution.
+      output_axes: Transposition of the output into ``(*batch, *positions,
+        *features)``; empty if it has that form.
+      param_ndim: Rank of the kernel, or of the scale.
     """
 
     kind: str
-    batch_ndim: int
-    contract_ndim: int
-    feature_ndim: int
+    form: Form
     input_ndim: int
-    has_bias: bool
+    output_ndim: int
+    kernel: str | None = "kernel"
+    scale: str | None = None
+    bias: str | None = None
+    kernel_axes: tuple[int, ...] = (0, 1)
+    batch_ndim: int = 0
+    feature_ndim: int = 1
+    groups: int = 1
+    windows: tuple[Window, ...] = ()
+    output_axes: tuple[int, ...] = ()
+    param_ndim: int = 2
 
     @property
-    def kernel_ndim(self) -> int:
-        """Rank of the kernel inside all transforms."""
-        return self.batch_ndim + self.contract_ndim + self.feature_ndim
+    def params(self) -> tuple[str, ...]:
+        """Names of the call's parameters; the first one identifies the layer."""
+        names = (self.kernel, self.scale, self.bias)
+        return tuple(name for name in names if name is not None)
+
+    @property
+    def inner_ndim(self) -> int:
+        """Trailing axes of the captured input that are not positions."""
+        if self.form == "patches":
+            return len(self.windows) + 1
+        return {"index": 0, "elementwise": self.feature_ndim}.get(self.form, 1)
+
+    @property
+    def output_inner_ndim(self) -> int:
+        """Trailing axes of the output that are not positions."""
+        if self.form == "patches":
+            return len(self.windows) + 1
+        return 1 if self.form == "swapped" else self.feature_ndim
+
+    @property
+    def positions_inside(self) -> int:
+        """Positions that the call itself makes of one input (a convolution's)."""
+        return math.prod(output_sizes(self.windows))
+
+
+# The facts of a call travel in the name of a captured variable: Python side effects
+# are lost where a lifted transform reuses a cached trace, a pytree's structure is not.
+_PREFIX = "cgfac:"
+
+
+def encode(call: LayerCall) -> str:
+    """Returns the facts of a call as a variable name."""
+    fields = [getattr(call, field.name) for field in dataclasses.fields(call)]
+    plain = [
+        tuple(map(tuple, value))
+        if isinstance(value, tuple) and value is call.windows
+        else value
+        for value in fields
+    ]
+    return _PREFIX + repr(tuple(plain))
+
+
+def decode(name: str) -> LayerCall | None:
+    """Returns the facts in a variable's name, or None for any other name."""
+    if not name.startswith(_PREFIX):
+        return None
+    call = LayerCall(*ast.literal_eval(name[len(_PREFIX) :]))
+    windows = tuple(Window(*window) for window in call.windows)
+    return dataclasses.replace(call, windows=windows)
+
+
+class Use(NamedTuple):
+    """All calls of a layer that have one form.
+
+    Attributes:
+      form: Their form.
+      positions: Positions at which an example passes them, together.
+      kept: Positions of each example that become rows.
+      reduce: Whether all positions of an example go into one row.
+    """
+
+    form: Form
+    positions: int
+    kept: int
+    reduce: bool = False
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the rows of an example add up to its gradient."""
+        return self.form == "elementwise" or self.kept == self.positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,25 +154,37 @@ class LayerTag:
     Attributes:
       path: The layer's path in the parameter tree.
       kind: The kind of layer.
-      kernel: Path of the kernel leaf.
+      kernel: Path of the kernel leaf; None for an elementwise layer.
       bias: Path of the bias leaf, or None.
+      scale: Path of an elementwise layer's scale, or None.
       stack: Sizes of leading axes that hold independent matrices (layers of an
-        ``nn.scan``, batched kernels).
-      n_in: Rows of the matrix, with one more for a bias.
+        ``nn.scan``, batched kernels, groups of channels).
+      n_in: Rows of the matrix, with one more for a bias; 1 if elementwise.
       n_out: Columns of the matrix.
       positions: Positions at which an example passes the layer (1 for a plain
-        dense layer on vectors), all calls of a shared module together.
-      columns: Cotangents per example (the Hessian's columns of ``kind="exact"``).
+        dense layer on vectors), all calls of a shared module together; 1 where a
+        row stands for the whole example.
+      columns: Cotangents per example: the Hessian's columns of ``kind="exact"``,
+        or the samples of ``kind="mc"``.
       rows_per_step: Rows that one update of the curvature adds.
-      dtype: The dtype of the rows.
+      dtype: The dtype of the layer's matrix in solves.
+      rows_dtype: The dtype in which rows are kept.
+      batch_ndim: Trailing axes of ``stack`` that the kernel itself has.
+      view: Shape to which the kernel is brought, behind axes stacked by transforms.
+      axes: Transposition of ``view`` to batch, inputs, outputs.
+      uses: The forms in which the layer is called.
+      shapes: Shapes of the leaves, in the order of ``leaves``.
       sources: Where the layer's calls are captured: the outermost module call's
-        index and the layer's path below it.
+        index, the module's path below it, and the layer's first parameter there.
+      sharing: Examples that share the layer's input, such as a table of positions;
+        its rows are then those of a single example.
     """
 
     path: Path
     kind: str
-    kernel: Path
+    kernel: Path | None
     bias: Path | None
+    scale: Path | None
     stack: tuple[int, ...]
     n_in: int
     n_out: int
@@ -80,7 +192,14 @@ class LayerTag:
     columns: int
     rows_per_step: int
     dtype: str
-    sources: tuple[tuple[int, Path], ...]
+    rows_dtype: str
+    batch_ndim: int
+    view: tuple[int, ...]
+    axes: tuple[int, ...]
+    uses: tuple[Use, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    sources: tuple[tuple[int, Path, str], ...]
+    sharing: int = 1
 
     @property
     def name(self) -> str:
@@ -89,27 +208,46 @@ class LayerTag:
 
     @property
     def leaves(self) -> tuple[Path, ...]:
-        """Paths of the layer's parameters."""
-        return (self.kernel,) if self.bias is None else (self.kernel, self.bias)
+        """Paths of the layer's parameters, in the order of the matrix."""
+        paths = (self.kernel, self.scale, self.bias)
+        return tuple(path for path in paths if path is not None)
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether the matrix is one row that holds every parameter."""
+        return self.kernel is None
 
     @property
     def size(self) -> int:
         """Number of parameters, all stacked matrices together."""
         return math.prod(self.stack) * self.n_in * self.n_out
 
+    def width(self, path: Path) -> int:
+        """Returns the columns that a leaf of an elementwise layer has."""
+        shape = self.shapes[self.leaves.index(path)]
+        return math.prod(shape[len(self.stack) :])
+
 
 def matrix_from_leaves(tag: LayerTag, leaves: Mapping[Path, Array]) -> Array:
-    """Returns the layer's parameters as ``(*stack, n_in, n_out)`` in the rows' dtype.
+    """Returns the layer's parameters as ``(*stack, n_in, n_out)`` in the tag's dtype.
 
     Only the leaves that are present take part: a masked kernel or bias leaves
     the rows of the other.
     """
     parts = []
-    if tag.kernel in leaves:
-        parts.append(leaves[tag.kernel].reshape(*tag.stack, -1, tag.n_out))
-    if tag.bias is not None and tag.bias in leaves:
-        parts.append(leaves[tag.bias].reshape(*tag.stack, 1, tag.n_out))
-    return jnp.concatenate([part.astype(tag.dtype) for part in parts], -2)
+    for path in tag.leaves:
+        if path not in leaves:
+            continue
+        leaf = leaves[path].astype(tag.dtype)
+        if path == tag.kernel:
+            lifted = leaf.shape[: len(tag.stack) - tag.batch_ndim]
+            leaf = leaf.reshape(*lifted, *tag.view)
+            order = (len(lifted) + axis for axis in tag.axes)
+            leaf = leaf.transpose(*range(len(lifted)), *order)
+            parts.append(leaf.reshape(*tag.stack, -1, tag.n_out))
+        else:
+            parts.append(leaf.reshape(*tag.stack, 1, -1))
+    return jnp.concatenate(parts, -1 if tag.is_elementwise else -2)
 
 
 def leaves_from_matrix(
@@ -117,11 +255,23 @@ def leaves_from_matrix(
 ) -> dict[Path, Array]:
     """Splits a matrix into leaves with the shapes and dtypes of those in ``like``."""
     leaves = {}
-    if tag.kernel in like:
-        end = tag.n_in if tag.bias is None else tag.n_in - 1
-        leaves[tag.kernel] = matrix[..., :end, :]
-    if tag.bias is not None and tag.bias in like:
-        leaves[tag.bias] = matrix[..., -1, :]
+    if tag.is_elementwise:
+        start = 0
+        for path in tag.leaves:
+            if path in like:
+                end = start + tag.width(path)
+                leaves[path] = matrix[..., start:end]
+                start = end
+    else:
+        if tag.bias is not None and tag.bias in like:
+            leaves[tag.bias] = matrix[..., -1, :]
+        if tag.kernel is not None and tag.kernel in like:
+            kernel = matrix[..., : tag.n_in - (tag.bias is not None), :]
+            lifted = tag.stack[: len(tag.stack) - tag.batch_ndim]
+            kernel = kernel.reshape(*lifted, *(tag.view[axis] for axis in tag.axes))
+            back = sorted(range(len(tag.axes)), key=tag.axes.__getitem__)
+            order = (len(lifted) + axis for axis in back)
+            leaves[tag.kernel] = kernel.transpose(*range(len(lifted)), *order)
     return {
         path: leaf.reshape(like[path].shape).astype(like[path].dtype)
         for path, leaf in leaves.items()
@@ -131,80 +281,12 @@ def leaves_from_matrix(
 def rows_for_leaves(
     tag: LayerTag, rows: LayerRows, leaves: Mapping[Path, Array]
 ) -> LayerRows:
-    """Returns the rows with the activation columns of the leaves that are present."""
-    if tag.bias is None or all(path in leaves for path in tag.leaves):
+    """Returns the rows with the columns of the leaves that are present."""
+    if len(tag.leaves) == 1 or all(path in leaves for path in tag.leaves):
         return rows
-    columns = rows.a[..., :-1] if tag.kernel in leaves else rows.a[..., -1:]
-    return LayerRows(columns, rows.g)
-
-
-def example_rows(
-    tag: LayerTag,
-    calls: Sequence[tuple[LayerCall, Array, Array]],
-    num_examples: int,
-) -> LayerRows:
-    """Brings the calls of one layer to ``(*stack, N, T, n)``, calls concatenated.
-
-    Args:
-      tag: The layer.
-      calls: For each call its facts, its input and its output cotangent.
-      num_examples: ``N``; the positions of an example follow it.
-
-    Returns:
-      Rows with ``a`` of shape ``(*stack, N, T, n_in)``, a column of ones
-      appended for a bias, and ``g`` of shape ``(*stack, N, T, n_out)``.
-    """
-    inputs, cotangents = [], []
-    for call, a, g in calls:
-        a = _examples_first(tag, call, a.astype(tag.dtype), call.input_ndim, 1)
-        g_ndim = call.input_ndim - 1 + call.feature_ndim
-        g = _examples_first(tag, call, g.astype(tag.dtype), g_ndim, call.feature_ndim)
-        inputs.append(a.reshape(*tag.stack, num_examples, -1, a.shape[-1]))
-        cotangents.append(g.reshape(*tag.stack, num_examples, -1, tag.n_out))
-    a = jnp.concatenate(inputs, -2)
-    if tag.bias is not None:
-        a = jnp.concatenate([a, jnp.ones((*a.shape[:-1], 1), a.dtype)], -1)
-    return LayerRows(a, jnp.concatenate(cotangents, -2))
-
-
-def _examples_first(
-    tag: LayerTag, call: LayerCall, x: Array, inner_ndim: int, feature_ndim: int
-) -> Array:
-    """Moves axes that a transform added as positions (time) behind the examples'."""
-    added = x.ndim - inner_ndim
-    transform_stack = len(tag.stack) - call.batch_ndim
-    if added > transform_stack:  # positions in front: (T, N, ...) -> (N, T, ...)
-        examples = added + call.batch_ndim
-        if x.ndim - feature_ndim > examples:
-            x = jnp.moveaxis(x, examples, 0)
-    return x
-
-
-def find_problem(
-    call: LayerCall,
-    input_shape: tuple[int, ...],
-    kernel_shape: tuple[int, ...],
-    num_examples: int,
-) -> str | None:
-    """Returns why a captured call cannot be turned into rows, or None if it can."""
-    stack_ndim = len(kernel_shape) - call.kernel_ndim
-    added = len(input_shape) - call.input_ndim
-    if stack_ndim < 0:
-        return "its kernel in the parameter tree has another rank than in the layer"
-    stack = kernel_shape[: stack_ndim + call.batch_ndim]
-    if stack_ndim and added != stack_ndim:
-        return "its parameters are stacked by a transform along which its rows are not"
-    if stack_ndim and input_shape[: len(stack)] != stack:
-        return (
-            f"its kernel {kernel_shape} and its rows {input_shape} are stacked along "
-            "different axes; stack both along axis 0"
-        )
-    if call.batch_ndim and added > stack_ndim:
-        return "a batched kernel below a transform that adds positions"
-    positions = math.prod(input_shape[len(stack) : -1])
-    if positions == 0 or positions % num_examples:
-        return (
-            f"its input has {positions} rows, which is no multiple of the "
-            f"{num_examples} examples: it does not depend on the batch, or mixes it"
-        )
-    return None
+    if tag.is_elementwise:
+        first = tag.width(tag.leaves[0])
+        g = rows.g[..., :first] if tag.leaves[0] in leaves else rows.g[..., first:]
+        return LayerRows(rows.a, g)
+    a = rows.a[..., :-1] if tag.kernel in leaves else rows.a[..., -1:]
+    return LayerRows(a, rows.g)

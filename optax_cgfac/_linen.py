@@ -11,23 +11,24 @@ This file alone touches `flax.core.Scope`; ``tests/unit/test_linen.py`` fails wi
 a clear message where Flax changes what it relies on.
 """
 
+import contextlib
+import contextvars
+import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from flax.core.scope import Scope, subtract_filters, union_filters
 
-from optax_cgfac._layers import LayerCall
+from optax_cgfac._layers import LayerCall, encode
+from optax_cgfac._linen_layers import LAYERS
 from optax_cgfac._paths import Path, leaves_by_path
+from optax_cgfac._probes import Capture, Root, Visit, entries
 from optax_cgfac._types import Array, PyTree
 
 INPUTS = "cgfac_inputs"
 PROBES = "cgfac_probes"
-
-_PREFIX = "cgfac"
 
 
 def capture_axes(axis: int = 0) -> dict[str, int]:
@@ -55,45 +56,12 @@ def capture_axes(axis: int = 0) -> dict[str, int]:
     return {INPUTS: axis, PROBES: axis}
 
 
-class Root(NamedTuple):
-    """What was captured below one outermost module call.
-
-    Attributes:
-      calls: For every layer path below the root, its calls: the facts, the input
-        and, in discovery, the output.
-      leaf_ids: The identity of every parameter leaf the root module was given.
-    """
-
-    calls: dict[Path, list[tuple[LayerCall, tuple[Array, ...]]]]
-    leaf_ids: dict[Path, int]
-
-
-class Visit(NamedTuple):
-    """A module that the trace met, for reports on uncovered parameters.
-
-    Attributes:
-      class_name: Its class.
-      liftable: Whether the collections of capture reach it.
-      hidden: Whether it runs below a JAX transform inside the user's function.
-    """
-
-    class_name: str
-    liftable: bool
-    hidden: bool
-
-
-class Capture(NamedTuple):
-    """The outputs of a captured call and everything tagged on the way."""
-
-    outputs: PyTree
-    roots: tuple[Root, ...]
-    visits: dict[tuple[int, Path], Visit]
-
-
 def run_captured(
     function: Callable[..., PyTree],
     args: tuple[Any, ...],
     probes: tuple[PyTree, ...] | None = None,
+    *,
+    lifted: bool = True,
 ) -> Capture:
     """Calls ``function(*args)`` with capture on.
 
@@ -102,64 +70,67 @@ def run_captured(
       args: Its arguments.
       probes: One pytree per outermost module call, from `probes_like`; None to
         discover: outputs of tagged layers are then returned beside the inputs.
+      lifted: Whether to look below lifted transforms too. The branches of an
+        `nn.cond` may not leave different collections behind.
 
     Returns:
       The `Capture`.
     """
-    tap = _Tap(probes)
-    with nn.intercept_methods(tap.intercept_outermost):
-        outputs = function(*args)
+    tap = _Tap(probes, lifted)
+    token = _CURRENT.set(tap)
+    try:
+        with nn.intercept_methods(tap.intercept_outermost):
+            outputs = function(*args)
+    finally:
+        _CURRENT.reset(token)
     return Capture(outputs, tuple(tap.roots), tap.visits)
 
 
-def probes_like(roots: Sequence[Mapping[Path, Any]]) -> tuple[PyTree, ...]:
-    """Returns zero probes for the outputs found by a discovery run.
+def tag_linen(module: nn.Module, call: LayerCall, x: Array, outputs: Array) -> Array:
+    """Taps a layer that its own module describes; see `tag_layer`."""
+    tap, scope = _CURRENT.get(), module.scope
+    if tap is None or scope is None or not tap.reaches(scope):
+        return outputs
+    return tap.tap(scope, call, x, outputs)
 
-    Args:
-      roots: ``Root.calls`` of every root of a `run_captured` without probes,
-        arrays or shapes.
 
-    Returns:
-      What `run_captured` takes as ``probes``.
+_CURRENT: contextvars.ContextVar["_Tap | None"] = contextvars.ContextVar(
+    "cgfac_tap", default=None
+)
+
+
+_MAPPED = (
+    "its layer computes with a function of it (nn.map_variables, nn.WeightNorm, "
+    "nn.SpectralNorm), so that the layer's rows are not those of the parameter"
+)
+
+
+def _below(root: Scope, path: Path) -> Mapping[str, Any]:
+    """Returns the parameters of a module, empty if it has none.
+
+    The root scope inside a lifted transform begins at the lifted module's path.
     """
-    probes = []
-    for root in roots:
-        tree: dict[str, Any] = {}
-        for path, calls in root.items():
-            node = tree
-            for name in path:
-                node = node.setdefault(name, {})
-            for call, (_, output) in calls:
-                # zeros_like and not zeros(shape): under shard_map the latter
-                # would not vary over devices and its cotangent would be summed.
-                probe = jax.tree.map(jnp.zeros_like, output)
-                node[_encode(call)] = (*node.get(_encode(call), ()), probe)
-        probes.append(tree)
-    return tuple(probes)
-
-
-def probe_calls(probes: tuple[PyTree, ...]) -> list[dict[Path, list[Array]]]:
-    """Returns probes or their cotangents by root and layer path, in call order."""
-    roots = []
-    for tree in probes:
-        found: dict[Path, list[Array]] = {}
-        for path, _, values in _entries(tree):
-            found.setdefault(path, []).extend(values)
-        roots.append(found)
-    return roots
+    tree: Any = root.variables().get("params", {})
+    for name in path[len(root.path) :]:
+        tree = tree.get(name, {}) if isinstance(tree, Mapping) else {}
+    return tree if isinstance(tree, Mapping) else {}
 
 
 class _Tap:
     """The interceptors of one traced call."""
 
-    def __init__(self, probes: tuple[PyTree, ...] | None):
+    def __init__(self, probes: tuple[PyTree, ...] | None, lifted: bool):
         self.probes = probes
+        self.lifted = lifted
         self.roots: list[Root] = []
         self.visits: dict[tuple[int, Path], Visit] = {}
         self._level = Scope({}).trace_level
         self._root_scope: Scope | None = None  # of the outermost call under way
         self._hidden = False  # whether that call is below a transform of the user's
         self._opened: tuple[Scope, Any] | None = None  # root scope, its own filter
+        self._quiet = False  # whether a layer is being described
+        self._bases: list[Scope] = []  # the first root scope of every trace
+        self._mapped: set[Path] = set()  # modules that see other parameters
 
     def intercept_outermost(
         self,
@@ -185,6 +156,7 @@ class _Tap:
             root, mutable = self._open(scope)
             self._put_probes(root, mutable)
         self._root_scope = root
+        self._bases, self._mapped = [root], set()
         try:
             # Entered only now, so inside every interceptor the user has entered:
             # layers are tapped where they compute, as their parameters see it.
@@ -205,8 +177,8 @@ class _Tap:
         context: nn.module.InterceptorContext,
     ) -> Any:
         """Taps a layer that rows can be taken from."""
-        scope = context.module.scope
-        if scope is None or context.method_name == "setup":
+        module, scope = context.module, context.module.scope
+        if scope is None or context.method_name == "setup" or self._quiet:
             return next_function(*args, **kwargs)
         if scope.root is self._root_scope and not self._hidden:
             # Scopes may be older than the call (nn.Module.bind). Inside a lifted
@@ -214,15 +186,64 @@ class _Tap:
             # carry would be lost on the way out.
             scope.mutable = union_filters(scope.mutable, INPUTS)
         liftable = scope.is_mutable_collection(INPUTS)
+        liftable = liftable and (self.lifted or scope.root is self._root_scope)
+        hidden = self._is_hidden(scope)
         key = (len(self.roots), tuple(scope.path))
-        class_name = type(context.module).__name__
-        self.visits.setdefault(key, Visit(class_name, liftable, self._hidden))
+        problem = _MAPPED if self._is_mapped(scope) else None
+        visit = Visit(type(module).__name__, liftable, hidden, problem)
+        if key not in self.visits or not visit.has_rows:
+            # One use without rows would leave the others' sum incomplete.
+            self.visits[key] = visit
         describe = _layer_of(context)
+        if not visit.has_rows:
+            return next_function(*args, **kwargs)
+        if describe is None:
+            with _time_captured(context) if self.lifted else contextlib.nullcontext():
+                function = _separate_gates(context, next_function)
+                return function(*args, **kwargs)
         outputs = next_function(*args, **kwargs)
-        if describe is None or self._hidden or not liftable:
+        self._quiet = True  # describing a norm runs it once more
+        try:
+            described = describe(module, *args, **kwargs)
+        finally:
+            self._quiet = False
+        if isinstance(described, str):
+            self.visits[key] = visit._replace(problem=described)
             return outputs
-        call, a = describe(context.module, *args, **kwargs)
-        return self._tap_layer(scope, call, a, outputs)
+        call, a = described
+        return self.tap(scope, call, a, outputs)
+
+    def _is_mapped(self, scope: Scope) -> bool:
+        """Whether the user's parameters are transformed on their way into a scope.
+
+        Root scopes of one trace share their leaves unless `nn.map_variables`, which
+        weight and spectral norm use too, has put others into their place.
+
+        Returns:
+          Whether other parameters were seen, here or in a module around it.
+        """
+        path, level = tuple(scope.path), scope.trace_level
+        base = next((x for x in self._bases if x.trace_level == level), None)
+        if base is None:
+            self._bases.append(scope.root)
+        elif base is not scope.root:
+            own = leaves_by_path(_below(scope.root, path))
+            theirs = leaves_by_path(_below(base, path))
+            if any(theirs.get(name, leaf) is not leaf for name, leaf in own.items()):
+                self._mapped.add(path)
+        return any(path[: len(above)] == above for above in self._mapped)
+
+    def reaches(self, scope: Scope) -> bool:
+        """Whether rows can be taken from a layer with this scope."""
+        if self._is_mapped(scope):
+            return False
+        liftable = scope.is_mutable_collection(INPUTS)
+        liftable = liftable and (self.lifted or scope.root is self._root_scope)
+        return liftable and not self._is_hidden(scope)
+
+    def _is_hidden(self, scope: Scope) -> bool:
+        """Whether values of the trace could not be returned from here."""
+        return self._hidden or scope.trace_level != Scope({}).trace_level
 
     def _open(self, scope: Scope) -> tuple[Scope, Any]:
         """Makes the inputs' collection mutable; returns the root and its own filter."""
@@ -247,13 +268,14 @@ class _Tap:
         variables = root.variables()
         calls: dict[Path, list[tuple[LayerCall, tuple[Array, ...]]]] = {}
         if not self._hidden:
-            for path, call, values in _entries(variables.get(INPUTS, {})):
+            for path, call, values in entries(variables.get(INPUTS, {})):
                 calls.setdefault(path, []).extend((call, value) for value in values)
         leaves = leaves_by_path(dict(variables.get("params", {})))
         self.roots.append(Root(calls, {path: id(x) for path, x in leaves.items()}))
 
-    def _tap_layer(self, scope, call: LayerCall, a: Array, outputs: Array) -> Array:
-        name = _encode(call)
+    def tap(self, scope: Scope, call: LayerCall, a: Array, outputs: Array) -> Array:
+        """Sows the input of a layer and adds the probe to its output."""
+        name = encode(call)
         earlier = scope.get_variable(INPUTS, name, ())
         value = (a, outputs) if self.probes is None else (a,)
         scope.put_variable(INPUTS, name, (*earlier, value))
@@ -263,75 +285,43 @@ class _Tap:
         return outputs
 
 
-# The facts of a call travel in the name of its variable: Python side effects are
-# lost where a lifted transform reuses a cached trace, the pytree's structure is
-# not.
-def _encode(call: LayerCall) -> str:
-    fields = (
-        call.kind,
-        call.batch_ndim,
-        call.contract_ndim,
-        call.feature_ndim,
-        call.input_ndim,
-        int(call.has_bias),
-    )
-    return ":".join((_PREFIX, *map(str, fields)))
+@contextlib.contextmanager
+def _time_captured(context: nn.module.InterceptorContext) -> Iterator[None]:
+    """Lets the scan of an `nn.RNN` carry the collections of capture along time."""
+    module = context.module
+    if not isinstance(module, nn.RNN) or context.method_name != "__call__":
+        yield
+        return
+    axes = module.variable_axes
+    # Linen modules are frozen for their users, who see it as it was.
+    object.__setattr__(module, "variable_axes", {**axes, **capture_axes()})
+    try:
+        yield
+    finally:
+        object.__setattr__(module, "variable_axes", axes)
 
 
-def _decode(name: str) -> LayerCall:
-    _, kind, *numbers = name.split(":")
-    batch, contract, feature, ndim, bias = map(int, numbers)
-    return LayerCall(kind, batch, contract, feature, ndim, bool(bias))
+def _separate_gates(
+    context: nn.module.InterceptorContext, next_function: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Runs an `nn.OptimizedLSTMCell` as the `nn.LSTMCell` with the same parameters.
+
+    The optimized cell multiplies with all its kernels at once, outside of any layer;
+    Flax keeps the parameters of the two compatible.
+
+    Returns:
+      The function to call with the layer's arguments.
+    """
+    function = getattr(context.orig_method, "func", None)
+    if function is None or inspect.unwrap(function) is not _OPTIMIZED_LSTM:
+        return next_function
+    cell: Any = context.module
+    return functools.partial(nn.LSTMCell.__call__, cell)
 
 
-def _entries(tree: Mapping[str, Any], path: Path = ()):
-    """Yields ``(layer path, call, values)`` from a collection's nested dict."""
-    for name, value in tree.items():
-        if name.startswith(_PREFIX + ":"):
-            yield path, _decode(name), value
-        elif isinstance(value, Mapping):
-            yield from _entries(value, (*path, name))
-
-
-def _describe_dense(module: nn.Dense, inputs: Array) -> tuple[LayerCall, Array]:
-    inputs = jnp.asarray(inputs)
-    return LayerCall("dense", 0, 1, 1, inputs.ndim, module.use_bias), inputs
-
-
-def _describe_dense_general(
-    module: nn.DenseGeneral, inputs: Array
-) -> tuple[LayerCall, Array]:
-    inputs = jnp.asarray(inputs)
-
-    def as_tuple(value) -> tuple[int, ...]:
-        return tuple(value) if isinstance(value, (tuple, list)) else (value,)
-
-    def normalize(axes) -> tuple[int, ...]:
-        # Flax sorts the axes, so the kernel's are in this order too.
-        return tuple(sorted(axis % inputs.ndim for axis in as_tuple(axes)))
-
-    axis, batch = normalize(module.axis), normalize(module.batch_dims)
-    positions = [i for i in range(inputs.ndim) if i not in axis and i not in batch]
-    a = inputs.transpose(*batch, *positions, *axis)
-    a = a.reshape(*a.shape[: a.ndim - len(axis)], -1)
-    features = len(as_tuple(module.features))
-    call = LayerCall(
-        "dense_general", len(batch), len(axis), features, a.ndim, module.use_bias
-    )
-    return call, a
-
-
-# The function that runs, not the class: a subclass that overrides __call__ is a
-# layer of its own, and its super().__call__() is intercepted as this one.
-_LAYERS = {
-    inspect.unwrap(nn.Dense.__call__): _describe_dense,
-    inspect.unwrap(nn.DenseGeneral.__call__): _describe_dense_general,
-}
+_OPTIMIZED_LSTM = inspect.unwrap(nn.OptimizedLSTMCell.__call__)
 
 
 def _layer_of(context: nn.module.InterceptorContext) -> Callable[..., Any] | None:
     function = getattr(context.orig_method, "func", None)
-    return _LAYERS.get(inspect.unwrap(function)) if function else None
-
-
-TAGGED_LAYERS = ("Dense", "DenseGeneral")
+    return LAYERS.get(inspect.unwrap(function)) if function else None

@@ -59,11 +59,6 @@ def safe_divide(numerator: Array, denominator: Array) -> Array:
     return jnp.where(is_zero, 0, numerator / jnp.where(is_zero, 1, denominator))
 
 
-def gram(rows: Array) -> Array:
-    """Returns ``rows rowsᵀ``, shape ``(R, R)`` for rows of shape ``(R, n)``."""
-    return matmul(rows, rows.mT)
-
-
 def tiny_shift(trace: Array) -> Array:
     """Returns the smallest diagonal shift that keeps a Gram matrix definite.
 

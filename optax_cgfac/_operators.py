@@ -11,6 +11,17 @@ import jax
 import jax.numpy as jnp
 
 from optax_cgfac._numerics import matmul
+from optax_cgfac._rows import (
+    Rows,
+    column_squares,
+    gram,
+    num_features,
+    num_rows,
+    squared_norm,
+    times,
+    to_dense,
+    transpose_times,
+)
 from optax_cgfac._types import Array, InspectableOperator
 
 
@@ -27,7 +38,8 @@ class KroneckerOperator:
     Algorithm 2. Leading axes of ``a`` and ``g``, if any, are stacked layers.
 
     Attributes:
-      a: Input activations, shape ``(*stack, R, n_in)``.
+      a: Input activations, shape ``(*stack, R, n_in)``; one-hot rows of a look-up
+        are kept as their indices.
       g: Output cotangents, shape ``(*stack, R, n_out)``.
       a_scale: Scalar weight of ``aᵀa``; ``1/R`` for a mean over rows.
       g_scale: Scalar weight of ``gᵀg``; ``T/R`` where an example has ``T``
@@ -41,30 +53,35 @@ class KroneckerOperator:
        [54.]]
     """
 
-    a: Array
+    a: Rows
     g: Array
     a_scale: Array | float = 1.0
     g_scale: Array | float = 1.0
 
     def matvec(self, vector: Array) -> Array:
         """Returns ``A V G`` for ``V`` of shape ``(*stack, n_in, n_out)``."""
-        weights = matmul(matmul(self.a, vector), self.g.mT)
-        product = matmul(matmul(self.a.mT, weights), self.g)
-        return self._scale(product)
+        weights = matmul(times(self.a, vector), self.g.mT)
+        return self._scale(transpose_times(self.a, matmul(weights, self.g)))
 
     def diagonal(self) -> Array:
         """Returns the diagonal as a matrix of shape ``(*stack, n_in, n_out)``."""
-        a, g = jnp.sum(self.a**2, -2), jnp.sum(self.g**2, -2)
+        a, g = column_squares(self.a), column_squares(self.g)
         return self._scale(a[..., :, None] * g[..., None, :])
 
     def trace(self) -> Array:
         """Returns ``tr A · tr G``, of shape ``stack``."""
-        a, g = jnp.sum(self.a**2, (-2, -1)), jnp.sum(self.g**2, (-2, -1))
-        return self._scale(a * g)
+        return self._scale(squared_norm(self.a) * squared_norm(self.g))
+
+    def eigenvalue_extremes(self) -> tuple[Array, Array]:
+        """Returns the smallest and the largest eigenvalue, of shape ``stack``."""
+        low_a, high_a = _factor_extremes(self.a, self.a_scale)
+        low_g, high_g = _factor_extremes(self.g, self.g_scale)
+        return low_a * low_g, high_a * high_g
 
     def factors(self) -> tuple[Array, Array]:
         """Returns the dense factors ``A`` and ``G``; for inspection and `kfac`."""
-        a = matmul(self.a.mT, self.a) * jnp.asarray(self.a_scale, self.a.dtype)
+        dense = to_dense(self.a)
+        a = matmul(dense.mT, dense) * jnp.asarray(self.a_scale, dense.dtype)
         g = matmul(self.g.mT, self.g) * jnp.asarray(self.g_scale, self.g.dtype)
         return a, g
 
@@ -104,18 +121,24 @@ class DampedOperator:
 
     def matvec(self, vector: Array) -> Array:
         """Returns ``F V + γ V``."""
-        return self.operator.matvec(vector) + self._damping(vector) * vector
+        image = self.operator.matvec(vector)
+        return jax.tree.map(lambda y, x: y + self._damping(x) * x, image, vector)
 
     def diagonal(self) -> Array:
         """Returns the diagonal of ``F`` plus ``γ``."""
         diagonal = self.operator.diagonal()
-        return diagonal + self._damping(diagonal)
+        return jax.tree.map(lambda x: x + self._damping(x), diagonal)
 
     def trace(self) -> Array:
         """Returns ``tr F + γ n`` with ``n`` the number of parameters."""
-        size = self.operator.diagonal().size
+        size = sum(leaf.size for leaf in jax.tree.leaves(self.operator.diagonal()))
         trace = self.operator.trace()
         return trace + self._damping(trace) * (size // max(trace.size, 1))
+
+    def eigenvalue_extremes(self) -> tuple[Array, Array]:
+        """Returns the smallest and the largest eigenvalue of ``F``, plus ``γ``."""
+        low, high = self.operator.eigenvalue_extremes()
+        return low + self._damping(low), high + self._damping(high)
 
     def to_dense(self) -> Array:
         """Returns the dense ``F + γ I``."""
@@ -153,7 +176,7 @@ class FactoredDampedOperator:
     def matvec(self, vector: Array) -> Array:
         """Returns ``(A + αI) V (G + βI)``."""
         op = self.operator
-        left = matmul(op.a.mT, matmul(op.a, vector))
+        left = transpose_times(op.a, times(op.a, vector))
         left = left * jnp.asarray(op.a_scale, vector.dtype) + (
             self.a_damping[..., None, None] * vector
         )
@@ -165,8 +188,9 @@ class FactoredDampedOperator:
     def diagonal(self) -> Array:
         """Returns the diagonal as a matrix of shape ``(*stack, n_in, n_out)``."""
         op = self.operator
-        a = jnp.sum(op.a**2, -2) * jnp.asarray(op.a_scale, op.a.dtype)
-        g = jnp.sum(op.g**2, -2) * jnp.asarray(op.g_scale, op.g.dtype)
+        a = column_squares(op.a)
+        a = a * jnp.asarray(op.a_scale, a.dtype)
+        g = column_squares(op.g) * jnp.asarray(op.g_scale, op.g.dtype)
         a = a + self.a_damping[..., None]
         g = g + self.g_damping[..., None]
         return a[..., :, None] * g[..., None, :]
@@ -174,6 +198,14 @@ class FactoredDampedOperator:
     def trace(self) -> Array:
         """Returns ``tr(A + αI) · tr(G + βI)``."""
         return jnp.sum(self.diagonal(), (-2, -1))
+
+    def eigenvalue_extremes(self) -> tuple[Array, Array]:
+        """Returns the smallest and the largest eigenvalue, of shape ``stack``."""
+        op = self.operator
+        low_a, high_a = _factor_extremes(op.a, op.a_scale)
+        low_g, high_g = _factor_extremes(op.g, op.g_scale)
+        low = (low_a + self.a_damping) * (low_g + self.g_damping)
+        return low, (high_a + self.a_damping) * (high_g + self.g_damping)
 
     def to_dense(self) -> Array:
         """Returns the matrix acting on row-major ``V``; for small layers only."""
@@ -217,12 +249,29 @@ class DiagonalOperator:
         """Returns the dense diagonal matrix over row-major vectors."""
         return jnp.diag(self.entries.reshape(-1))
 
+    def eigenvalue_extremes(self) -> tuple[Array, Array]:
+        """Returns the smallest and the largest entry."""
+        return jnp.min(self.entries), jnp.max(self.entries)
+
     def inverse(self) -> "DiagonalOperator":
         """Returns the inverse, with ones where an entry is not positive."""
         positive = self.entries > 0
         return DiagonalOperator(
             jnp.where(positive, 1 / jnp.where(positive, self.entries, 1), 1)
         )
+
+
+def _factor_extremes(rows: Rows, scale: Array | float) -> tuple[Array, Array]:
+    """Extreme eigenvalues of ``scale rowsᵀ rows``, from the smaller of two matrices."""
+    if num_rows(rows) < num_features(rows):
+        values = jnp.linalg.eigvalsh(gram(rows))  # the factor's, without its zeros
+        low = jnp.zeros_like(values[..., 0])
+    else:
+        dense = to_dense(rows)
+        values = jnp.linalg.eigvalsh(matmul(dense.mT, dense))
+        low = jnp.maximum(values[..., 0], 0)
+    scale = jnp.asarray(scale, values.dtype)
+    return scale * low, scale * jnp.maximum(values[..., -1], 0)
 
 
 def jacobi_preconditioner(operator: InspectableOperator) -> DiagonalOperator:

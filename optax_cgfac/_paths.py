@@ -28,7 +28,8 @@ def normalize(key_path: tuple[Any, ...]) -> Path:
       ('Dense_0', 'bias')
     """
     names = tuple(_key_name(key) for key in key_path)
-    return names[:-1] if len(names) > 1 and names[-1] == "value" else names
+    is_box = key_path and getattr(key_path[-1], "name", None) == "value"
+    return names[:-1] if is_box and len(names) > 1 else names
 
 
 def _key_name(key: Any) -> str:

@@ -1,13 +1,13 @@
 """Applies the damped inverse curvature to a gradient tree, layer by layer."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from optax_cgfac._cg import CGInfo
-from optax_cgfac._curvature import Curvature
+from optax_cgfac._curvature import Curvature, check_units
 from optax_cgfac._layers import (
     LayerTag,
     leaves_from_matrix,
@@ -15,7 +15,6 @@ from optax_cgfac._layers import (
     rows_for_leaves,
 )
 from optax_cgfac._numerics import safe_divide
-from optax_cgfac._operators import KroneckerOperator
 from optax_cgfac._paths import Path, leaves_by_path, map_with_path, text
 from optax_cgfac._solve import SolveConfig, solve_layers
 from optax_cgfac._types import Array, PyTree
@@ -81,7 +80,7 @@ def precondition(
     starts = None if warm_start is None else leaves_by_path(warm_start)
     gamma = jnp.asarray(damping)
     problems = [
-        _problem(curvature, tag, leaves, starts)
+        _problem(config, curvature, tag, leaves, starts)
         for tag in curvature.tags
         if any(path in leaves for path in tag.leaves)
     ]
@@ -91,6 +90,16 @@ def precondition(
             f"another model.\n  curvature: {', '.join(t.name for t in curvature.tags)}"
             f"\n  gradients: {', '.join(map(text, leaves)) or 'no leaves'}"
         )
+    known = {leaf for tag in curvature.tags for leaf in tag.leaves}
+    known |= {path for path, _ in curvature.spec.uncovered}
+    if set(leaves) - known:
+        raise ValueError(
+            "Gradients of parameters that the curvature was not initialised with: "
+            f"{', '.join(map(text, sorted(set(leaves) - known)))}. Call "
+            "estimator.init(params, inputs) with the parameters that are trained."
+        )
+    if config.structure == "full":
+        check_units([p.operator for p in problems], [p.tag for p in problems])
     results = solve_layers(
         config,
         [problem.operator for problem in problems],
@@ -114,12 +123,13 @@ def precondition(
 class _Problem(NamedTuple):
     tag: LayerTag
     leaves: dict[Path, Array]
-    operator: KroneckerOperator
+    operator: Any
     b: Array
     x0: Array | None
 
 
 def _problem(
+    config: SolveConfig,
     curvature: Curvature,
     tag: LayerTag,
     leaves: dict[Path, Array],
@@ -131,12 +141,12 @@ def _problem(
     x0 = None
     if starts is not None:
         x0 = matrix_from_leaves(tag, {path: starts[path] for path in present})
-    operator = curvature.kronecker_operator(tag, rows)
+    operator = curvature.layer_operator(tag, rows, config.structure)
     return _Problem(tag, present, operator, matrix_from_leaves(tag, present), x0)
 
 
 def _replace_non_finite(
-    x: Array, b: Array, operator: KroneckerOperator, damping: Array
+    x: Array, b: Array, operator: Any, damping: Array
 ) -> tuple[Array, Array]:
     mean_curvature = operator.trace() / (b.shape[-2] * b.shape[-1])
     mean_curvature = mean_curvature + damping.astype(b.dtype)
@@ -162,14 +172,11 @@ def _merge_info(
 
 
 def _check_shapes(tag: LayerTag, leaves: dict[Path, Array]) -> None:
-    stacked = tag.size // (tag.n_in * tag.n_out)
-    sizes = {tag.kernel: (tag.n_in - (tag.bias is not None)) * tag.n_out * stacked}
-    if tag.bias is not None:
-        sizes[tag.bias] = tag.n_out * stacked
+    expected = dict(zip(tag.leaves, tag.shapes, strict=True))
     for path, leaf in leaves.items():
-        if leaf.size != sizes[path]:
+        if leaf.shape != expected[path]:
             raise ValueError(
                 f"Gradient {text(path)!r} has shape {leaf.shape}, but the curvature "
-                f"was initialised for {sizes[path]} entries there: it belongs to "
-                "another model. Call estimator.init(params, inputs) again."
+                f"was initialised for {expected[path]} there: it belongs to another "
+                "model. Call estimator.init(params, inputs) again."
             )

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from optax_cgfac._curvature import Curvature
 from optax_cgfac._numerics import safe_divide, tree_dot
-from optax_cgfac._types import Array, PyTree
+from optax_cgfac._types import Array, PyTree, user_inputs
 
 
 class QuadraticModel(NamedTuple):
@@ -69,8 +69,8 @@ def gauss_newton_products(
     Raises:
       ValueError: If the curvature holds no model.
     """
-    model_fn, loss = curvature.spec.model_fn, curvature.spec.loss
-    if model_fn is None or loss is None:
+    model_fn, criterion = curvature.spec.model_fn, curvature.spec.criterion
+    if model_fn is None or criterion is None:
         raise ValueError(
             "Gauss-Newton products need the curvature of fisher_estimator, which keeps "
             "the model and examples. With value_and_grad pass cgfac(learning_rate=...)."
@@ -78,13 +78,16 @@ def gauss_newton_products(
     outputs, push_forward = jax.linearize(
         lambda p: model_fn(p, curvature.model_inputs), params
     )
-    dtype = jnp.promote_types(outputs.dtype, jnp.float32)
-    outputs = outputs.astype(dtype)
-    tangents = [push_forward(direction).astype(dtype) for direction in directions]
-    images = [loss.hessian_product(outputs, tangent) for tangent in tangents]
-    predictions = outputs.size // outputs.shape[-1]
-    products = [[jnp.vdot(u, v) for v in images] for u in tangents]
-    return jnp.array(products) / predictions
+    heads = criterion.heads(outputs)
+    dtype = jnp.result_type(*heads, jnp.float32)
+    heads = [head.astype(dtype) for head in heads]
+    tangents = [
+        [x.astype(dtype) for x in criterion.heads(push_forward(direction))]
+        for direction in directions
+    ]
+    scales = criterion.scales(user_inputs(curvature.model_inputs), heads)
+    products = criterion.hessian_products(heads, scales, tangents)
+    return products * curvature.spec.factor
 
 
 def quadratic_model(

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from optax_cgfac._factored import sides_in_row_space
 from optax_cgfac._layers import LayerTag
 from optax_cgfac._paths import Path, text
-from optax_cgfac._solve import SolveConfig, make_plan
+from optax_cgfac._rows import num_bytes, num_features, num_rows
+from optax_cgfac._solve import Plan, SolveConfig, make_plan
 from optax_cgfac._types import LayerRows
 
 _HEADER = ("layer", "kind", "matrix", "rows/step", "window", "bytes", "solve", "why")
@@ -17,6 +19,7 @@ def format_report(
     window: int,
     layers: Mapping[str, LayerRows],
     config: SolveConfig,
+    model_bytes: int = 0,
 ) -> str:
     """Formats the report of `Curvature.report`.
 
@@ -26,6 +29,7 @@ def format_report(
       window: Number of updates that are kept.
       layers: The rows, of which the sizes are read.
       config: The options of the solve.
+      model_bytes: Bytes of the examples kept for the quadratic model.
 
     Returns:
       The text.
@@ -34,9 +38,9 @@ def format_report(
     total = 0
     for tag in tags:
         rows = layers[tag.name]
-        num_bytes = sum(x.size * x.dtype.itemsize for x in rows)
-        total += num_bytes
-        plan = make_plan(config, rows.a.shape[-2], tag.n_in, tag.n_out)
+        layer_bytes = num_bytes(rows.a) + num_bytes(rows.g)
+        total += layer_bytes
+        plan = make_plan(config, num_rows(rows.a), tag.n_in, tag.n_out)
         table.append(
             (
                 tag.name,
@@ -44,8 +48,8 @@ def format_report(
                 _shape(tag),
                 str(tag.rows_per_step),
                 f"{window} x {tag.rows_per_step}",
-                human_bytes(num_bytes),
-                f"{plan.space}, {plan.solver}",
+                human_bytes(layer_bytes),
+                f"{_space(plan, config, rows)}, {plan.solver}",
                 plan.reason,
             )
         )
@@ -55,6 +59,8 @@ def format_report(
         f"{len(tags)} layers, {parameters:,} parameters preconditioned, "
         f"{human_bytes(total)} of rows held ({config.damping_form} damping).",
     ]
+    if model_bytes:
+        lines.append(f"{human_bytes(model_bytes)} of examples for the quadratic model.")
     if uncovered:
         lines.append("Parameters without curvature:")
         lines += [f"  {text(path)}: {reason}" for path, reason in uncovered]
@@ -74,6 +80,18 @@ def human_bytes(num_bytes: int) -> str:
         return f"{num_bytes} B"
     power = min(int(math.log(num_bytes, 1024)), 4)
     return f"{num_bytes / 1024**power:.1f} {('', 'K', 'M', 'G', 'T')[power]}iB"
+
+
+def _space(plan: Plan, config: SolveConfig, rows: LayerRows) -> str:
+    """Returns the space of the solve; that of each side where they separate."""
+    if plan.space != "sample" or config.damping_form != "factored":
+        return plan.space
+    sizes = num_features(rows.a), num_features(rows.g)
+    count = num_rows(rows.a)
+    return " | ".join(
+        f"sample {count}" if in_row_space else f"factor {size}"
+        for in_row_space, size in zip(sides_in_row_space(rows), sizes, strict=True)
+    )
 
 
 def _shape(tag: LayerTag) -> str:

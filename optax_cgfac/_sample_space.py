@@ -13,14 +13,24 @@ An iteration costs ``4R³`` flops instead of the ``8Rn`` of parameter space (the
 idea of Ren & Goldfarb 2019, section 3, carried from a direct solve to CG).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from optax_cgfac._cg import CGInfo, cg_loop
-from optax_cgfac._numerics import gram, matmul
+from optax_cgfac._fisher_blocks import BlockFisherOperator, FullFisherOperator
+from optax_cgfac._numerics import (
+    matmul,
+    spd_inverses,
+    tiny_shift,
+    tree_dot,
+    tree_dtype,
+)
 from optax_cgfac._operators import KroneckerOperator
-from optax_cgfac._types import Array
+from optax_cgfac._rows import gram, times, transpose_times
+from optax_cgfac._types import Array, PyTree
 
 
 class _Coefficients(NamedTuple):
@@ -69,33 +79,89 @@ def conjugate_gradient_on_rows(
       [[0.5 1. ]]
     """
     a, g = operator.a, operator.g
-    damping = jnp.asarray(damping, b.dtype)
-    s = jnp.asarray(operator.a_scale * operator.g_scale, b.dtype)
     a_gram, g_gram = gram(a), gram(g)
 
     def project(matrix: Array) -> Array:
-        return matmul(matmul(a, matrix), g.mT)
+        return matmul(times(a, matrix), g.mT)
 
     def sandwich(theta: Array) -> Array:
         return matmul(matmul(a_gram, theta), g_gram)
 
+    def lift(theta: Array) -> Array:
+        return transpose_times(a, matmul(theta, g))
+
+    return cg_on_coefficients(
+        RowSpace(project, sandwich, lift, operator.a_scale * operator.g_scale),
+        damping,
+        b,
+        x0,
+        max_steps=max_steps,
+        rtol=rtol,
+        atol=atol,
+    )
+
+
+class RowSpace(NamedTuple):
+    """A set of vectors ``D`` (the rows of a matrix) that spans ``F = s DᵀD``.
+
+    Attributes:
+      project: ``V -> D V``.
+      gram: ``θ -> D Dᵀ θ``.
+      lift: ``θ -> Dᵀ θ``.
+      scale: ``s``.
+    """
+
+    project: Callable[[PyTree], Array]
+    gram: Callable[[Array], Array]
+    lift: Callable[[Array], PyTree]
+    scale: Array | float
+
+
+def cg_on_coefficients(
+    space: RowSpace,
+    damping: Array | float,
+    b: PyTree,
+    x0: PyTree | None = None,
+    *,
+    max_steps: int | Array,
+    rtol: float | Array = 1e-5,
+    atol: float | Array = 0.0,
+) -> tuple[PyTree, CGInfo]:
+    """Solves ``(F + γI) x = b`` on coefficients of the vectors that span ``F``.
+
+    Args:
+      space: The vectors.
+      damping: The scalar ``γ``.
+      b: The right-hand side.
+      x0: The warm start, like ``b``; zero if omitted.
+      max_steps: The largest number of iterations.
+      rtol: Tolerance relative to ``‖b‖``.
+      atol: Absolute tolerance.
+
+    Returns:
+      The solution, like ``b``, and a `CGInfo`.
+    """
+    dtype = tree_dtype(b)
+    damping = jnp.asarray(damping, dtype)
+    s = jnp.asarray(space.scale, dtype)
+    one = jnp.ones((), dtype)
     if x0 is None:
-        d, t = b, project(b)
+        d, t = b, space.project(b)
         theta = jnp.zeros_like(t)
-        residual = _Coefficients(jnp.ones((), b.dtype), theta, theta)
+        residual = _Coefficients(one, theta, theta)
     else:
-        t0 = project(x0)
-        d = b - damping * x0
-        t = project(b) - damping * t0
-        residual = _Coefficients(jnp.ones((), b.dtype), -s * t0, -s * sandwich(t0))
-    d_squared = jnp.sum(d * d)
+        t0 = space.project(x0)
+        d = jax.tree.map(lambda b, x: b - damping * x, b, x0)
+        t = space.project(b) - damping * t0
+        residual = _Coefficients(one, -s * t0, -s * space.gram(t0))
+    d_squared = tree_dot(d, d)
 
     def matvec(vector: _Coefficients) -> _Coefficients:
         image = vector.c * t + vector.q
         return _Coefficients(
             damping * vector.c,
             damping * vector.theta + s * image,
-            damping * vector.q + s * sandwich(image),
+            damping * vector.q + s * space.gram(image),
         )
 
     def dot(x: _Coefficients, y: _Coefficients) -> Array:
@@ -108,20 +174,65 @@ def conjugate_gradient_on_rows(
 
     zeros = jnp.zeros_like(t)
     tolerance = jnp.maximum(
-        jnp.asarray(rtol) ** 2 * jnp.sum(b * b), jnp.asarray(atol) ** 2
-    ).astype(b.dtype)
+        jnp.asarray(rtol) ** 2 * tree_dot(b, b), jnp.asarray(atol) ** 2
+    ).astype(dtype)
     solution, squared_norm, num_steps = cg_loop(
         matvec,
         residual,
-        _Coefficients(jnp.zeros((), b.dtype), zeros, zeros),
+        _Coefficients(jnp.zeros((), dtype), zeros, zeros),
         dot=dot,
         squared_tolerance=tolerance,
         max_steps=max_steps,
     )
-    x = solution.c * d + matmul(matmul(a.mT, solution.theta), g)
+    x = jax.tree.map(
+        lambda d, back: solution.c * d + back, d, space.lift(solution.theta)
+    )
     # The inner product of a small vector is a difference of large terms and may
     # round to a negative number.
     norm = jnp.sqrt(jnp.maximum(squared_norm, 0))
-    x = x if x0 is None else x0 + x
+    x = x if x0 is None else jax.tree.map(jnp.add, x0, x)
     converged = (squared_norm <= tolerance) & jnp.isfinite(tolerance)
     return x, CGInfo(num_steps, norm, converged)
+
+
+def solve_on_units(
+    operator: BlockFisherOperator | FullFisherOperator,
+    damping: Array,
+    b: PyTree,
+    x0: PyTree | None,
+    *,
+    direct: bool,
+    max_steps: int | Array,
+    rtol: float | Array,
+) -> tuple[PyTree, CGInfo]:
+    """Solves ``(s DᵀD + γI) x = b`` for the gradients ``D`` of the examples.
+
+    Args:
+      operator: The exact Fisher of one layer or of several.
+      damping: The scalar ``γ``.
+      b: The right-hand side: a matrix, or one for each layer.
+      x0: The warm start, like ``b``, or None.
+      direct: Whether to factorise the ``M x M`` matrix instead of iterating.
+      max_steps: The largest number of CG iterations, of ``M²`` operations each.
+      rtol: Tolerance relative to ``‖b‖``.
+
+    Returns:
+      The solution, like ``b``, and a `CGInfo`.
+    """
+    k = operator.gram()
+    if not direct:
+        space = RowSpace(
+            operator.project,
+            lambda z: matmul(k, z[:, None])[:, 0],
+            operator.lift,
+            operator.scale,
+        )
+        return cg_on_coefficients(space, damping, b, x0, max_steps=max_steps, rtol=rtol)
+    scaled = k * jnp.asarray(operator.scale, k.dtype)
+    damping = jnp.maximum(damping, tiny_shift(jnp.trace(scaled)))
+    system = scaled + damping * jnp.eye(len(k), dtype=k.dtype)
+    z = matmul(spd_inverses([system])[0], operator.project(b)[:, None])[:, 0]
+    back = operator.lift(z * jnp.asarray(operator.scale, z.dtype))
+    x = jax.tree.map(lambda b, back: (b - back) / damping, b, back)
+    zero = jnp.zeros((), k.dtype)
+    return x, CGInfo(jnp.zeros((), jnp.int32), zero, jnp.array(True))

@@ -10,23 +10,26 @@ import jax.numpy as jnp
 from optax_cgfac._cg import CGInfo, conjugate_gradient
 from optax_cgfac._checks import check_positive, is_number
 from optax_cgfac._factored import factored_damping, solve_by_cg, solve_directly
+from optax_cgfac._fisher_blocks import FullFisherOperator
 from optax_cgfac._kfac import solve_by_eigendecomposition
+from optax_cgfac._numerics import safe_divide, tree_dot, tree_dtype
 from optax_cgfac._operators import (
     DampedOperator,
-    KroneckerOperator,
     jacobi_preconditioner,
 )
-from optax_cgfac._sample_space import conjugate_gradient_on_rows
+from optax_cgfac._rows import num_features, num_rows
+from optax_cgfac._sample_space import conjugate_gradient_on_rows, solve_on_units
 from optax_cgfac._types import Array
 
 DampingForm = Literal["tikhonov", "factored"]
+Structure = Literal["kronecker", "block", "full"]
 
 _CHOICES = {
     "damping_form": ("tikhonov", "factored"),
     "space": ("auto", "parameter", "sample"),
     "solver": ("auto", "cg", "cholesky", "eigendecomposition"),
     "preconditioner": (None, "jacobi"),
-    "structure": ("kronecker",),
+    "structure": ("kronecker", "block", "full"),
 }
 
 
@@ -40,7 +43,7 @@ class SolveConfig:
     max_steps: int | Array = 10
     rtol: float | Array = 1e-2
     preconditioner: Literal["jacobi"] | None = None
-    structure: str = "kronecker"
+    structure: Structure = "kronecker"
 
     def __post_init__(self):
         """Checks every option.
@@ -55,26 +58,48 @@ class SolveConfig:
                     f"{name} must be one of {', '.join(map(repr, choices))}, "
                     f"got {value!r}."
                 )
-        check_positive("max_steps", self.max_steps)
+        check_positive("max_steps", self.max_steps, may_be_array=True)
         if is_number(self.rtol) and not 0 <= self.rtol < 1:
             raise ValueError(f"rtol must lie in [0, 1), got {self.rtol!r}.")
-        if self.solver == "cholesky" and self.damping_form != "factored":
+        if self.structure != "kronecker":
+            self._check_structure()
+        elif self.solver == "cholesky" and self.damping_form != "factored":
             raise ValueError(
                 "solver='cholesky' needs damping_form='factored': the Tikhonov system "
                 "does not separate into two sides. Use solver='cg'."
             )
         if self.solver == "cholesky" and self.space == "parameter":
             raise ValueError("solver='cholesky' works in sample space, not parameter.")
-        if self.preconditioner is not None and self.space != "parameter":
+        if self.preconditioner is not None and (
+            self.space != "parameter" or self.structure != "kronecker"
+        ):
             raise ValueError(
-                "preconditioner='jacobi' needs space='parameter': coefficients of "
-                f"rows have no diagonal. Got space={self.space!r}."
+                "preconditioner='jacobi' needs space='parameter' and "
+                "structure='kronecker': coefficients of rows have no diagonal. Got "
+                f"space={self.space!r}, structure={self.structure!r}."
+            )
+
+    def _check_structure(self) -> None:
+        if self.damping_form == "factored":
+            raise ValueError(
+                f"structure={self.structure!r} has no factors: damping_form='factored' "
+                "needs structure='kronecker'. Use damping_form='tikhonov'."
+            )
+        if self.solver == "eigendecomposition":
+            raise ValueError(
+                f"structure={self.structure!r} has no factors to decompose: use "
+                "solver='cg' or 'cholesky'."
             )
 
     @property
     def is_iterative(self) -> bool:
         """Whether a previous solution can start the solve."""
         return _solver(self) == "cg"
+
+
+def default_damping_form(structure: Structure) -> DampingForm:
+    """Returns the robust form of damping where there are factors to damp."""
+    return "factored" if structure == "kronecker" else "tikhonov"
 
 
 def _solver(config: SolveConfig) -> str:
@@ -101,12 +126,12 @@ class Plan(NamedTuple):
     reason: str
 
 
-def make_plan(config: SolveConfig, num_rows: int, n_in: int, n_out: int) -> Plan:
+def make_plan(config: SolveConfig, rows: int, n_in: int, n_out: int) -> Plan:
     """Chooses the space and the solver of a layer by counting operations.
 
     Args:
       config: The options; ``space`` and ``solver`` may be ``"auto"``.
-      num_rows: Rows ``R`` that the window holds.
+      rows: Rows ``R`` that the window holds.
       n_in: Rows of the layer's matrix.
       n_out: Columns of the layer's matrix.
 
@@ -123,22 +148,24 @@ def make_plan(config: SolveConfig, num_rows: int, n_in: int, n_out: int) -> Plan
     steps = config.max_steps if isinstance(config.max_steps, int) else 10
     n = n_in * n_out
     solver = _solver(config)
+    if config.structure != "kronecker":
+        return _plan_units(config, rows, n_in, n_out, steps)
     if solver == "eigendecomposition":
         # Householder tridiagonalisation, QR and back-transformation: about 9n³
         # (Golub & Van Loan, section 8.3); four rotations.
         flops = 9.0 * (n_in**3 + n_out**3) + 4.0 * n * (n_in + n_out)
         return Plan("factors", "eigendecomposition", flops, "Algorithm 1")
     # A V gᵀ, aᵀ(·)g with the better order of the two-sided products.
-    apply = 4.0 * num_rows * n + 4.0 * num_rows**2 * min(n_in, n_out)
+    apply = 4.0 * rows * n + 4.0 * rows**2 * min(n_in, n_out)
     parameter = (steps + 1) * (
         apply if config.damping_form == "tikhonov" else 2 * apply
     )
-    grams = 2.0 * num_rows**2 * (n_in + n_out)
+    grams = 2.0 * rows**2 * (n_in + n_out)
     if config.damping_form == "tikhonov":
-        outside = 6.0 * num_rows * n + 6.0 * num_rows**2 * min(n_in, n_out)
-        sample = grams + outside + 4.0 * num_rows**3 * (steps + 1)
+        outside = 6.0 * rows * n + 6.0 * rows**2 * min(n_in, n_out)
+        sample = grams + outside + 4.0 * rows**3 * (steps + 1)
     else:
-        sample = _factored_flops(solver, steps, num_rows, n_in, n_out)
+        sample = _factored_flops(solver, steps, rows, n_in, n_out)
     space = config.space
     if space == "auto":
         # A factored system separates, and each side is solved where it is smaller.
@@ -154,19 +181,31 @@ def make_plan(config: SolveConfig, num_rows: int, n_in: int, n_out: int) -> Plan
     return Plan(space, solver, flops, why)
 
 
-def _factored_flops(
-    solver: str, steps: int, num_rows: int, n_in: int, n_out: int
-) -> float:
+def _plan_units(
+    config: SolveConfig, rows: int, n_in: int, n_out: int, steps: int
+) -> Plan:
+    """The plan of an exact Fisher block; ``rows`` positions each count as one."""
+    outside = 2.0 * rows**2 * (n_in + n_out) + 12.0 * rows * n_in * n_out
+    inside = rows**3 if config.solver == "cholesky" else 2.0 * rows**2 * (steps + 1)
+    parameter = 8.0 * rows * n_in * n_out * (steps + 1)
+    in_parameters = config.space == "parameter" and config.solver != "cholesky"
+    flops = parameter if in_parameters else outside + inside
+    why = f"sample {_human(outside + inside)}F, parameter {_human(parameter)}F"
+    space = "parameter" if in_parameters else "sample"
+    return Plan(space, _solver(config), flops, why)
+
+
+def _factored_flops(solver: str, steps: int, rows: int, n_in: int, n_out: int) -> float:
     total = 0.0
     for size, columns in ((n_in, n_out), (n_out, n_in)):
-        dim = min(size, num_rows)
-        total += 2.0 * num_rows * size * dim  # the Gram matrix or the factor
+        dim = min(size, rows)
+        total += 2.0 * rows * size * dim  # the Gram matrix or the factor
         if solver == "cholesky":
             total += dim**3 + 2.0 * dim**2 * columns
         else:
             total += 2.0 * dim**2 * columns * (steps + 1)
-        if dim == num_rows:
-            total += 4.0 * num_rows * size * columns  # onto the rows and back
+        if dim == rows:
+            total += 4.0 * rows * size * columns  # onto the rows and back
     return total
 
 
@@ -178,9 +217,7 @@ def _human(flops: float) -> str:
     return f"{flops:.3g} T"
 
 
-def damped_operator(
-    operator: KroneckerOperator, damping: Array | float, damping_form: str
-) -> Any:
+def damped_operator(operator: Any, damping: Array | float, damping_form: str) -> Any:
     """Returns the operator under either form of damping."""
     if damping_form == "tikhonov":
         return DampedOperator(operator, damping)
@@ -189,7 +226,7 @@ def damped_operator(
 
 def solve_layers(
     config: SolveConfig,
-    operators: Sequence[KroneckerOperator],
+    operators: Sequence[Any],
     damping: Array,
     bs: Sequence[Array],
     x0s: Sequence[Array | None],
@@ -198,7 +235,8 @@ def solve_layers(
 
     Args:
       config: The options.
-      operators: Rows of shapes ``(*stack, R, n_in)`` and ``(*stack, R, n_out)``.
+      operators: Rows of shapes ``(*stack, R, n_in)`` and ``(*stack, R, n_out)``: a
+        `KroneckerOperator` each, or for the other structures a `BlockFisherOperator`.
       damping: The scalar ``γ``.
       bs: The right-hand sides, shapes ``(*stack, n_in, n_out)``.
       x0s: The warm starts, like ``bs``, or None.
@@ -207,7 +245,9 @@ def solve_layers(
       For each layer the solution, like its ``b``, and a `CGInfo` with entries of
       shape ``stack`` (scalars for direct solves).
     """
-    if _solver(config) != "cholesky":
+    if config.structure == "full":
+        return _solve_jointly(config, operators, damping, bs, x0s)
+    if _solver(config) != "cholesky" or config.structure == "block":
         return [
             _solve_layer(config, operator, jnp.asarray(damping, b.dtype), b, x0)
             for operator, b, x0 in zip(operators, bs, x0s, strict=True)
@@ -218,22 +258,23 @@ def solve_layers(
 
 def _solve_layer(
     config: SolveConfig,
-    operator: KroneckerOperator,
+    operator: Any,
     damping: Array,
     b: Array,
     x0: Array | None,
 ) -> tuple[Array, CGInfo]:
     """One layer's solve, stacked layers side by side."""
     if b.ndim > 2:
-        scales = operator.a_scale, operator.g_scale
 
         def solve_one(a, g, b, x0):
-            one = KroneckerOperator(a, g, *scales)
+            one = dataclasses.replace(operator, a=a, g=g)
             return _solve_layer(config, one, damping, b, x0)
 
         return jax.vmap(solve_one)(operator.a, operator.g, b, x0)
-    num_rows, n_in = operator.a.shape
-    plan = make_plan(config, num_rows, n_in, operator.g.shape[1])
+    if config.structure == "block":
+        return _solve_units(config, operator, damping, b, x0)
+    n_in, n_out = num_features(operator.a), num_features(operator.g)
+    plan = make_plan(config, num_rows(operator.a), n_in, n_out)
     damped = damped_operator(operator, damping, config.damping_form)
     if plan.solver == "eigendecomposition":
         return solve_by_eigendecomposition(damped, b), _exact(b.dtype)
@@ -250,6 +291,38 @@ def _solve_layer(
     if config.damping_form == "tikhonov":
         return conjugate_gradient_on_rows(operator, damping, b, x0, **limits)
     return solve_by_cg(damped, b, x0, **limits)
+
+
+def _solve_units(
+    config: SolveConfig, operator: Any, damping: Array, b: Any, x0: Any
+) -> tuple[Any, CGInfo]:
+    """The solve with an exact Fisher, of one layer or of all."""
+    limits = {"max_steps": config.max_steps, "rtol": config.rtol}
+    direct = config.solver == "cholesky"
+    if config.space == "parameter" and not direct:
+        return conjugate_gradient(DampedOperator(operator, damping), b, x0, **limits)
+    return solve_on_units(operator, damping, b, x0, direct=direct, **limits)
+
+
+def _solve_jointly(
+    config: SolveConfig,
+    operators: Sequence[Any],
+    damping: Array,
+    bs: Sequence[Array],
+    x0s: Sequence[Array | None],
+) -> list[tuple[Array, CGInfo]]:
+    b = list(bs)
+    x0 = None if any(x is None for x in x0s) else list(x0s)
+    damping = jnp.asarray(damping, tree_dtype(b))
+    full = FullFisherOperator(tuple(operators))
+    xs, info = _solve_units(config, full, damping, b, x0)
+    # Every layer reports the residual of the whole system, relative to its gradient.
+    relative = safe_divide(info.residual_norm, jnp.sqrt(tree_dot(b, b)))
+    norms = [jnp.sqrt(jnp.sum(leaf**2, (-2, -1))) for leaf in b]
+    return [
+        (x, info._replace(residual_norm=relative * norm))
+        for x, norm in zip(xs, norms, strict=True)
+    ]
 
 
 def _exact(dtype: jnp.dtype) -> CGInfo:

@@ -135,8 +135,9 @@ def adaptive_step(
             )
         return jnp.asarray(change, predicted.dtype)
 
-    def adapt() -> tuple[Array, Array]:
-        ratio = reduction_ratio(objective_change(), predicted)
+    def adapt() -> tuple[Array, Array, Array]:
+        change = objective_change()
+        ratio = reduction_ratio(change, predicted)
         damping = levenberg_marquardt(
             state.damping,
             ratio,
@@ -144,11 +145,17 @@ def adaptive_step(
             minimum=options.min_damping,
             maximum=options.max_damping,
         )
-        return damping, ratio.astype(state.reduction_ratio.dtype)
+        ratio = ratio.astype(state.reduction_ratio.dtype)
+        return damping, ratio, jnp.isfinite(change)
 
     due = (state.cgfac_count + 1) % options.damping_interval == 0
-    damping, ratio = jax.lax.cond(
-        due, adapt, lambda: (state.damping, state.reduction_ratio)
+    damping, ratio, finite = jax.lax.cond(
+        due, adapt, lambda: (state.damping, state.reduction_ratio, jnp.array(True))
+    )
+    # A loss that is not finite there: stay here, and damp more.
+    delta = jax.tree.map(lambda d: jnp.where(finite, d, 0).astype(d.dtype), delta)
+    state = state._replace(
+        num_rejected=state.num_rejected + (~finite).astype(jnp.int32)
     )
     return delta, state._replace(
         damping=damping,

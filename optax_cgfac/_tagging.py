@@ -1,5 +1,7 @@
 """Finding layers: one abstract run of the model, matched to the parameter tree."""
 
+import collections
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,26 +9,50 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._layers import LEFT_OUT, LayerCall, LayerTag, find_problem
-from optax_cgfac._linen import (
-    TAGGED_LAYERS,
-    Capture,
-    Visit,
-    probes_like,
-    run_captured,
-)
+from optax_cgfac._capture import run_captured
+from optax_cgfac._example_rows import Captured, find_problem, num_positions
+from optax_cgfac._layers import LEFT_OUT, Form, LayerCall, LayerTag, Use
 from optax_cgfac._paths import Path, leaves_by_path, text
+from optax_cgfac._probes import Capture, Visit, probes_like
 from optax_cgfac._types import Array, PyTree
 
 Where = Callable[[str], bool]
 
 
 class Source(NamedTuple):
-    """The calls of one layer below one outermost module call."""
+    """The calls of one layer below one outermost module call.
+
+    Attributes:
+      root: The index of the outermost call.
+      path: The module's path below it.
+      name: The layer's first parameter in the module.
+      calls: Facts and input shape of every call.
+    """
 
     root: int
     path: Path
-    calls: tuple[tuple[LayerCall, tuple[int, ...]], ...]  # facts, input shape
+    name: str
+    calls: tuple[tuple[LayerCall, tuple[int, ...]], ...]
+
+
+class Layer(NamedTuple):
+    """A layer that an abstract run found.
+
+    Attributes:
+      params: Paths of its parameters in the parameter tree by their role, ``kernel``,
+        ``scale`` or ``bias``.
+      sources: Its calls.
+      clashes: All parameters, by role, of uses that share only some of them.
+    """
+
+    params: dict[str, Path]
+    sources: list[Source]
+    clashes: dict[str, Path]
+
+    @property
+    def call(self) -> LayerCall:
+        """The facts of its first call."""
+        return self.sources[0].calls[0][0]
 
 
 class Discovery(NamedTuple):
@@ -34,17 +60,17 @@ class Discovery(NamedTuple):
 
     Attributes:
       outputs: Shapes of the outputs.
-      sources: Captured layers by the path of their kernel in the parameter tree.
-      biases: The path of each kernel's bias.
+      layers: Captured layers by the path of their first parameter.
       visits: The modules that were met, by path in the parameter tree.
       probes: Zero probes for a captured run on arguments of these shapes.
+      lifted: Whether layers below lifted transforms can be captured.
     """
 
     outputs: PyTree
-    sources: dict[Path, list[Source]]
-    biases: dict[Path, Path | None]
+    layers: dict[Path, Layer]
     visits: dict[Path, Visit]
     probes: tuple[PyTree, ...]
+    lifted: bool = True
 
 
 def discover(function: Callable[..., PyTree], params: PyTree, *args: Any) -> Discovery:
@@ -58,30 +84,58 @@ def discover(function: Callable[..., PyTree], params: PyTree, *args: Any) -> Dis
     Returns:
       The `Discovery`.
     """
+    try:
+        return _discover(function, params, *args, lifted=True)
+    except TypeError:
+        # The branches of an nn.cond or nn.switch, or the carry of an nn.while_loop,
+        # may not differ in what they capture. An error of the user's own recurs.
+        return _discover(function, params, *args, lifted=False)
+
+
+def _discover(
+    function: Callable[..., PyTree], params: PyTree, *args: Any, lifted: bool
+) -> Discovery:
     links: list[dict[Path, Path]] = []
     visits: dict[tuple[int, Path], Visit] = {}
 
     def traced(params, *args):
-        capture = run_captured(function, (params, *args))
+        capture = run_captured(function, (params, *args), lifted=lifted)
         # Tracers keep their identity from here into the outermost module call.
         links[:] = _link(params, capture)
         visits.update(capture.visits)
         return capture.outputs, [root.calls for root in capture.roots]
 
     outputs, roots = jax.eval_shape(traced, params, *args)
-    sources: dict[Path, list[Source]] = {}
-    biases: dict[Path, Path | None] = {}
+    layers: dict[Path, Layer] = {}
     for index, calls in enumerate(roots):
         for path, found in calls.items():
-            kernel = links[index].get((*path, "kernel"))
-            if kernel is None:
-                continue
-            shapes = tuple((call, values[0].shape) for call, values in found)
-            sources.setdefault(kernel, []).append(Source(index, path, shapes))
-            bias = links[index].get((*path, "bias"))
-            biases[kernel] = bias if found[0][0].has_bias else None
+            # A module may tag several parameters of its own.
+            # A norm may have none at all.
+            for name in dict.fromkeys(c.params[0] for c, _ in found if c.params):
+                own = [entry for entry in found if entry[0].params[:1] == (name,)]
+                params = _params_by_role(own[0][0], path, links[index])
+                anchor = next(iter(params.values()), None)
+                if anchor is None:
+                    continue
+                shapes = tuple((call, values[0].shape) for call, values in own)
+                layer = layers.setdefault(anchor, Layer(params, [], {}))
+                if params != layer.params:
+                    layer.clashes.update(layer.params | params)
+                layer.sources.append(Source(index, path, name, shapes))
     probes = probes_like(roots)
-    return Discovery(outputs, sources, biases, _by_path(visits, links), probes)
+    return Discovery(outputs, layers, _by_path(visits, links), probes, lifted)
+
+
+def _params_by_role(
+    call: LayerCall, path: Path, link: dict[Path, Path]
+) -> dict[str, Path]:
+    """Returns where a layer's parameters are in the user's tree."""
+    names = {"kernel": call.kernel, "scale": call.scale, "bias": call.bias}
+    return {
+        role: link[*path, name]
+        for role, name in names.items()
+        if name is not None and (*path, name) in link
+    }
 
 
 def _link(params: PyTree, capture: Capture) -> list[dict[Path, Path]]:
@@ -113,41 +167,54 @@ def _by_path(
         for inner, full in links[index].items():
             if inner[: len(path)] == path:
                 prefix = full[: len(full) - len(inner) + len(path)]
-                found.setdefault(prefix, visit)
+                if prefix not in found or not visit.has_rows:
+                    found[prefix] = visit
                 break
     return found
 
 
-class Rows(NamedTuple):
-    """How many rows a tag gets.
+class RowOptions(NamedTuple):
+    """How many rows a layer gets.
 
     Attributes:
       num_examples: Examples ``N`` that are captured.
       columns: Cotangents per example.
-      all_positions: Whether every position becomes a row, or one per example.
+      positions: Positions of each example that become rows; None for all.
+      reduce: Whether all positions of an example go into one row.
+      dtype: The dtype in which rows are kept; None for that of the solves.
+      shares: Whether the cotangents of a call that all examples share may be those
+        of one example.
+      sharing: Examples that share the layer's calls.
     """
 
     num_examples: int
     columns: int = 1
-    all_positions: bool = False
+    positions: int | None = 1
+    reduce: bool = False
+    dtype: str | None = None
+    shares: bool = False
+    sharing: int = 1
 
 
 def make_tags(
     discovery: Discovery,
     params: PyTree,
-    rows: Rows,
+    options: RowOptions,
     *,
     where: Where | None,
     fallback: bool,
+    wider: Discovery | None = None,
 ) -> tuple[tuple[LayerTag, ...], tuple[tuple[Path, str], ...]]:
     """Builds the tags, and the list of parameters without one.
 
     Args:
       discovery: From `discover`.
       params: The user's parameters, arrays or shapes.
-      rows: How many rows a tag gets.
+      options: How many rows a tag gets.
       where: Keeps the parameters for which it is true; None keeps all.
       fallback: Whether parameters without a tag are accepted.
+      wider: A run on twice as many examples, to tell calls apart that do not depend
+        on the batch; None to trust the sizes.
 
     Returns:
       The tags in the order of the parameter tree, and the uncovered parameters
@@ -161,16 +228,27 @@ def make_tags(
     _check_floating(leaves)
     kept = {path for path in leaves if where is None or where(text(path))}
     tags, problems = [], {}
-    for kernel in (path for path in leaves if path in discovery.sources):
-        bias = discovery.biases[kernel]
-        problem = _problem(discovery.sources[kernel], leaves[kernel], rows)
-        if problem is None and kernel in kept:
-            bias = bias if bias in kept else None
-            tags.append(_make_tag(kernel, bias, discovery, leaves, rows))
-        elif problem is not None:
-            problems[kernel] = problem
-            if bias is not None:
-                problems[bias] = problem
+    for anchor in (path for path in leaves if path in discovery.layers):
+        layer = discovery.layers[anchor]
+        visit = discovery.visits.get(anchor[:-1])
+        if visit is not None and not visit.has_rows:
+            continue
+        own = options
+        depends = _depends_on_batch(layer, wider and wider.layers.get(anchor))
+        if not any(depends):
+            own = options._replace(num_examples=1, sharing=options.num_examples)
+        problem = _problem(layer, leaves[anchor], own)
+        if any(depends) and not all(depends):
+            problem = "some of its calls depend on the batch and some do not"
+        present = {role: path for role, path in layer.params.items() if path in kept}
+        if problem is not None:
+            own_paths = [*layer.params.values(), *layer.clashes.values()]
+            problems |= dict.fromkeys(own_paths, problem)
+        elif "kernel" in present or (present and layer.call.kernel is None):
+            tags.append(_make_tag(layer, present, leaves, own))
+        elif present:
+            problem = f"where leaves its kernel {text(anchor)!r} out: leave both out"
+            problems |= dict.fromkeys(present.values(), problem)
     covered = {leaf for tag in tags for leaf in tag.leaves}
     uncovered, errors = [], []
     for path in leaves:
@@ -184,14 +262,19 @@ def make_tags(
             errors.append((path, reason))
     if errors and not fallback:
         raise ValueError(_uncovered_message(errors))
-    return tuple(tags), tuple(uncovered)
+    names = collections.Counter(tag.name for tag in tags)
+    unique = (
+        tag if names[tag.name] == 1 else dataclasses.replace(tag, path=tag.leaves[0])
+        for tag in tags
+    )
+    return tuple(unique), tuple(uncovered)
 
 
 def calls_of(
     tag: LayerTag,
     captured: list[dict[Path, list[Any]]],
     cotangents: list[dict[Path, list[Array]]],
-) -> list[tuple[LayerCall, Array, Array]]:
+) -> list[Captured]:
     """Returns facts, input and output cotangent of every call of one layer.
 
     Args:
@@ -200,59 +283,142 @@ def calls_of(
       cotangents: Of the same run's probes, from `probe_calls`.
     """
     return [
-        (call, a, g)
-        for root, path in tag.sources
-        for (call, (a,)), g in zip(
+        Captured(call, x, y)
+        for root, path, name in tag.sources
+        for (call, (x,)), y in zip(
             captured[root][path], cotangents[root][path], strict=True
         )
+        if call.params[:1] == (name,)
     ]
 
 
-def _problem(sources: list[Source], kernel: Array, rows: Rows) -> str | None:
-    for source in sources:
+def _depends_on_batch(layer: Layer, wider: Layer | None) -> list[bool]:
+    """Returns of every call whether it grows with the batch; a table does not."""
+    if wider is None:
+        return [True]
+    pairs = zip(layer.sources, wider.sources, strict=False)
+    return [
+        one != other
+        for x, y in pairs
+        for one, other in zip(x.calls, y.calls, strict=False)
+    ]
+
+
+def _problem(layer: Layer, leaf: Array, options: RowOptions) -> str | None:
+    if options.sharing > 1 and not options.shares:
+        return "its input does not depend on the batch, which only kind='mc' can cover"
+    if layer.clashes:
+        return "its kernel is shared with a layer that has another bias, or none"
+    for source in layer.sources:
         for call, shape in source.calls:
-            problem = find_problem(call, shape, kernel.shape, rows.num_examples)
+            problem = find_problem(call, shape, leaf.shape, options.num_examples)
             if problem:
                 return problem
+    calls = [call for source in layer.sources for call, _ in source.calls]
+    forms = {call.form for call in calls}
+    if len(forms) > 1 and forms != {"index", "swapped"}:
+        return f"its calls are of different forms: {', '.join(sorted(forms))}"
+    if "swapped" in forms and "bias" in layer.params:
+        return "it is used transposed and has a bias"
     return None
 
 
 def _make_tag(
-    kernel: Path,
-    bias: Path | None,
-    discovery: Discovery,
+    layer: Layer,
+    present: dict[str, Path],
     leaves: dict[Path, Array],
-    rows: Rows,
+    options: RowOptions,
 ) -> LayerTag:
-    sources = discovery.sources[kernel]
-    first = sources[0].calls[0][0]
-    leaf = leaves[kernel]
-    stack = leaf.shape[: leaf.ndim - first.contract_ndim - first.feature_ndim]
-    n_out = math.prod(leaf.shape[leaf.ndim - first.feature_ndim :])
-    n_in = math.prod(leaf.shape[len(stack) : leaf.ndim - first.feature_ndim])
-    num_inputs = sum(
-        math.prod(shape[len(stack) : -1])
-        for source in sources
-        for _, shape in source.calls
-    )
-    positions = num_inputs // rows.num_examples
-    per_example = rows.columns * (positions if rows.all_positions else 1)
+    call = layer.call
+    anchor = next(iter(present.values()))
+    shape = leaves[anchor].shape
+    lifted = shape[: len(shape) - call.param_ndim]
+    bias, own = present.get("bias"), ()
+    view, axes = _kernel_view(call, shape[len(lifted) :])
+    if call.kernel is not None:
+        batch_ndim = call.batch_ndim + (call.groups > 1)
+        arranged = [view[axis] for axis in axes]
+        own = tuple(arranged[:batch_ndim])
+        columns = call.feature_ndim
+        n_out = math.prod(arranged[len(arranged) - columns :])
+        n_in = math.prod(arranged[batch_ndim : len(arranged) - columns])
+        n_in += bias is not None
+    else:
+        entries = [
+            math.prod(leaves[path].shape[len(lifted) :]) for path in present.values()
+        ]
+        n_in, n_out, view, axes = 1, sum(entries), (), ()
+    stack = (*lifted, *own)
+    calls = [found for source in layer.sources for found in source.calls]
+    uses = _uses(calls, len(lifted) + call.batch_ndim, options)
+    per_example = sum(use.kept for use in uses)
+    whole = call.form == "elementwise" or all(use.reduce for use in uses)
+    kinds = sorted({call.kind for call, _ in calls})
     # Half precision cannot hold a Gram matrix; float64 parameters keep theirs.
-    dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+    dtype = jnp.dtype(jnp.promote_types(leaves[anchor].dtype, jnp.float32)).name
     return LayerTag(
-        path=kernel[:-1],
-        kind=first.kind,
-        kernel=kernel,
+        path=anchor[:-1],
+        kind="+".join(reversed(kinds)),
+        kernel=present.get("kernel"),
         bias=bias,
-        stack=tuple(stack),
-        n_in=n_in + (bias is not None),
+        scale=present.get("scale"),
+        stack=stack,
+        n_in=n_in,
         n_out=n_out,
-        positions=positions,
-        columns=rows.columns,
-        rows_per_step=rows.num_examples * per_example,
-        dtype=jnp.dtype(dtype).name,
-        sources=tuple((source.root, source.path) for source in sources),
+        positions=1 if whole else sum(use.positions for use in uses),
+        columns=options.columns,
+        rows_per_step=options.num_examples * per_example * options.columns,
+        dtype=dtype,
+        rows_dtype=options.dtype or dtype,
+        batch_ndim=len(own),
+        view=view,
+        axes=axes,
+        uses=uses,
+        shapes=tuple(
+            tuple(leaves[present[role]].shape)
+            for role in ("kernel", "scale", "bias")
+            if role in present
+        ),
+        sources=tuple((s.root, s.path, s.name) for s in layer.sources),
+        sharing=options.sharing,
     )
+
+
+def _kernel_view(
+    call: LayerCall, shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns a shape of the kernel and its axes as batch, inputs, outputs."""
+    axes = call.kernel_axes
+    if call.groups == 1:
+        return shape, axes
+    # Output channels of a group are neighbours: (..., c, o) -> (..., c, groups, o).
+    last = len(shape) - 1
+    view = (*shape[:-1], call.groups, shape[-1] // call.groups)
+    return view, (last, *axes[:-1], last + 1)
+
+
+def _uses(
+    calls: list[tuple[LayerCall, tuple[int, ...]]],
+    stack_ndim: int,
+    options: RowOptions,
+) -> tuple[Use, ...]:
+    """Returns how many positions of each form there are, look-ups first."""
+    totals: dict[Form, int] = {}
+    for call, shape in calls:
+        count = num_positions(call, shape, stack_ndim) // options.num_examples
+        totals[call.form] = totals.get(call.form, 0) + count
+    reduce = options.reduce and "index" not in totals
+    uses = []
+    for form in sorted(totals):
+        total = totals[form]
+        if form == "elementwise":
+            uses.append(Use(form, total, 1))
+        elif reduce and total > 1:
+            uses.append(Use(form, total, 1, reduce=True))
+        else:
+            kept = (options.positions or total) * options.sharing
+            uses.append(Use(form, total, min(kept, total)))
+    return tuple(uses)
 
 
 def _check_floating(leaves: dict[Path, Array]) -> None:
@@ -269,6 +435,8 @@ def _check_floating(leaves: dict[Path, Array]) -> None:
 
 def _reason(path: Path, discovery: Discovery) -> str:
     visit = discovery.visits.get(path[:-1])
+    if visit is not None and visit.problem is not None:
+        return visit.problem
     if visit is None:
         return (
             "no module that reads it was met: it is unused, or read below a function "
@@ -284,11 +452,11 @@ def _reason(path: Path, discovery: Discovery) -> str:
         return (
             f"its {visit.class_name} runs below a transform that does not carry the "
             "capture's variables: add optax_cgfac.capture_axes() to the variable_axes "
-            "of nn.scan or nn.vmap"
+            "of nn.scan or nn.vmap; no other (nn.while_loop, say) can carry them"
         )
     return (
-        f"a parameter of {visit.class_name}; tagged layers are "
-        f"{', '.join(TAGGED_LAYERS)}"
+        f"a parameter of {visit.class_name} itself, which is no layer of Flax's: put "
+        "it into a module of its own and tag that with optax_cgfac.tag_layer"
     )
 
 
@@ -302,5 +470,6 @@ def _uncovered_message(errors: list[tuple[Path, str]]) -> str:
         "  2. fallback: train them by another optimizer, "
         "fisher_estimator(..., fallback=True) with "
         "cgfac(fallback=optax.adam(1e-3), where=curvature.covers).\n"
-        f"  3. another layer: build them from {' or '.join(TAGGED_LAYERS)}."
+        "  3. another layer: build them from Flax's own, or tag your layer, "
+        "y = optax_cgfac.tag_layer(self, x, y, kernel='kernel')."
     )

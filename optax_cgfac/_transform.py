@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_cgfac._checks import is_number
+from optax_cgfac._checks import check_damping
 from optax_cgfac._curvature import Curvature
 from optax_cgfac._precondition import SolveInfo, init_info, precondition
-from optax_cgfac._solve import SolveConfig
+from optax_cgfac._solve import SolveConfig, Structure
 from optax_cgfac._types import Array, PyTree
 
 Missing = Literal["raise", "gradient"]
@@ -34,7 +34,7 @@ class ScaleByCGFACState(NamedTuple):
 def scale_by_cgfac(
     damping: ScalarOrSchedule,
     *,
-    structure: Literal["kronecker"] = "kronecker",
+    structure: Structure = "kronecker",
     damping_form: Literal["tikhonov", "factored"] = "tikhonov",
     space: Literal["auto", "parameter", "sample"] = "auto",
     solver: Literal["auto", "cg", "cholesky"] = "auto",
@@ -57,7 +57,12 @@ def scale_by_cgfac(
     Args:
       damping: ``γ``: a float, a schedule of the update count, or a traced value
         from `optax.inject_hyperparams`.
-      structure: ``"kronecker"`` (K-FAC).
+      structure: ``"kronecker"`` (K-FAC); ``"block"``, the exact Fisher block of each
+        layer; ``"full"``, the Fisher of all layers together. The last two need all
+        positions of an example (``fisher_estimator(..., positions=None)``), have no
+        factors, and are solved among the examples. They are of low rank: outside the
+        few gradients they know, the step is that of gradient descent with rate
+        ``1/γ``, so ``γ`` must be larger than for ``"kronecker"``.
       damping_form: ``"tikhonov"`` as above, or ``"factored"``:
         ``(A + αI) ⊗ (G + βI)`` with ``αβ = γ`` (Martens & Grosse 2015, section
         6.3), the more robust form with few rows.
@@ -182,16 +187,6 @@ def gradient_transformation(
 ) -> optax.GradientTransformationExtraArgs:
     """Returns the pair as Optax's type, whose own aliases admit no NamedTuple state."""
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def check_damping(damping: ScalarOrSchedule) -> None:
-    """Checks a damping given as a number; schedules and tracers pass.
-
-    Raises:
-      ValueError: If it is negative or not finite.
-    """
-    if is_number(damping) and not 0 <= damping < float("inf"):
-        raise ValueError(f"damping must be finite and not negative, got {damping}.")
 
 
 def check_missing(missing: str) -> None:

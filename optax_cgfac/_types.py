@@ -1,4 +1,4 @@
-"""Array aliases and the two records that every module shares."""
+"""Array aliases and the records that every module shares."""
 
 from typing import Any, NamedTuple, Protocol
 
@@ -34,6 +34,10 @@ class InspectableOperator(LinearOperator, Protocol):
         """Returns the dense matrix over row-major vectors."""
         ...
 
+    def eigenvalue_extremes(self) -> tuple[Array, Array]:
+        """Returns the smallest and the largest eigenvalue."""
+        ...
+
 
 class LayerRows(NamedTuple):
     """Captured rows of one layer.
@@ -41,10 +45,28 @@ class LayerRows(NamedTuple):
     Attributes:
       a: Input activations, one row per example or position, shape
         ``(*stack, R, n_in)``. A layer with a bias has a last column of ones.
-        Rows that have not been seen yet are zero.
+        Rows that have not been seen yet are zero. The one-hot rows of an embedding
+        are an `IndexRows`.
       g: Cotangents of the layer's output, shape ``(*stack, R, n_out)``, per
         example: the gradient of the example's own loss.
     """
 
-    a: Array
+    a: Any
     g: Array
+
+
+class ModuleInputs(NamedTuple):
+    """The arguments of a function of a module, beside its parameters.
+
+    Attributes:
+      rest: The module's state without its parameters.
+      args: What the user's function takes after the module.
+    """
+
+    rest: PyTree
+    args: tuple[Any, ...]
+
+
+def user_inputs(inputs: PyTree) -> PyTree:
+    """Returns the inputs that the user gave."""
+    return inputs.args[0] if isinstance(inputs, ModuleInputs) else inputs

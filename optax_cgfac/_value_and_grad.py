@@ -1,17 +1,28 @@
 """The paper's single pass: value, gradient and curvature of the whole batch."""
 
+import collections
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from optax_cgfac._capture import run_captured
+from optax_cgfac._checks import check_positive
 from optax_cgfac._curvature import Curvature, CurvatureSpec, empty_curvature
-from optax_cgfac._layers import example_rows
-from optax_cgfac._linen import probe_calls, run_captured
+from optax_cgfac._example_rows import Draw, example_rows, num_positions
+from optax_cgfac._modules import bind, update_module
 from optax_cgfac._paths import leaves_by_path
-from optax_cgfac._tagging import Discovery, Rows, Where, calls_of, discover, make_tags
-from optax_cgfac._types import Array, LayerRows, PyTree
+from optax_cgfac._probes import probe_calls
+from optax_cgfac._tagging import (
+    Discovery,
+    RowOptions,
+    Where,
+    calls_of,
+    discover,
+    make_tags,
+)
+from optax_cgfac._types import PyTree
 
 
 def value_and_grad(
@@ -21,6 +32,7 @@ def value_and_grad(
     loss_reduction: Literal["mean", "sum"] = "mean",
     where: Where | None = None,
     fallback: bool = False,
+    num_examples: int | None = None,
 ) -> Callable[..., tuple[Any, PyTree, Curvature]]:
     r"""Like `jax.value_and_grad`, with the empirical Fisher of the same backward pass.
 
@@ -31,12 +43,17 @@ def value_and_grad(
 
     Args:
       loss_fn: ``loss_fn(params, *args)`` returns a scalar, or ``(scalar, aux)``;
-        it applies a Flax Linen model, un-jitted.
+        it applies a Flax Linen model, un-jitted. ``params`` may be an `nnx.Module`:
+        the gradients are then those of its `nnx.Param`, a state as
+        `nnx.value_and_grad` returns it, and what the loss changes in the module
+        (statistics, counts of keys) is changed.
       has_aux: Whether ``loss_fn`` returns ``(scalar, aux)``.
       loss_reduction: ``"mean"`` if the loss is a mean over examples, ``"sum"`` if
         it is their sum.
       where: As in `fisher_estimator`.
       fallback: As in `fisher_estimator`.
+      num_examples: Examples in a batch; None finds it from the first axes of
+        ``loss_fn``'s arguments and of the layers' inputs.
 
     Returns:
       A function of ``loss_fn``'s arguments that returns
@@ -44,7 +61,7 @@ def value_and_grad(
       one batch; `Curvature.push` it onto ``curvature.with_window(8)`` to keep more.
 
     Raises:
-      ValueError: If ``loss_reduction`` is unknown.
+      ValueError: If an option has no meaning.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -65,42 +82,46 @@ def value_and_grad(
         raise ValueError(
             f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}."
         )
+    if num_examples is not None:
+        check_positive("num_examples", num_examples)
 
     def wrapped(params: PyTree, *args: Any) -> tuple[Any, PyTree, Curvature]:
-        discovery = discover(loss_fn, params, *args)
+        module = params
+        function, params, args = bind(loss_fn, params, *args)
+        discovery = discover(function, params, *args)
         _check_scalar(discovery.outputs, has_aux)
-        num_examples = _count_examples(discovery, params)
-        rows = Rows(num_examples, all_positions=True)
+        count = num_examples or _count_examples(discovery, params, args)
+        options = RowOptions(count, positions=None)
         tags, uncovered = make_tags(
-            discovery, params, rows, where=where, fallback=fallback
+            discovery, params, options, where=where, fallback=fallback
         )
 
         def tapped(params, probes):
-            capture = run_captured(loss_fn, (params, *args), probes)
+            capture = run_captured(
+                function, (params, *args), probes, lifted=discovery.lifted
+            )
             value, aux = capture.outputs if has_aux else (capture.outputs, None)
-            return value, (aux, [root.calls for root in capture.roots])
+            calls = [root.calls for root in capture.roots]
+            return value, (aux, calls, capture.state)
 
-        (value, (aux, calls)), (grads, cotangents) = jax.value_and_grad(
+        (value, (aux, calls, state)), (grads, cotangents) = jax.value_and_grad(
             tapped, argnums=(0, 1), has_aux=True
         )(params, discovery.probes)
-        scale = num_examples if loss_reduction == "mean" else 1
+        update_module(module, state)
+        scale = count if loss_reduction == "mean" else 1
         by_call = probe_calls(cotangents)
         captured = {}
         for tag in tags:
-            a, g = example_rows(tag, calls_of(tag, calls, by_call), num_examples)
-            captured[tag.name] = LayerRows(
-                _flat(a), _flat(g) * jnp.asarray(scale, g.dtype)
-            )
-        curvature = empty_curvature(CurvatureSpec(tags, uncovered, window=1))
+            found = calls_of(tag, calls, by_call)
+            # The cotangents of a transposed use stand on the other side.
+            found = [c._replace(y=c.y * jnp.asarray(scale, c.y.dtype)) for c in found]
+            captured[tag.name] = example_rows(tag, found, count, Draw())
+        spec = CurvatureSpec(tags, uncovered, window=1, num_examples=count)
+        curvature = empty_curvature(spec)
         value = (value, aux) if has_aux else value
         return value, grads, curvature.push_rows(captured)
 
     return wrapped
-
-
-def _flat(rows: Array) -> Array:
-    """``(*stack, N, T, n) -> (*stack, N·T, n)``."""
-    return rows.reshape(*rows.shape[:-3], -1, rows.shape[-1])
 
 
 def _check_scalar(outputs: Any, has_aux: bool) -> None:
@@ -114,15 +135,32 @@ def _check_scalar(outputs: Any, has_aux: bool) -> None:
         )
 
 
-def _count_examples(discovery: Discovery, params: PyTree) -> int:
-    """Returns the length of the first axis of rows, the same in every layer."""
+def _count_examples(discovery: Discovery, params: PyTree, args: PyTree) -> int:
+    """Returns the commonest first axis of arguments and calls that divides all rows."""
     leaves = leaves_by_path(params)
-    for kernel, sources in discovery.sources.items():
-        call, shape = sources[0].calls[0]
-        stack = leaves[kernel].ndim - call.contract_ndim - call.feature_ndim
-        added = len(shape) - call.input_ndim
-        if len(shape) > max(stack, added) + 1:
-            return shape[max(stack, added + call.batch_ndim)]
+    from_args = collections.Counter(
+        leaf.shape[0] for leaf in jax.tree.leaves(args) if jnp.ndim(leaf)
+    )
+    from_calls: collections.Counter[int] = collections.Counter()
+    positions = []
+    for anchor, layer in discovery.layers.items():
+        lifted = leaves[anchor].ndim - layer.call.param_ndim
+        for source in layer.sources:
+            for call, shape in source.calls:
+                first = max(lifted, len(shape) - call.input_ndim) + call.batch_ndim
+                positions.append(num_positions(call, shape, lifted + call.batch_ndim))
+                if len(shape) - call.inner_ndim > first:
+                    from_calls[shape[first]] += 1
+    counts = from_args + from_calls
+    # Running statistics among the arguments begin with an axis of features: what
+    # arguments and layers have in common goes first.
+    both = from_args.keys() & from_calls.keys()
+    ranked = sorted(counts, key=lambda n: (n not in both, -counts[n]))
+    for count in ranked:
+        if positions and count and not any(rows % count for rows in positions):
+            return count
+    if positions and counts:
+        return ranked[0]
     raise ValueError(
         "loss_fn was traced without meeting a layer that can be tagged. It must call "
         "model.apply un-jitted; the whole training step may be jitted."

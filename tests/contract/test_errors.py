@@ -111,7 +111,7 @@ def test_the_single_pass_has_no_model_to_choose_a_step_with():
         (lambda: cgfac(missing="ignore"), "missing must be 'raise' or 'gradient'"),
         (lambda: scale_by_cgfac(-0.1), "damping must be finite and not negative"),
         (lambda: scale_by_cgfac(float("nan")), "damping must be finite"),
-        (lambda: scale_by_cgfac(0.1, structure="full"), "structure must be one of"),
+        (lambda: scale_by_cgfac(0.1, structure="tri"), "structure must be one of"),
         (lambda: scale_by_cgfac(0.1, space="rows"), "space must be one of 'auto'"),
         (lambda: scale_by_cgfac(0.1, solver="lu"), "solver must be one of"),
         (lambda: scale_by_cgfac(0.1, solver="cholesky"), "does not separate"),

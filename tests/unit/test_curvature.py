@@ -171,7 +171,7 @@ def test_an_unknown_layer_lists_the_known_ones():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"structure": "block"}, "structure must be one of 'kronecker', got 'block'"),
+        ({"structure": "diagonal"}, "structure must be one of 'kronecker', 'block'"),
         ({"damping": 0.1, "damping_form": "ridge"}, "damping_form must be one of"),
     ],
 )

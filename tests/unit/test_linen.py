@@ -7,6 +7,7 @@ import pytest
 from flax import linen as nn
 from flax.core.scope import union_filters
 
+from layer_models import LAYER_CASES
 from models import (
     CASES,
     NUM_EXAMPLES,
@@ -16,10 +17,12 @@ from models import (
     normal,
     rebuild_gradients,
 )
-from optax_cgfac import value_and_grad
+from optax_cgfac import fisher_estimator, value_and_grad
 
 X = normal(0, NUM_EXAMPLES, 5)
 EPS = np.finfo(np.float32).eps
+ALL_CASES = CASES | LAYER_CASES
+TOLERANCES = {"cast on the way": 1e-2, "half precision": 2e-2}
 
 
 def assert_close(actual, expected, tolerance):
@@ -32,9 +35,9 @@ def assert_close(actual, expected, tolerance):
         assert difference <= tolerance * norm, (name, difference / norm)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL_CASES)
 def test_rows_rebuild_the_gradient_and_change_nothing(name):
-    case = CASES[name]()
+    case = ALL_CASES[name]()
     # Traced without capture first: no cache of a lifted transform may hide a layer.
     value, grads = jax.jit(jax.value_and_grad(case.loss))(case.params, case.inputs)
 
@@ -45,11 +48,41 @@ def test_rows_rebuild_the_gradient_and_change_nothing(name):
     found = {tag.name: (tag.kind, tag.positions) for tag in curvature.tags}
     assert found == case.layers
     assert curvature.spec.uncovered == ()
-    tolerance = 1e-2 if name == "cast on the way" else 1e-6
-    assert_close(rebuild_gradients(curvature, case.params), by_name(grads), tolerance)
+    rebuilt = rebuild_gradients(curvature, case.params, case.layouts)
+    assert_close(rebuilt, by_name(grads), TOLERANCES.get(name, 5e-6))
     np.testing.assert_allclose(captured_value, value, rtol=4 * EPS)
     assert jax.tree.structure(captured_grads) == jax.tree.structure(grads)
-    assert_close(by_name(captured_grads), by_name(grads), 4 * EPS)
+    assert_close(by_name(captured_grads), by_name(grads), 8 * EPS)
+
+
+@pytest.mark.parametrize("name", LAYER_CASES)
+def test_the_estimator_takes_rows_of_a_few_examples(name):
+    case = LAYER_CASES[name]()
+    estimator = fisher_estimator(
+        case.model_fn,
+        "squared_error",
+        rows=NUM_EXAMPLES - 2,
+        window=2,
+        input_axes=case.input_axes,
+    )
+    curvature = estimator.init(case.params, case.inputs)
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), curvature)
+    update = jax.jit(estimator.update)
+    for i in range(2):
+        curvature = update(curvature, case.params, case.inputs, rng=jax.random.key(i))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), curvature) == shapes
+    assert {tag.name: tag.kind for tag in curvature.tags} == {
+        name: kind for name, (kind, _) in case.layers.items()
+    }
+    for tag in curvature.tags:
+        rows = curvature.layers[tag.name]
+        assert rows.g.shape == (*tag.stack, 2 * tag.rows_per_step, tag.n_out)
+        leaves = jax.tree.leaves(rows)
+        assert all(np.all(np.isfinite(np.asarray(x, np.float32))) for x in leaves)
+        # Every update's rows count: each half of the window has some.
+        halves = np.split(np.asarray(rows.g, np.float32), 2, axis=-2)
+        if "+" not in tag.kind:
+            assert all(np.any(half) for half in halves), tag.name
 
 
 def test_interceptors_of_the_user_still_run():

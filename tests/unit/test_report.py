@@ -70,7 +70,7 @@ def test_bytes_are_those_of_the_arrays():
 @pytest.mark.parametrize(
     ("options", "solve"),
     [
-        ({}, "sample, cholesky"),
+        ({}, "factor 6 | factor 4, cholesky"),
         ({"space": "parameter"}, "parameter, cg"),
         ({"damping_form": "tikhonov", "space": "sample"}, "sample, cg"),
     ],

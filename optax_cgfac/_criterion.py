@@ -1,0 +1,278 @@
+r"""The whole objective: a loss for each output, weights of predictions, the reduction.
+
+With ``c`` the factor of a prediction in :math:`\frac1N \sum_n \sum_t c_{nt}
+L(z_{nt}, y_{nt})`, the Fisher is :math:`\frac1N \sum_{nt} c_{nt} J_{nt}ᵀ H_{nt}
+J_{nt}`. A mean over all predictions, a sum, padded tokens: each is a choice of ``c``.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from optax_cgfac._losses import Loss, get_loss
+from optax_cgfac._types import Array, PyTree
+
+Kind = Literal["mc", "empirical", "exact"]
+Reduction = Literal["mean", "mean_of_sums", "sum"]
+REDUCTIONS = ("mean", "mean_of_sums", "sum")
+
+
+@dataclasses.dataclass(frozen=True)
+class Criterion:
+    """What is minimised, as a function of the model's outputs.
+
+    Attributes:
+      losses: One per output.
+      is_tuple: Whether the model returns a tuple of outputs.
+      reduction: ``"mean"`` over all predictions, ``"sum"``, or ``"mean_of_sums"``:
+        predictions of an example are summed, examples averaged.
+      weights: ``weights(inputs)`` gives each prediction a weight; None for 1.
+    """
+
+    losses: tuple[Loss, ...]
+    is_tuple: bool = False
+    reduction: Reduction = "mean"
+    weights: Callable[[PyTree], PyTree] | None = None
+
+    def heads(self, outputs: PyTree) -> tuple[Array, ...]:
+        """Returns the model's outputs as a tuple.
+
+        Raises:
+          ValueError: If they do not have the form that the losses ask for.
+        """
+        heads = tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
+        is_tuple = isinstance(outputs, (tuple, list))
+        if is_tuple != self.is_tuple or len(heads) != len(self.losses):
+            expected = f"a tuple of {len(self.losses)}" if self.is_tuple else "one"
+            raise ValueError(
+                f"model_fn must return {expected} array(s), as many as there are "
+                f"losses ({', '.join(loss.name for loss in self.losses)}); got "
+                f"{jax.tree.structure(outputs)}. For several outputs pass a tuple of "
+                "losses."
+            )
+        for head in heads:
+            if not hasattr(head, "shape") or len(head.shape) < 2:
+                raise ValueError(
+                    "model_fn must return one array of shape (N, ..., C), examples "
+                    f"first and one prediction on the last axis; got {head}."
+                )
+        if len({head.shape[0] for head in heads}) != 1:
+            raise ValueError(
+                "The model's outputs disagree on the number of examples: "
+                f"{[head.shape for head in heads]}."
+            )
+        return heads
+
+    def scales(
+        self,
+        inputs: PyTree,
+        heads: Sequence[Array],
+        indices: Array | None = None,
+    ) -> list[Array]:
+        """Returns ``c`` for every output's predictions, up to `factor`.
+
+        Args:
+          inputs: The inputs to which the weights belong.
+          heads: Outputs, of which the shapes of one example are read.
+          indices: The examples of ``inputs`` that ``heads`` holds; None for all.
+
+        Returns:
+          Arrays of the shapes of ``heads`` without their last axis.
+
+        Raises:
+          ValueError: If the weights do not fit the outputs.
+        """
+        given = [None] * len(heads)
+        if self.weights is not None:
+            given = self.weights(inputs)
+            given = list(given) if isinstance(given, (tuple, list)) else [given]
+            given = given * len(heads) if len(given) == 1 else given
+        scales = []
+        for weights, head in zip(given, heads, strict=True):
+            dtype = jnp.promote_types(head.dtype, jnp.float32)
+            inner = head.shape[1:-1]
+            if weights is None:
+                weights = jnp.ones(head.shape[:1], dtype)
+                picked = None
+            else:
+                weights, picked = jnp.asarray(weights, dtype), indices
+            shape = weights.shape[:1] + inner
+            padded = (1,) * (len(shape) - weights.ndim)
+            try:
+                weights = weights.reshape(*weights.shape, *padded)
+                weights = jnp.broadcast_to(weights, shape)
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"weights(inputs) has shape {jnp.shape(weights)}; expected one "
+                    f"that broadcasts to (N, {', '.join(map(str, inner))}), a weight "
+                    "for each prediction."
+                ) from None
+            if self.reduction == "mean":
+                total = jnp.sum(weights) / shape[0]
+                weights = weights / jnp.where(total > 0, total, 1)
+            scales.append(weights if picked is None else weights[picked])
+        return scales
+
+    def factor(self, batch_size: int) -> int:
+        """Returns the factor of a sum over the examples, beside their mean."""
+        return batch_size if self.reduction == "sum" else 1
+
+    def num_columns(self, heads: Sequence[Array], kind: Kind, samples: int) -> int:
+        """Returns how many cotangents an example gets."""
+        if kind == "exact":
+            return sum(math.prod(head.shape[1:]) for head in heads)
+        return samples if kind == "mc" else 1
+
+    def hessian_products(
+        self,
+        heads: Sequence[Array],
+        scales: Sequence[Array],
+        tangents: Sequence[Sequence[Array]],
+    ) -> Array:
+        """Returns ``1/N Σ c tᵢᵀ H tⱼ`` for tangents of the outputs."""
+        total = jnp.zeros((len(tangents), len(tangents)), heads[0].dtype)
+        for index, (loss, head, scale) in enumerate(
+            zip(self.losses, heads, scales, strict=True)
+        ):
+            own = [tangent[index] for tangent in tangents]
+            factor = scale[..., None].astype(head.dtype) * loss.weight
+            images = [factor * loss.hessian_product(head, t) for t in own]
+            products = jnp.array([[jnp.vdot(u, v) for v in images] for u in own])
+            total = total + products / head.shape[0]
+        return total
+
+
+def make_criterion(
+    loss: str | Loss | Sequence[str | Loss],
+    reduction: Reduction = "mean",
+    weights: Callable[[PyTree], PyTree] | None = None,
+) -> Criterion:
+    """Returns the criterion of the user's options.
+
+    Raises:
+      ValueError: If an option is unknown.
+      TypeError: If ``loss`` is no loss or ``weights`` no function.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, "
+            f"got {reduction!r}."
+        )
+    if weights is not None and not callable(weights):
+        raise TypeError(
+            "weights must be a function of inputs, such as "
+            f"lambda inputs: inputs['mask'], got {type(weights).__name__}."
+        )
+    if isinstance(loss, (tuple, list)):
+        losses, is_tuple = tuple(get_loss(one) for one in loss), True
+    else:
+        losses, is_tuple = (get_loss(loss),), False  # pyright: ignore[reportArgumentType]
+    if not losses:
+        raise ValueError("loss is an empty tuple: pass a loss for each output.")
+    return Criterion(losses, is_tuple, reduction, weights)
+
+
+def cotangents(
+    criterion: Criterion,
+    kind: Kind,
+    heads: Sequence[Array],
+    scales: Sequence[Array],
+    *,
+    factor: int = 1,
+    samples: int = 1,
+    rng: Array | None = None,
+    targets: PyTree = None,
+) -> tuple[Array, ...]:
+    """Returns the output cotangents of every example, a leading axis of columns.
+
+    Args:
+      criterion: The objective.
+      kind: As in `fisher_estimator`.
+      heads: The outputs, in the precision of the result.
+      scales: From `Criterion.scales`.
+      factor: From `Criterion.factor`.
+      samples: How often targets are drawn.
+      rng: A key, for ``"mc"``.
+      targets: Like ``heads``, for ``"empirical"``.
+
+    Returns:
+      An array of shape ``(columns, *head.shape)`` for every output.
+    """
+    weighed = [
+        scale.astype(head.dtype) * loss.weight
+        for loss, head, scale in zip(criterion.losses, heads, scales, strict=True)
+    ]
+    if kind == "exact":
+        return _columns(criterion, heads, [scale * factor for scale in weighed])
+    if kind == "empirical":
+        # The gradient of the example's own share of the loss. A factor of the Fisher
+        # enters by its root, as it stands before the outer product of gradients.
+        given = targets if criterion.is_tuple else (targets,)
+        gradients = (
+            _gradient(loss, head, target, scale * factor**0.5)
+            for loss, head, target, scale in zip(
+                criterion.losses, heads, given, weighed, strict=True
+            )
+        )
+        return tuple(gradient[None] for gradient in gradients)
+
+    def draw(rng: Any) -> tuple[Array, ...]:
+        keys = jax.random.split(rng, len(heads)) if len(heads) > 1 else [rng]
+        # Targets are drawn independently, so the squares of gradients add up: a
+        # prediction that counts c times has √c times its gradient.
+        return tuple(
+            _gradient(
+                loss,
+                head,
+                loss.sample(key, head),
+                jnp.sqrt(scale * (factor / samples)),
+            )
+            for loss, head, key, scale in zip(
+                criterion.losses, heads, keys, weighed, strict=True
+            )
+        )
+
+    if samples == 1:
+        return tuple(gradient[None] for gradient in draw(rng))
+    return jax.vmap(draw)(jax.random.split(jnp.asarray(rng), samples))
+
+
+def _gradient(loss: Loss, head: Array, targets: PyTree, scale: Array) -> Array:
+    def total(head: Array) -> Array:
+        value = loss.value(head, targets)
+        if value.shape != head.shape[:-1]:
+            raise ValueError(
+                f"Loss {loss.name!r}: value(outputs, targets) has shape {value.shape}; "
+                f"expected {head.shape[:-1]}, one number for each prediction."
+            )
+        return jnp.sum(value * scale)
+
+    return jax.grad(total)(head)
+
+
+def _columns(
+    criterion: Criterion, heads: Sequence[Array], scales: Sequence[Array]
+) -> tuple[Array, ...]:
+    """All columns of the loss Hessian's square root, one prediction at a time."""
+    blocks = []
+    for loss, head, scale in zip(criterion.losses, heads, scales, strict=True):
+        if loss.hessian_columns is None:
+            raise ValueError(
+                f"kind='exact' needs Loss.hessian_columns, which {loss.name!r} lacks."
+            )
+        columns = loss.hessian_columns(head) * jnp.sqrt(scale)[..., None]
+        num, inner = head.shape[0], head.shape[1:-1]
+        columns = columns.reshape(-1, 1, num, math.prod(inner), head.shape[-1])
+        alone = jnp.eye(math.prod(inner), dtype=head.dtype)[:, None, :, None]
+        blocks.append((columns * alone).reshape(-1, *head.shape))
+    total = sum(len(block) for block in blocks)
+    result, start = [], 0
+    for block in blocks:
+        zeros = jnp.zeros((total, *block.shape[1:]), block.dtype)
+        result.append(zeros.at[start : start + len(block)].set(block))
+        start += len(block)
+    return tuple(result)

@@ -1,0 +1,364 @@
+"""Captured calls of a layer become rows, one form of call at a time.
+
+Positions (of a sequence, of an image) that share weights become rows of their own, all
+of them or a few of each example ("expand"), or are averaged and summed into one row
+("reduce"); Eschenhagen et al. (2023), "Kronecker-Factored Approximate Curvature for
+Modern Neural Network Architectures", sections 3.1 and 3.2.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_cgfac._layers import LayerCall, LayerTag, Use
+from optax_cgfac._patches import mean_patches, patches_at
+from optax_cgfac._rows import IndexRows, StackedRows, split_rows
+from optax_cgfac._types import Array, LayerRows
+
+
+class Captured(NamedTuple):
+    """One call: its facts, its input and its output cotangent."""
+
+    call: LayerCall
+    x: Array
+    y: Array
+
+
+class Draw(NamedTuple):
+    """How positions are chosen where not all of them become rows.
+
+    Attributes:
+      rng: A key, or None to take turns.
+      turn: The turn of each example, shape ``(N,)``.
+    """
+
+    rng: Array | None = None
+    turn: Array | None = None
+
+
+def example_rows(
+    tag: LayerTag, calls: Sequence[Captured], num_examples: int, draw: Draw
+) -> LayerRows:
+    """Brings the calls of one layer to rows.
+
+    Args:
+      tag: The layer.
+      calls: Its calls, in any order.
+      num_examples: ``N``.
+      draw: How positions are chosen.
+
+    Returns:
+      Rows ``(*stack, R, n)``, those of an example next to each other, with a column
+      of ones in ``a`` for a bias. One-hot rows of a look-up come before the rows of
+      its transposed use.
+    """
+    if tag.sharing > 1:
+        # The sum of N independent cotangents without mean: squares add up to N times
+        # those of an example.
+        num_examples = 1
+        draw = Draw(draw.rng, None if draw.turn is None else draw.turn[:1])
+        root = tag.sharing**-0.5
+        calls = [
+            call._replace(y=call.y * jnp.asarray(root, call.y.dtype)) for call in calls
+        ]
+    parts: list[LayerRows] = []
+    total = sum(use.positions for use in tag.uses)
+    for use in tag.uses:
+        members = [captured for captured in calls if captured.call.form == use.form]
+        rows = _EXTRACT[use.form](tag, use, members, num_examples, draw)
+        if len(tag.uses) > 1 and use.kept < use.positions:
+            # One form may stand for more positions than the other.
+            share = use.positions / total * len(tag.uses)
+            rows = _weigh(rows, share**0.5)
+        parts.append(rows)
+    if len(parts) == 1:
+        return parts[0]
+    top, bottom = parts
+    a = StackedRows(top.a, bottom.a)
+    return LayerRows(a, jnp.concatenate([top.g, bottom.g], -2))
+
+
+def _weigh(rows: LayerRows, weight: float) -> LayerRows:
+    if isinstance(rows.a, IndexRows):
+        a = IndexRows(rows.a.indices, rows.a.weights * weight, rows.a.size)
+    else:
+        a = rows.a * weight
+    return LayerRows(a, rows.g * weight)
+
+
+def _dense(
+    tag: LayerTag, use: Use, calls: Sequence[Captured], num_examples: int, draw: Draw
+) -> LayerRows:
+    inputs = jnp.concatenate([_inputs(tag, c, num_examples) for c in calls], -2)
+    cotangents = jnp.concatenate([_outputs(tag, c, num_examples) for c in calls], -2)
+    if use.reduce:
+        a = jnp.mean(inputs, -2)
+        return LayerRows(_with_ones(tag, a), jnp.sum(cotangents, -2))
+    chosen = _choose(use, num_examples, draw)
+    a, g = _take(inputs, chosen), _take(cotangents, chosen)
+    return LayerRows(_with_ones(tag, a), g)
+
+
+def _swapped(
+    tag: LayerTag, use: Use, calls: Sequence[Captured], num_examples: int, draw: Draw
+) -> LayerRows:
+    rows = _dense(tag, use, calls, num_examples, draw)
+    return LayerRows(rows.g, rows.a)
+
+
+def _index(
+    tag: LayerTag, use: Use, calls: Sequence[Captured], num_examples: int, draw: Draw
+) -> LayerRows:
+    indices = jnp.concatenate(
+        [_inputs(tag, c, num_examples)[..., None] for c in calls], -2
+    )
+    cotangents = jnp.concatenate([_outputs(tag, c, num_examples) for c in calls], -2)
+    chosen = _choose(use, num_examples, draw)
+    picked = _take(indices, chosen)[..., 0]
+    picked = jnp.where(picked < 0, picked + tag.n_in, picked).astype(jnp.int32)
+    weights = jnp.ones(picked.shape, tag.dtype)
+    return LayerRows(IndexRows(picked, weights, tag.n_in), _take(cotangents, chosen))
+
+
+def _patches(
+    tag: LayerTag, use: Use, calls: Sequence[Captured], num_examples: int, draw: Draw
+) -> LayerRows:
+    lifted = len(tag.stack) - tag.batch_ndim
+
+    def extract(inputs: list[Array], cotangents: list[Array]) -> LayerRows:
+        g = jnp.concatenate(
+            [x.reshape(num_examples, -1, x.shape[-1]) for x in cotangents], 1
+        )
+        if use.reduce:
+            means = [
+                mean_patches(x, c.call.windows)
+                for x, c in zip(inputs, calls, strict=True)
+            ]
+            weights = [x.size / g.size for x in cotangents]
+            a = sum(w * mean for w, mean in zip(weights, means, strict=True))
+            a, g = jnp.asarray(a)[:, None], jnp.sum(g, 1, keepdims=True)
+        else:
+            chosen = _choose(use, num_examples, draw)
+            if chosen is None:
+                everything = jnp.arange(use.positions)
+                chosen = jnp.broadcast_to(everything, (num_examples, use.positions))
+            a = _patches_of_calls(inputs, calls, chosen)
+            g = _take(g, chosen)
+        return _split_groups(a, g, calls[0].call.groups)
+
+    inputs = [_inputs(tag, c, num_examples) for c in calls]
+    cotangents = [_outputs(tag, c, num_examples, flat=False) for c in calls]
+    for _ in range(lifted):
+        extract = jax.vmap(extract)
+    rows = extract(inputs, cotangents)
+    return LayerRows(_with_ones(tag, rows.a), rows.g)
+
+
+def _patches_of_calls(
+    inputs: Sequence[Array], calls: Sequence[Captured], chosen: Array
+) -> Array:
+    """Patches ``(N, P, taps, channels)`` at positions counted over all calls."""
+    start, patches = 0, jnp.zeros(())
+    for x, captured in zip(inputs, calls, strict=True):
+        size = x.shape[1] * captured.call.positions_inside
+        local = jnp.clip(chosen - start, 0, size - 1)
+        found = patches_at(x, captured.call.windows, local)
+        patches = jnp.where((chosen >= start)[..., None, None], found, patches)
+        start += size
+    return patches
+
+
+def _split_groups(a: Array, g: Array, groups: int) -> LayerRows:
+    """Brings channels to their group: ``(N, P, taps, c) -> ([groups,] N·P, n)``."""
+    g = g.reshape(-1, g.shape[-1])
+    a = a.reshape(g.shape[0], *a.shape[2:])
+    if groups == 1:
+        return LayerRows(a.reshape(g.shape[0], -1), g)
+    a = a.reshape(*a.shape[:2], groups, -1)
+    a = jnp.moveaxis(a, 2, 0).reshape(groups, g.shape[0], -1)
+    return LayerRows(a, jnp.moveaxis(g.reshape(g.shape[0], groups, -1), 1, 0))
+
+
+def _elementwise(
+    tag: LayerTag, use: Use, calls: Sequence[Captured], num_examples: int, draw: Draw
+) -> LayerRows:
+    """The gradient of every example, exact whatever the number of positions."""
+    del use, draw
+    parts = []
+    if tag.scale is not None:
+        products = [
+            _inputs(tag, c, num_examples) * _outputs(tag, c, num_examples)
+            for c in calls
+        ]
+        gradient = sum(jnp.sum(product, -2) for product in products)
+        if tag.width(tag.scale) == 1:  # one slope for all features
+            gradient = jnp.sum(jnp.asarray(gradient), -1, keepdims=True)
+        parts.append(gradient)
+    if tag.bias is not None:
+        cotangents = [_outputs(tag, c, num_examples) for c in calls]
+        parts.append(sum(jnp.sum(g, -2) for g in cotangents))
+    g = jnp.concatenate(parts, -1)
+    return LayerRows(jnp.ones((*g.shape[:-1], 1), g.dtype), g)
+
+
+_EXTRACT = {
+    "dense": _dense,
+    "patches": _patches,
+    "index": _index,
+    "swapped": _swapped,
+    "elementwise": _elementwise,
+}
+
+
+def _inputs(tag: LayerTag, captured: Captured, num_examples: int) -> Array:
+    """The captured input as ``(*stack, N, T, *inner)``, features flat."""
+    call, x = captured.call, captured.x
+    if call.form != "index":
+        x = x.astype(tag.dtype)
+    x = _examples_first(
+        tag, call, x, call.input_ndim, x.ndim - call.inner_ndim, num_examples
+    )
+    stack_ndim = len(tag.stack) if call.groups == 1 else len(tag.stack) - 1
+    inner = x.shape[x.ndim - call.inner_ndim :]
+    if call.form == "elementwise":
+        inner = (math.prod(inner),)
+    return x.reshape(*x.shape[:stack_ndim], num_examples, -1, *inner)
+
+
+def _outputs(
+    tag: LayerTag, captured: Captured, num_examples: int, *, flat: bool = True
+) -> Array:
+    """The cotangent as ``(*stack, N, T, features)``, or with a convolution's space."""
+    call, y = captured.call, captured.y.astype(tag.dtype)
+    if call.output_axes:
+        added = y.ndim - call.output_ndim
+        order = (added + axis for axis in call.output_axes)
+        y = y.transpose(*range(added), *order)
+    y = _examples_first(
+        tag, call, y, call.output_ndim, y.ndim - call.output_inner_ndim, num_examples
+    )
+    stack_ndim = len(tag.stack) if call.groups == 1 else len(tag.stack) - 1
+    inner = y.shape[y.ndim - call.output_inner_ndim :]
+    if flat:
+        inner = (math.prod(inner),)
+    return y.reshape(*y.shape[:stack_ndim], num_examples, -1, *inner)
+
+
+def _examples_first(
+    tag: LayerTag,
+    call: LayerCall,
+    x: Array,
+    inside_ndim: int,
+    outer_ndim: int,
+    num_examples: int,
+) -> Array:
+    """Moves the examples in front of axes of positions: time-major, or of a scan."""
+    added = x.ndim - inside_ndim
+    start = len(tag.stack) - (call.groups > 1)
+    axis = start
+    if added > len(tag.stack) - tag.batch_ndim:
+        axis = added  # the transform's own axes are positions
+    if axis < outer_ndim and x.shape[axis] != num_examples:
+        sizes = x.shape[start:outer_ndim]
+        axis = start + sizes.index(num_examples) if num_examples in sizes else axis
+    return jnp.moveaxis(x, axis, start) if start < axis < outer_ndim else x
+
+
+def _choose(use: Use, num_examples: int, draw: Draw) -> Array | None:
+    """Positions of each example, shape ``(N, kept)``; None for all of them.
+
+    Evenly spread from a random one on, so that every position is as likely.
+
+    Returns:
+      Positions, or None.
+    """
+    if use.kept == use.positions:
+        return None
+    if draw.rng is None:
+        start = draw.turn if draw.turn is not None else jnp.arange(num_examples)
+    else:
+        start = jax.random.randint(draw.rng, (num_examples,), 0, use.positions)
+    steps = jnp.arange(use.kept) * (use.positions // use.kept)
+    return (start[:, None] + steps) % use.positions
+
+
+def _take(x: Array, chosen: Array | None) -> Array:
+    """``(*stack, N, T, n) -> (*stack, N·P, n)``."""
+    if chosen is not None:
+        index = chosen.reshape(*([1] * (x.ndim - 3)), *chosen.shape, 1)
+        x = jnp.take_along_axis(x, index, -2)
+    return x.reshape(*x.shape[:-3], -1, x.shape[-1])
+
+
+def _with_ones(tag: LayerTag, a: Array) -> Array:
+    if tag.bias is None:
+        return a
+    return jnp.concatenate([a, jnp.ones((*a.shape[:-1], 1), a.dtype)], -1)
+
+
+def find_problem(
+    call: LayerCall,
+    input_shape: tuple[int, ...],
+    param_shape: tuple[int, ...],
+    num_examples: int,
+) -> str | None:
+    """Returns why a captured call cannot be turned into rows, or None if it can."""
+    stack_ndim = len(param_shape) - call.param_ndim
+    added = len(input_shape) - call.input_ndim
+    if stack_ndim < 0:
+        return "its kernel in the parameter tree has another rank than in the layer"
+    stack = param_shape[:stack_ndim]
+    if call.kernel is not None:
+        batch = call.kernel_axes[: call.batch_ndim]
+        stack += tuple(param_shape[stack_ndim + axis] for axis in batch)
+    if stack_ndim and added != stack_ndim:
+        return "its parameters are stacked by a transform along which its rows are not"
+    if stack_ndim and input_shape[: len(stack)] != stack:
+        return (
+            f"its kernel {param_shape} and its rows {input_shape} are stacked along "
+            "different axes; stack both along axis 0"
+        )
+    if call.batch_ndim and added > stack_ndim:
+        return "a batched kernel below a transform that adds positions"
+    positions = num_positions(call, input_shape, len(stack))
+    if positions == 0 or positions % num_examples:
+        return (
+            f"its input has {positions} rows, which is no multiple of the "
+            f"{num_examples} examples: it does not depend on the batch, or mixes it"
+        )
+    return None
+
+
+def num_positions(
+    call: LayerCall, input_shape: tuple[int, ...], stack_ndim: int
+) -> int:
+    """Returns the rows of a call, examples times positions, before a choice."""
+    outer = input_shape[stack_ndim : len(input_shape) - call.inner_ndim]
+    return call.positions_inside * math.prod(outer)
+
+
+def merge_columns(rows: LayerRows) -> LayerRows:
+    """Puts the rows of several columns, stacked on a first axis, below each other."""
+    if isinstance(rows.a, StackedRows):
+        halves = [
+            merge_columns(LayerRows(a, g))
+            for a, g in zip(
+                (rows.a.top, rows.a.bottom), split_rows(rows.a, rows.g), strict=True
+            )
+        ]
+        a = StackedRows(*(half.a for half in halves))
+        return LayerRows(a, jnp.concatenate([half.g for half in halves], -2))
+
+    def merge(x: Array, axis: int) -> Array:
+        x = jnp.moveaxis(x, 0, axis - 1)
+        shape = (*x.shape[: axis - 1], -1, *x.shape[x.ndim + axis + 1 :])
+        return x.reshape(shape)
+
+    if isinstance(rows.a, IndexRows):
+        a = IndexRows(merge(rows.a.indices, -1), merge(rows.a.weights, -1), rows.a.size)
+    else:
+        a = merge(rows.a, -2)
+    return LayerRows(a, merge(rows.g, -2))

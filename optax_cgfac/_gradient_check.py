@@ -1,0 +1,105 @@
+"""A debugging aid: do the captured rows add up to the gradient?"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from optax_cgfac._layers import leaves_from_matrix
+from optax_cgfac._paths import leaves_by_path, text
+from optax_cgfac._rows import transpose_times
+from optax_cgfac._types import PyTree
+from optax_cgfac._value_and_grad import value_and_grad
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientCheck:
+    """How far gradients rebuilt from rows are from the real ones.
+
+    Attributes:
+      errors: By parameter, the norm of the difference over that of the gradient.
+      uncovered: Parameters without rows, with the reason.
+      rtol: Errors above it are mismatches.
+    """
+
+    errors: Mapping[str, float]
+    uncovered: Mapping[str, str]
+    rtol: float
+
+    @property
+    def mismatches(self) -> tuple[str, ...]:
+        """Parameters whose rows do not add up to their gradient."""
+        # A comparison with NaN is false.
+        return tuple(p for p, e in self.errors.items() if not e <= self.rtol)
+
+    def __str__(self) -> str:
+        """Returns a line for every parameter."""
+        lines = [
+            f"{path}: {'MISMATCH' if path in self.mismatches else 'ok'}, {error:.1e}"
+            for path, error in self.errors.items()
+        ]
+        lines += [f"{path}: uncovered, {why}" for path, why in self.uncovered.items()]
+        return "\n".join(lines)
+
+
+def check_gradients(
+    loss_fn: Callable[..., Any],
+    params: PyTree,
+    *args: Any,
+    rtol: float = 1e-3,
+    **options: Any,
+) -> GradientCheck:
+    r"""Rebuilds every gradient from the captured rows and compares.
+
+    Every example's gradient is :math:`\sum_p a_p g_pᵀ` over its rows, so that
+    ``aᵀ g / N`` must be the gradient of the mean loss. It is not where a parameter
+    takes part in the loss by another way than through its layer: weights that are
+    normalised, masked, regularised or transformed on the way.
+
+    Args:
+      loss_fn: As in `value_and_grad`.
+      params: The parameters.
+      *args: Further arguments of ``loss_fn``.
+      rtol: Relative errors above it are mismatches; use more in half precision.
+      **options: As in `value_and_grad`.
+
+    Returns:
+      A `GradientCheck`; print it.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import linen as nn
+      >>> model = nn.Dense(2)
+      >>> x = jnp.ones((4, 3))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> def loss_fn(params, decay):
+      ...     fit = jnp.mean(jnp.sum(model.apply({"params": params}, x) ** 2, -1))
+      ...     return fit + decay * jnp.sum(params["kernel"] ** 2)
+      >>> check_gradients(loss_fn, params, 0.0).mismatches
+      ()
+      >>> check_gradients(loss_fn, params, 1.0).mismatches
+      ('kernel',)
+    """
+    options = {"fallback": True} | options
+    reduction = options.get("loss_reduction", "mean")
+    run = value_and_grad(loss_fn, **options)
+    # A loss may change the state of a module, a check may not.
+    params = nnx.clone(params) if isinstance(params, nnx.Module) else params
+    _, grads, curvature = run(params, *args)
+    leaves = leaves_by_path(grads)
+    errors = {}
+    for tag in curvature.tags:
+        rows = curvature.layers[tag.name]
+        matrix = transpose_times(rows.a, rows.g)
+        if reduction == "mean":
+            matrix = matrix / curvature.spec.num_examples
+        like = {path: leaves[path] for path in tag.leaves}
+        for path, rebuilt in leaves_from_matrix(tag, matrix, like).items():
+            scale = jnp.linalg.norm(like[path].ravel().astype(matrix.dtype))
+            difference = jnp.linalg.norm((rebuilt - like[path]).ravel())
+            error = difference / jnp.maximum(scale, jnp.finfo(matrix.dtype).tiny)
+            errors[text(path)] = float(jnp.where(difference == 0, 0.0, error))
+    uncovered = {text(path): reason for path, reason in curvature.spec.uncovered}
+    return GradientCheck(errors, uncovered, rtol)

@@ -1,0 +1,224 @@
+"""Inputs that once passed in silence, or failed far from their cause."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+import optax_cgfac
+import oracles
+from models import NUM_EXAMPLES, Compact, init, normal
+from steps import ingredients
+
+X = normal(0, NUM_EXAMPLES, 5)
+
+
+class TimeMajor(nn.Module):
+    """Scans over time first, and puts examples first only for the last layer."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.tanh(nn.Dense(4, name="first")(x))
+        x = nn.LayerNorm(name="norm")(x)
+        return nn.Dense(2, name="last")(x.swapaxes(0, 1))
+
+
+def loss_of(model):
+    def loss_fn(params, x):
+        outputs = model.apply({"params": params}, x)
+        return jnp.mean(jnp.sum(outputs.reshape(len(outputs), -1) ** 2, -1))
+
+    return loss_fn
+
+
+@pytest.mark.parametrize("time", [3, 7, 12])
+def test_time_major_layers_get_the_rows_of_every_example(time):
+    model, x = TimeMajor(), normal(0, time, NUM_EXAMPLES, 5)
+    params = init(model, x)
+    labels = jnp.zeros((NUM_EXAMPLES, 2))
+
+    def loss_fn(params, x, labels):
+        return loss_of(model)(params, x) + 0 * jnp.sum(labels)
+
+    run = optax_cgfac.value_and_grad(loss_fn, num_examples=NUM_EXAMPLES)
+    _, grads, curvature = run(params, x, labels)
+    assert curvature.layers["norm"].g.shape == (NUM_EXAMPLES, 8)
+    # An example's row of the norm is its own gradient.
+    own = [jax.grad(loss_of(model))(params, x[:, n : n + 1]) for n in range(6)]
+    for n, gradient in enumerate(own):
+        expected = [gradient["norm"]["scale"], gradient["norm"]["bias"]]
+        row = curvature.layers["norm"].g[n]
+        assert oracles.relative_error(row, jnp.concatenate(expected)) < 1e-5
+    a, g = curvature.layers["first"]
+    kernel = (a.T @ g / NUM_EXAMPLES)[:-1]
+    assert oracles.relative_error(kernel, grads["first"]["kernel"]) < 1e-5
+
+
+def test_the_batch_is_found_where_time_comes_first():
+    model, x = TimeMajor(), normal(0, 3, NUM_EXAMPLES, 5)
+    params = init(model, x)
+    batch = {"x": x, "y": jnp.zeros(NUM_EXAMPLES), "w": jnp.ones(NUM_EXAMPLES)}
+    run = optax_cgfac.value_and_grad(lambda p, batch: loss_of(model)(p, batch["x"]))
+    assert run(params, batch)[2].spec.num_examples == NUM_EXAMPLES
+
+
+class WithPositions(nn.Module):
+    """A table of positions that all examples share."""
+
+    @nn.compact
+    def __call__(self, x):
+        table = nn.Embed(x.shape[1], x.shape[2], name="positions")
+        x = x + table(jnp.arange(x.shape[1]))
+        return nn.Dense(2, name="last")(nn.tanh(x)).mean(1)
+
+
+@pytest.mark.parametrize("length", [3, 8], ids=["other", "multiple of the rows"])
+def test_a_table_that_all_examples_share_has_their_mean_fisher(length):
+    """Unbiased: the cross terms of independently drawn targets vanish."""
+    model, x = WithPositions(), normal(0, 8, length, 4)
+    params = init(model, x)
+    estimator = optax_cgfac.fisher_estimator(
+        lambda p, x: model.apply({"params": p}, x),
+        "squared_error",
+        rows=4,
+        window=1,
+        positions=None,
+        samples=400,
+    )
+    curvature = estimator.init(params, x[:4])
+    assert {tag.name: tag.sharing for tag in curvature.tags} == {
+        "positions": 4,
+        "last": 1,
+    }
+    curvature = jax.jit(estimator.update)(
+        curvature, params, x[:4], rng=jax.random.key(0)
+    )
+    operator = curvature.operator("positions", structure="block")
+
+    def outputs(table, example):
+        given = params | {"positions": {"embedding": table}}
+        return model.apply({"params": given}, example[None])[0]
+
+    table = params["positions"]["embedding"]
+    jacobians = [jax.jacrev(outputs)(table, x[n]).reshape(2, -1) for n in range(4)]
+    expected = np.mean([2 * j.T @ j for j in oracles.float64(jacobians)], 0)
+    assert oracles.relative_error(operator.to_dense(), expected) < 0.2
+    trace = np.trace(expected)
+    assert operator.trace() == pytest.approx(trace, rel=0.15)
+
+
+def test_a_shared_table_needs_drawn_targets():
+    model, x = WithPositions(), normal(0, 4, 3, 4)
+    estimator = optax_cgfac.fisher_estimator(
+        lambda p, x: model.apply({"params": p}, x),
+        "squared_error",
+        kind="exact",
+        rows=4,
+    )
+    with pytest.raises(ValueError, match=r"positions/embedding: .*only kind='mc'"):
+        estimator.init(init(model, x), x)
+
+
+def test_a_module_is_no_model_fn():
+    with pytest.raises(TypeError, match=r"got Compact.*model\.apply"):
+        optax_cgfac.fisher_estimator(Compact(), "squared_error")
+
+
+@pytest.mark.parametrize("rows", [0, 2.0, True, jnp.array(4)], ids=str)
+def test_counts_must_be_positive_integers(rows):
+    with pytest.raises(ValueError, match="rows must be an int of at least 1"):
+        optax_cgfac.fisher_estimator(lambda p, x: x, "squared_error", rows=rows)
+    optax_cgfac.fisher_estimator(lambda p, x: x, "squared_error", rows=np.int64(4))
+
+
+def test_a_negative_damping_of_any_number_type_is_refused():
+    with pytest.raises(ValueError, match="damping must be finite and not negative"):
+        optax_cgfac.scale_by_cgfac(np.float32(-1))
+    with pytest.raises(ValueError, match="damping must be finite and not negative"):
+        ingredients().curvature.operator("hidden", damping=-1.0)
+
+
+def test_gradients_of_parameters_the_curvature_has_never_seen_are_refused():
+    given = ingredients()
+    more = given.params | {"new": {"kernel": jnp.ones((2, 2))}}
+    tx = optax_cgfac.scale_by_cgfac(0.1)
+    with pytest.raises(ValueError, match=r"not initialised with: new/kernel"):
+        tx.update(more, tx.init(more), more, curvature=given.curvature)
+
+
+def test_the_adaptive_step_under_a_mask_names_the_way_out():
+    given = ingredients()
+    mask = {"hidden": {"kernel": True, "bias": False}, "out": {"kernel": True}}
+    tx = optax.masked(optax_cgfac.cgfac(), mask)
+    with pytest.raises(ValueError, match=r"absent: hidden/bias.*where=\.\.\."):
+        tx.update(
+            given.grads,
+            tx.init(given.params),
+            given.params,
+            curvature=given.curvature,
+            value=0.0,
+            value_fn=lambda p: 0.0,
+        )
+
+
+def test_a_bias_without_its_kernel_is_named():
+    estimator = optax_cgfac.fisher_estimator(
+        lambda p, x: Compact().apply({"params": p}, x),
+        "squared_error",
+        rows=4,
+        where=lambda path: path != "Dense_0/kernel",
+    )
+    with pytest.raises(ValueError, match="Dense_0/bias: where leaves its kernel"):
+        estimator.init(init(Compact(), X), X)
+
+
+def test_integers_are_no_right_hand_side():
+    operator = optax_cgfac.DiagonalOperator(jnp.ones(3))
+    with pytest.raises(TypeError, match="floating-point arrays, got dtype int32"):
+        optax_cgfac.conjugate_gradient(operator, jnp.ones(3, jnp.int32), max_steps=2)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_loss_that_is_not_finite_after_the_step_rejects_it(bad):
+    given = ingredients()
+    tx = optax_cgfac.cgfac(damping_interval=1)
+    state = tx.init(given.params)
+    updates, after = tx.update(
+        given.grads,
+        state,
+        given.params,
+        curvature=given.curvature,
+        value=jnp.asarray(1.0),
+        value_fn=lambda p: jnp.asarray(bad),
+    )
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
+    assert after.num_rejected == 1
+    assert after.damping > state.damping
+
+
+def test_diagnostics_take_names_from_the_parameters():
+    given = ingredients()
+    tx = optax_cgfac.scale_by_kfac(0.1)
+    _, state = tx.update(
+        given.grads, tx.init(given.params), given.params, curvature=given.curvature
+    )
+    assert set(optax_cgfac.diagnostics(state, given.params)["layers"]) == {
+        "hidden",
+        "out",
+    }
+    assert "leaf_0" in optax_cgfac.diagnostics(state)["layers"]
+
+
+def test_a_dict_key_called_value_is_part_of_the_name():
+    model = nn.Dense(2, name=None)
+    params = {"value": init(model, X)}
+    estimator = optax_cgfac.fisher_estimator(
+        lambda p, x: model.apply({"params": p["value"]}, x), "squared_error", rows=4
+    )
+    assert [tag.name for tag in estimator.init(params, X).tags] == ["value"]
+
+
+def test_the_report_counts_the_examples_of_the_quadratic_model():
+    assert "of examples for the quadratic model" in ingredients().curvature.report()

@@ -1,0 +1,117 @@
+"""Every form of rows does what its dense array does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import oracles
+from optax_cgfac import _rows
+
+SIZE = 7
+
+
+def one_hot_rows(num_rows, stack, dtype, seed=0):
+    rng = np.random.default_rng(seed)
+    shape = (*stack, num_rows)
+    indices = jnp.asarray(rng.integers(0, SIZE, shape), jnp.int32)
+    return _rows.IndexRows(indices, jnp.asarray(rng.normal(size=shape), dtype), SIZE)
+
+
+def dense_rows(num_rows, stack, dtype, seed=1):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.normal(size=(*stack, num_rows, SIZE)), dtype)
+
+
+def stacked_rows(stack, dtype):
+    return _rows.StackedRows(one_hot_rows(5, stack, dtype), dense_rows(4, stack, dtype))
+
+
+FORMS = {
+    "dense": lambda stack, dtype: dense_rows(9, stack, dtype),
+    "one-hot": lambda stack, dtype: one_hot_rows(9, stack, dtype),
+    "one-hot above dense": stacked_rows,
+}
+
+
+@pytest.fixture(params=FORMS)
+def make(request):
+    return FORMS[request.param]
+
+
+@pytest.fixture(params=[(), (2,), (2, 3)], ids=str)
+def stack(request):
+    return request.param
+
+
+def check(actual, expected, dtype):
+    assert actual.dtype == dtype
+    assert oracles.relative_error(actual, expected) < oracles.tolerance(dtype)
+
+
+def test_products(make, stack, dtype):
+    rows = make(stack, dtype)
+    dense = oracles.float64(_rows.to_dense(rows))
+    assert _rows.num_rows(rows) == 9
+    assert _rows.num_features(rows) == SIZE
+    assert _rows.rows_dtype(rows) == dtype
+    rng = np.random.default_rng(5)
+    x = jnp.asarray(rng.normal(size=(*stack, SIZE, 3)), dtype)
+    z = jnp.asarray(rng.normal(size=(*stack, 9, 3)), dtype)
+    check(_rows.times(rows, x), dense @ oracles.float64(x), dtype)
+    transposed = np.swapaxes(dense, -1, -2)
+    check(_rows.transpose_times(rows, z), transposed @ oracles.float64(z), dtype)
+    check(_rows.gram(rows), dense @ transposed, dtype)
+
+
+def test_sums(make, stack, dtype):
+    rows = make(stack, dtype)
+    dense = oracles.float64(_rows.to_dense(rows))
+    check(_rows.column_squares(rows), (dense**2).sum(-2), dtype)
+    check(_rows.squared_norm(rows), (dense**2).sum((-2, -1)), dtype)
+
+
+def test_rows_that_are_not_finite_are_found_and_left_out(make, stack, dtype):
+    rows = make(stack, dtype)
+    bad = [leaf * 1 for leaf in jax.tree.leaves(rows)]
+    for index, leaf in enumerate(bad):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            bad[index] = leaf.at[..., 0].set(jnp.nan)
+    if isinstance(rows, jax.Array):  # the first row, not the first feature
+        bad = [rows.at[..., 0, :].set(jnp.nan)]
+    elif isinstance(rows, _rows.StackedRows):
+        bad[-1] = rows.bottom.at[..., 0, :].set(jnp.nan)
+    poisoned = jax.tree.unflatten(jax.tree.structure(rows), bad)
+    finite = _rows.all_finite(poisoned)
+    expected = np.ones((*stack, 9), bool)
+    expected[..., 0] = False
+    if isinstance(rows, _rows.StackedRows):
+        expected[..., 5] = False
+    np.testing.assert_array_equal(finite, expected)
+    kept = _rows.to_dense(_rows.keep_where(poisoned, finite))
+    dense = np.where(expected[..., None], _rows.to_dense(rows), 0)
+    np.testing.assert_array_equal(kept, dense)
+
+
+def test_a_slot_of_the_ring_buffer_is_replaced(make, stack, dtype):
+    rows = make(stack, dtype)
+    twice = jax.tree.map(
+        lambda x: jnp.concatenate([x, x], -2 if x.ndim > len(stack) + 1 else -1), rows
+    )
+    zeros = jax.tree.map(jnp.zeros_like, rows)
+    for slot in (0, 1):
+        buffer = _rows.update_slot(twice, zeros, jnp.asarray(slot))
+        half = _rows.gram(rows)
+        assert jnp.sum(_rows.squared_norm(buffer)) == pytest.approx(
+            float(jnp.sum(jnp.trace(half, axis1=-2, axis2=-1))), rel=1e-4
+        )
+
+
+def test_half_precision_halves_the_bytes_of_dense_rows(stack):
+    rows = dense_rows(9, stack, "float32")
+    half = _rows.as_dtype(rows, "bfloat16")
+    assert 2 * _rows.num_bytes(half) == _rows.num_bytes(rows)
+
+
+def test_products_ask_for_full_precision():
+    assert "HIGHEST" in str(jax.make_jaxpr(_rows.gram)(jnp.ones((2, 3))))

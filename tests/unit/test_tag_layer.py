@@ -1,0 +1,117 @@
+"""Layers of the user's own, made known by `tag_layer`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import oracles
+from models import NUM_EXAMPLES, init, normal
+from optax_cgfac import fisher_estimator, tag_layer, value_and_grad
+
+
+class Own(nn.Module):
+    """A matrix and a scale in one module, below a bias and a slope of another."""
+
+    @nn.compact
+    def __call__(self, x):
+        w = self.param("w", nn.initializers.normal(1.0), (x.shape[-1], 4))
+        b = self.param("b", nn.initializers.normal(1.0), (4,))
+        y = tag_layer(self, x, x @ w + b, kernel="w", bias="b")
+        gain = self.param("gain", nn.initializers.normal(1.0), (4,))
+        return tag_layer(self, y, gain * y, scale="gain")
+
+
+class Model(nn.Module):
+    lift: str | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        own = {"remat": nn.remat, "jit": nn.jit}.get(self.lift, lambda cls: cls)(Own)
+        x = own(name="own")(x)
+        shift = self.param("shift", nn.initializers.normal(1.0), (4,))
+        x = tag_layer(self, x, nn.tanh(x) + shift, bias="shift")
+        slope = self.param("slope", nn.initializers.ones, ())
+        x = tag_layer(self, x, slope * x, scale="slope")
+        return nn.Dense(2, name="out")(nn.tanh(x))
+
+
+LAYERS = {
+    "own/w": ("own/w", "own/b"),
+    "own/gain": ("own/gain",),
+    "shift": ("shift",),
+    "slope": ("slope",),
+    "out": ("out/kernel", "out/bias"),
+}
+
+
+def loss_fn(model):
+    return lambda p, x: jnp.mean(jnp.sum(model.apply({"params": p}, x) ** 2, -1))
+
+
+@pytest.mark.parametrize("lift", [None, "remat", "jit"])
+@pytest.mark.parametrize("shape", [(5,), (3, 5)], ids=["vectors", "positions"])
+def test_the_rows_of_own_layers_rebuild_their_gradients(lift, shape):
+    model, x = Model(lift), normal(0, NUM_EXAMPLES, *shape)
+    params = init(model, x)
+    value, grads, curvature = value_and_grad(loss_fn(model))(params, x)
+    expected_value, expected = jax.value_and_grad(loss_fn(model))(params, x)
+    assert value == pytest.approx(expected_value)
+    jax.tree.map(
+        lambda g, e: np.testing.assert_allclose(g, e, rtol=1e-5, atol=1e-5),
+        grads,
+        expected,
+    )
+    found = {tag.name: tuple("/".join(p) for p in tag.leaves) for tag in curvature.tags}
+    assert found == LAYERS
+    flat = {
+        "own/w": jnp.vstack([grads["own"]["w"], grads["own"]["b"]]),
+        "own/gain": grads["own"]["gain"][None],
+        "shift": grads["shift"][None],
+        "slope": grads["slope"][None, None],
+    }
+    for name, gradient in flat.items():
+        a, g = curvature.layers[name]
+        assert oracles.relative_error(a.T @ g / NUM_EXAMPLES, gradient) < 1e-5
+
+
+def test_the_estimator_covers_them():
+    model, x = Model(), normal(0, NUM_EXAMPLES, 5)
+    params = init(model, x)
+    estimator = fisher_estimator(
+        lambda p, x: model.apply({"params": p}, x), "squared_error", rows=4
+    )
+    curvature = estimator.init(params, x)
+    update = jax.jit(estimator.update)
+    curvature = update(curvature, params, x, rng=jax.random.key(0))
+    assert not curvature.spec.uncovered
+    assert all(np.any(curvature.layers[name].g) for name in LAYERS)
+
+
+class Wrong(nn.Module):
+    names: dict[str, str]
+
+    @nn.compact
+    def __call__(self, x):
+        w = self.param("w", nn.initializers.ones, (x.shape[-1], 4))
+        return tag_layer(self, x, x @ w, **self.names)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({}, "takes kernel="),
+        ({"kernel": "w", "scale": "w"}, "takes kernel="),
+        ({"kernel": "v"}, "Wrong has no parameter v; it has w"),
+        ({"scale": "w"}, r"the scale must have shape \(4,\), got \(5, 4\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused(names, message):
+    with pytest.raises(ValueError, match=message):
+        Wrong(names).init(jax.random.key(0), normal(0, 2, 5))
+
+
+def test_something_else_than_a_module_is_refused():
+    with pytest.raises(TypeError, match="takes a Flax module, usually self; got int"):
+        tag_layer(3, jnp.ones((2, 3)), jnp.ones((2, 3)), bias="b")
