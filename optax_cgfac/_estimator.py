@@ -5,19 +5,22 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
-from flax import nnx
 
 from optax_cgfac._capture import run_captured
 from optax_cgfac._checks import check_positive
 from optax_cgfac._criterion import (
-    Criterion,
     Kind,
     Reduction,
     cotangents,
     make_criterion,
 )
 from optax_cgfac._curvature import Curvature, CurvatureSpec, empty_curvature
+from optax_cgfac._discovery import Discovery, discover
+from optax_cgfac._estimator_checks import (
+    check_options,
+    check_update,
+    rows_dtype_name,
+)
 from optax_cgfac._example_rows import Draw, example_rows, merge_columns
 from optax_cgfac._examples import (
     batched_leaves,
@@ -28,16 +31,9 @@ from optax_cgfac._examples import (
     strided_indices,
 )
 from optax_cgfac._losses import Loss
-from optax_cgfac._modules import bind, check_same_module
+from optax_cgfac._modules import bind
 from optax_cgfac._probes import probe_calls
-from optax_cgfac._tagging import (
-    Discovery,
-    RowOptions,
-    Where,
-    calls_of,
-    discover,
-    make_tags,
-)
+from optax_cgfac._tagging import RowOptions, Where, calls_of, make_tags
 from optax_cgfac._types import Array, LayerRows, PyTree, user_inputs
 
 WeightSharing = Literal["expand", "reduce"]
@@ -91,6 +87,7 @@ def fisher_estimator(
     where: Where | None = None,
     fallback: bool = False,
     input_axes: PyTree = "auto",
+    whole_batch: bool = False,
     samples: int = 1,
     weight_sharing: WeightSharing = "expand",
     positions: int | None = 1,
@@ -113,8 +110,8 @@ def fisher_estimator(
         ``init`` and ``update`` are given. It is called with a copy of the module,
         whose modes it may set. ``outputs`` has shape ``(N, ..., C)``, or is a tuple
         of such arrays.
-        Models whose output for one example depends on the others (BatchNorm) must run
-        in inference mode.
+        Models whose output for one example depends on the others (BatchNorm in
+        training mode) need ``whole_batch=True``, or run in inference mode.
       loss: ``"softmax_cross_entropy"``, ``"sigmoid_binary_cross_entropy"``,
         ``"squared_error"``, each summed over the last axis of the outputs, or a
         `Loss`; a tuple of them for a tuple of outputs, whose losses are added up.
@@ -135,6 +132,11 @@ def fisher_estimator(
         `jax.vmap`; ``"auto"`` takes every leaf whose first axis has the length of
         the outputs' first axis. Say it where another leaf, such as the statistics of
         a BatchNorm, may have that length by chance.
+      whole_batch: Whether the model runs on all of ``inputs`` instead of on a slice
+        of them, for models that compare the examples of a batch with each other. The
+        rows are those of ``rows`` examples still, and the Gauss-Newton products of
+        `cgfac` are of all; an update then costs a forward and backward pass of the
+        batch, and the curvature holds a copy of it.
       samples: How often ``"mc"`` draws targets for an example.
       weight_sharing: What positions (of a sequence, of an image) at which a layer has
         the same weights become: rows of their own, ``"expand"``, or together one row,
@@ -211,13 +213,22 @@ def fisher_estimator(
       Martens & Grosse (2015), sections 2 and 5; Chen (2021).
     """
     criterion = make_criterion(loss, reduction, weights)
-    _check_options(model_fn, criterion, kind, samples, weight_sharing)
+    check_options(model_fn, criterion, kind, samples, weight_sharing)
     counts = {"window": window, "rows": rows, "model_rows": model_rows}
     counts |= {"samples": samples} | ({"positions": positions} if positions else {})
     for name, value in counts.items():
         check_positive(name, value)
-    dtype = None if rows_dtype is None else _rows_dtype(rows_dtype)
-    options = (kind, window, rows, model_rows, samples, weight_sharing, positions)
+    dtype = None if rows_dtype is None else rows_dtype_name(rows_dtype)
+    options = (
+        kind,
+        window,
+        rows,
+        model_rows,
+        samples,
+        weight_sharing,
+        positions,
+        whole_batch,
+    )
 
     def init(params: PyTree, inputs: PyTree) -> Curvature:
         function, params, (inputs,) = bind(model_fn, params, inputs)
@@ -237,8 +248,10 @@ def fisher_estimator(
             )
             return discover_few(function, params, few, count)
 
-        discovery = run(rows)
+        captured = num_examples if whole_batch else rows
+        discovery = run(captured)
         row_options = RowOptions(
+            captured,
             rows,
             criterion.num_columns(heads, kind, samples),
             positions,
@@ -248,7 +261,7 @@ def fisher_estimator(
             shares=kind == "mc",
         )
         # What does not grow with the batch is told apart by a batch of another size.
-        wider = run(2 * rows)
+        wider = run(2 * captured)
         tags, uncovered = make_tags(
             discovery, params, row_options, where=where, fallback=fallback, wider=wider
         )
@@ -263,8 +276,8 @@ def fisher_estimator(
             criterion.factor(num_examples),
             rows,
         )
-        kept = jnp.arange(min(model_rows, num_examples))
-        return empty_curvature(spec, slice_examples(inputs, batched, kept))
+        kept = num_examples if whole_batch else min(model_rows, num_examples)
+        return empty_curvature(spec, slice_examples(inputs, batched, jnp.arange(kept)))
 
     def update(
         curvature: Curvature,
@@ -275,7 +288,7 @@ def fisher_estimator(
         targets: PyTree = None,
     ) -> Curvature:
         function, params, (inputs,) = bind(model_fn, params, inputs)
-        _check_update(curvature, (function, criterion, options), kind, rng, targets)
+        check_update(curvature, (function, criterion, options), kind, rng, targets)
         batched = curvature.spec.batched
         num_examples = check_examples(inputs, batched, curvature.model_inputs, rows)
         check_targets(targets, num_examples)
@@ -286,31 +299,38 @@ def fisher_estimator(
             start_rng, sample_rng, position_rng = jax.random.split(rng, 3)
             start = jax.random.randint(start_rng, (), 0, num_examples)
         indices = strided_indices(start, rows, num_examples)
-        few = slice_examples(inputs, batched, indices)
         few_targets = jax.tree.map(lambda t: jnp.asarray(t)[indices], targets)
+        seen, captured, examples = inputs, num_examples, indices
+        if not whole_batch:
+            seen, captured = slice_examples(inputs, batched, indices), rows
+            examples = None
 
         cycle = curvature.num_updates // (num_examples // rows)
-        discovery = discover_few(function, params, few, rows)
+        discovery = discover_few(function, params, seen, captured)
 
         def forward(probes):
             capture = run_captured(
-                function, (params, few), probes, lifted=discovery.lifted
+                function, (params, seen), probes, lifted=discovery.lifted
             )
             return capture.outputs, [root.calls for root in capture.roots]
 
         outputs, backward, calls = jax.vjp(forward, discovery.probes, has_aux=True)
-        heads = criterion.heads(outputs)
+        all_heads = criterion.heads(outputs)
+        draw = Draw(position_rng, indices + cycle, examples)
+        heads = [draw.pick(head, 0) for head in all_heads]
         precise = [head.astype(_at_least_float32(head)) for head in heads]
 
         def rows_of(tangents: Sequence[Array]) -> dict[str, LayerRows]:
             cast = [
-                t.astype(head.dtype) for t, head in zip(tangents, heads, strict=True)
+                draw.place(t.astype(head.dtype), head)
+                for t, head in zip(tangents, all_heads, strict=True)
             ]
             cotangent = jax.tree.unflatten(jax.tree.structure(outputs), cast)
             by_call = probe_calls(*backward(cotangent))
-            draw = Draw(position_rng, indices + cycle)
             return {
-                tag.name: example_rows(tag, calls_of(tag, calls, by_call), rows, draw)
+                tag.name: example_rows(
+                    tag, calls_of(tag, calls, by_call), captured, draw
+                )
                 for tag in curvature.tags
             }
 
@@ -325,14 +345,14 @@ def fisher_estimator(
             targets=few_targets,
         )
         if columns[0].shape[0] == 1:
-            captured = rows_of([column[0] for column in columns])
+            new = rows_of([column[0] for column in columns])
         else:
             by_column = jax.vmap(rows_of)(list(columns))
-            captured = {name: merge_columns(x) for name, x in by_column.items()}
+            new = {name: merge_columns(x) for name, x in by_column.items()}
         kept = num_kept(curvature.model_inputs, batched)
         model_indices = strided_indices(start + 1, kept, num_examples)
         model_inputs = slice_examples(inputs, batched, model_indices)
-        return curvature.push_rows(captured, model_inputs)
+        return curvature.push_rows(new, model_inputs)
 
     def discover_few(
         function: Callable[..., PyTree], params: PyTree, few: PyTree, count: int
@@ -353,65 +373,3 @@ def fisher_estimator(
 
 def _at_least_float32(x: Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def _rows_dtype(dtype: Any) -> str:
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(
-            f"rows_dtype must be a floating-point dtype, got {jnp.dtype(dtype).name}."
-        )
-    return jnp.dtype(dtype).name
-
-
-def _check_options(
-    model_fn: Any, criterion: Criterion, kind: str, samples: int, weight_sharing: str
-) -> None:
-    if kind not in ("mc", "empirical", "exact"):
-        raise ValueError(f"kind must be 'mc', 'empirical' or 'exact', got {kind!r}.")
-    for loss in criterion.losses:
-        if kind == "exact" and loss.hessian_columns is None:
-            raise ValueError(
-                f"kind='exact' needs Loss.hessian_columns, which {loss.name!r} lacks."
-            )
-    if samples != 1 and kind != "mc":
-        raise ValueError(f"samples={samples} needs kind='mc', got kind={kind!r}.")
-    if weight_sharing not in ("expand", "reduce"):
-        raise ValueError(
-            f"weight_sharing must be 'expand' or 'reduce', got {weight_sharing!r}."
-        )
-    if not callable(model_fn) or isinstance(model_fn, (nn.Module, nnx.Module)):
-        raise TypeError(
-            "model_fn must be a function (params, inputs) -> outputs, "
-            f"got {type(model_fn).__name__}. For a module write "
-            "lambda params, x: model.apply({'params': params}, x), or for one of NNX "
-            "lambda module, x: module(x)."
-        )
-
-
-def _check_update(
-    curvature: Curvature, source: tuple, kind: Kind, rng: Any, targets: Any
-) -> None:
-    if not isinstance(curvature, Curvature):
-        raise TypeError(
-            "estimator.update takes the Curvature that estimator.init returned, got "
-            f"{type(curvature).__name__}."
-        )
-    spec = curvature.spec
-    if (spec.model_fn, spec.criterion, spec.options) != source:
-        check_same_module(spec.model_fn, source[0])
-        raise ValueError(
-            "This curvature comes from another estimator. Call "
-            "estimator.init(params, inputs) of the one that updates it."
-        )
-    if kind == "empirical" and targets is None:
-        raise ValueError("kind='empirical' needs targets: pass targets=batch_targets.")
-    if kind != "empirical" and targets is not None:
-        raise ValueError(
-            f"kind={kind!r} takes no targets: they come from the model's own "
-            "distribution. Drop targets= or use kind='empirical'."
-        )
-    if kind == "mc" and rng is None:
-        raise ValueError(
-            "kind='mc' draws targets from the model: pass rng=jax.random.fold_in(key, "
-            "step), a new key for every update."
-        )

@@ -28,15 +28,31 @@ class Captured(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """How positions are chosen where not all of them become rows.
+    """Which examples and positions become rows, where not all of them do.
 
     Attributes:
-      rng: A key, or None to take turns.
+      rng: A key that draws positions, or None to take turns.
       turn: The turn of each example, shape ``(N,)``.
+      examples: The examples of a captured batch, shape ``(N,)``; None for all.
     """
 
     rng: Array | None = None
     turn: Array | None = None
+    examples: Array | None = None
+
+    def pick(self, x: Array, axis: int) -> Array:
+        """Returns the chosen examples along an axis."""
+        return x if self.examples is None else jnp.take(x, self.examples, axis)
+
+    def place(self, x: Array, like: Array) -> Array:
+        """Returns ``x`` at the chosen examples of ``like``, zero at the others."""
+        if self.examples is None:
+            return x
+        return jnp.zeros_like(like).at[self.examples].set(x)
+
+    def count(self, num_examples: int) -> int:
+        """Returns how many of a batch's examples are chosen."""
+        return num_examples if self.examples is None else len(self.examples)
 
 
 def example_rows(
@@ -47,8 +63,8 @@ def example_rows(
     Args:
       tag: The layer.
       calls: Its calls, in any order.
-      num_examples: ``N``.
-      draw: How positions are chosen.
+      num_examples: Examples of the captured batch.
+      draw: Which examples and positions are chosen.
 
     Returns:
       Rows ``(*stack, R, n)``, those of an example next to each other, with a column
@@ -92,12 +108,14 @@ def _weigh(rows: LayerRows, weight: float) -> LayerRows:
 def _dense(
     tag: LayerTag, use: Use, calls: Sequence[Captured], num_examples: int, draw: Draw
 ) -> LayerRows:
-    inputs = jnp.concatenate([_inputs(tag, c, num_examples) for c in calls], -2)
-    cotangents = jnp.concatenate([_outputs(tag, c, num_examples) for c in calls], -2)
+    inputs = jnp.concatenate([_inputs(tag, c, num_examples, draw) for c in calls], -2)
+    cotangents = jnp.concatenate(
+        [_outputs(tag, c, num_examples, draw) for c in calls], -2
+    )
     if use.reduce:
         a = jnp.mean(inputs, -2)
         return LayerRows(_with_ones(tag, a), jnp.sum(cotangents, -2))
-    chosen = _choose(use, num_examples, draw)
+    chosen = _choose(use, draw.count(num_examples), draw)
     a, g = _take(inputs, chosen), _take(cotangents, chosen)
     return LayerRows(_with_ones(tag, a), g)
 
@@ -113,10 +131,12 @@ def _index(
     tag: LayerTag, use: Use, calls: Sequence[Captured], num_examples: int, draw: Draw
 ) -> LayerRows:
     indices = jnp.concatenate(
-        [_inputs(tag, c, num_examples)[..., None] for c in calls], -2
+        [_inputs(tag, c, num_examples, draw)[..., None] for c in calls], -2
     )
-    cotangents = jnp.concatenate([_outputs(tag, c, num_examples) for c in calls], -2)
-    chosen = _choose(use, num_examples, draw)
+    cotangents = jnp.concatenate(
+        [_outputs(tag, c, num_examples, draw) for c in calls], -2
+    )
+    chosen = _choose(use, draw.count(num_examples), draw)
     picked = _take(indices, chosen)[..., 0]
     picked = jnp.where(picked < 0, picked + tag.n_in, picked).astype(jnp.int32)
     weights = jnp.ones(picked.shape, tag.dtype)
@@ -127,11 +147,10 @@ def _patches(
     tag: LayerTag, use: Use, calls: Sequence[Captured], num_examples: int, draw: Draw
 ) -> LayerRows:
     lifted = len(tag.stack) - tag.batch_ndim
+    count = draw.count(num_examples)
 
     def extract(inputs: list[Array], cotangents: list[Array]) -> LayerRows:
-        g = jnp.concatenate(
-            [x.reshape(num_examples, -1, x.shape[-1]) for x in cotangents], 1
-        )
+        g = jnp.concatenate([x.reshape(count, -1, x.shape[-1]) for x in cotangents], 1)
         if use.reduce:
             means = [
                 mean_patches(x, c.call.windows)
@@ -141,16 +160,16 @@ def _patches(
             a = sum(w * mean for w, mean in zip(weights, means, strict=True))
             a, g = jnp.asarray(a)[:, None], jnp.sum(g, 1, keepdims=True)
         else:
-            chosen = _choose(use, num_examples, draw)
+            chosen = _choose(use, count, draw)
             if chosen is None:
                 everything = jnp.arange(use.positions)
-                chosen = jnp.broadcast_to(everything, (num_examples, use.positions))
+                chosen = jnp.broadcast_to(everything, (count, use.positions))
             a = _patches_of_calls(inputs, calls, chosen)
             g = _take(g, chosen)
         return _split_groups(a, g, calls[0].call.groups)
 
-    inputs = [_inputs(tag, c, num_examples) for c in calls]
-    cotangents = [_outputs(tag, c, num_examples, flat=False) for c in calls]
+    inputs = [_inputs(tag, c, num_examples, draw) for c in calls]
+    cotangents = [_outputs(tag, c, num_examples, draw, flat=False) for c in calls]
     for _ in range(lifted):
         extract = jax.vmap(extract)
     rows = extract(inputs, cotangents)
@@ -186,11 +205,11 @@ def _elementwise(
     tag: LayerTag, use: Use, calls: Sequence[Captured], num_examples: int, draw: Draw
 ) -> LayerRows:
     """The gradient of every example, exact whatever the number of positions."""
-    del use, draw
+    del use
     parts = []
     if tag.scale is not None:
         products = [
-            _inputs(tag, c, num_examples) * _outputs(tag, c, num_examples)
+            _inputs(tag, c, num_examples, draw) * _outputs(tag, c, num_examples, draw)
             for c in calls
         ]
         gradient = sum(jnp.sum(product, -2) for product in products)
@@ -198,7 +217,7 @@ def _elementwise(
             gradient = jnp.sum(jnp.asarray(gradient), -1, keepdims=True)
         parts.append(gradient)
     if tag.bias is not None:
-        cotangents = [_outputs(tag, c, num_examples) for c in calls]
+        cotangents = [_outputs(tag, c, num_examples, draw) for c in calls]
         parts.append(sum(jnp.sum(g, -2) for g in cotangents))
     g = jnp.concatenate(parts, -1)
     return LayerRows(jnp.ones((*g.shape[:-1], 1), g.dtype), g)
@@ -213,7 +232,7 @@ _EXTRACT = {
 }
 
 
-def _inputs(tag: LayerTag, captured: Captured, num_examples: int) -> Array:
+def _inputs(tag: LayerTag, captured: Captured, num_examples: int, draw: Draw) -> Array:
     """The captured input as ``(*stack, N, T, *inner)``, features flat."""
     call, x = captured.call, captured.x
     if call.form != "index":
@@ -225,11 +244,17 @@ def _inputs(tag: LayerTag, captured: Captured, num_examples: int) -> Array:
     inner = x.shape[x.ndim - call.inner_ndim :]
     if call.form == "elementwise":
         inner = (math.prod(inner),)
-    return x.reshape(*x.shape[:stack_ndim], num_examples, -1, *inner)
+    x = x.reshape(*x.shape[:stack_ndim], num_examples, -1, *inner)
+    return draw.pick(x, stack_ndim)
 
 
 def _outputs(
-    tag: LayerTag, captured: Captured, num_examples: int, *, flat: bool = True
+    tag: LayerTag,
+    captured: Captured,
+    num_examples: int,
+    draw: Draw,
+    *,
+    flat: bool = True,
 ) -> Array:
     """The cotangent as ``(*stack, N, T, features)``, or with a convolution's space."""
     call, y = captured.call, captured.y.astype(tag.dtype)
@@ -244,7 +269,8 @@ def _outputs(
     inner = y.shape[y.ndim - call.output_inner_ndim :]
     if flat:
         inner = (math.prod(inner),)
-    return y.reshape(*y.shape[:stack_ndim], num_examples, -1, *inner)
+    y = y.reshape(*y.shape[:stack_ndim], num_examples, -1, *inner)
+    return draw.pick(y, stack_ndim)
 
 
 def _examples_first(

@@ -6,6 +6,7 @@ the layer and adds a zero, the *probe*, to the output. NNX's transforms carry th
 variable like any other state; nothing of the user's, and no class of Flax's, changes.
 """
 
+import contextlib
 import functools
 import itertools
 import threading
@@ -50,12 +51,14 @@ def run_captured(
     if probes is not None:
         tap = _Tap(probes=probes)
         return tap.capture(_called(tap, function, args))
-    tap = _Tap()
-    try:
-        return tap.capture(_called(tap, function, args))
-    except Exception:
-        # An error of the user's own recurs here.
-        _called(_Tap(attach=False), function, args)
+    # Some transforms refuse modules with one variable more: first every module that
+    # may tag itself has one, then only Flax's own layers, then those that work.
+    for own in (True, False):
+        tap = _Tap(own=own)
+        with contextlib.suppress(Exception):
+            return tap.capture(_called(tap, function, args))
+    # An error of the user's own recurs here.
+    _called(_Tap(attach=False), function, args)
     tap = _Tap(excluded=_failing_sites(function, args))
     return tap.capture(_called(tap, function, args))
 
@@ -118,10 +121,14 @@ class _Tap:
         probes: tuple[PyTree, ...] | None = None,
         excluded: dict[Site, str] | None = None,
         attach: bool = True,
+        own: bool = False,
     ):
         self.probes = probes
         self.excluded = excluded or {}
         self.attach = attach
+        self.own = (
+            own  # whether modules that are no layers of Flax's may tag themselves
+        )
         self.modules: list[tuple[nnx.Module, dict[Path, Any], dict[Path, int]]] = []
         self.visits: dict[Site, Visit] = {}
         self.touched: dict[Site, set[str]] = {}  # in the order of the last touch
@@ -163,14 +170,17 @@ class _Tap:
             problem = self.excluded.get(site)
             if path in replaced:
                 problem = "it is called with weights that another module computes"
-            if not problem and not _is_known(type(m)) and _has_params(m):
+            sows = _is_known(type(m)) or _has_params(m)
+            if not (
+                problem or _is_known(type(m)) or self.own or self.probes is not None
+            ):
                 problem = _NO_LAYER.format(type(m).__name__)
             self.visits[site] = Visit(type(m).__name__, True, hidden, problem)
             if isinstance(m, nnx.RNN):
                 # Rows are stacked along time, whatever the cell's own state does.
                 axes: Any = nnx.StateAxes({CaptureVariable: 0, **m.state_axes})
                 m.state_axes = axes
-            if not self.attach or hidden or problem or not _is_known(type(m)):
+            if not self.attach or hidden or problem or not sows:
                 continue  # nobody can or need sow
             probes = self._probes_of(site)
             if self.probes is None or probes:
@@ -207,7 +217,7 @@ class _Tap:
             for path, m in layers.items():
                 found, tokens = _harvest(m)
                 if self.probes is None:
-                    self._check(index, path, found, tokens)
+                    self._check((index, path), m, found, tokens)
                 if found and self.visits[index, path].has_rows:
                     calls[path] = found
             roots.append(Root(calls, leaf_ids))
@@ -222,8 +232,9 @@ class _Tap:
             state = nnx.state(self.modules[0][0], nnx.Not(nnx.Param))
         return Capture(outputs, tuple(roots), self.visits, state)
 
-    def _check(self, index: int, path: Path, found: list, tokens: set[str]) -> None:
-        site = (index, path)
+    def _check(
+        self, site: Site, module: nnx.Module, found: list, tokens: set[str]
+    ) -> None:
         traced = self.touched.get(site, set())
         if not traced <= tokens:
             # Never some of the calls alone: their sum would be another gradient.
@@ -233,7 +244,7 @@ class _Tap:
                 "part that was split and merged, out of which no rows come; use nnx's "
                 "own transforms",
             )
-        elif not found:
+        elif not found and _is_known(type(module)):
             self.report(site, "it was not called, or its own method overrides it")
 
 
@@ -245,10 +256,11 @@ def _attach(module: nnx.Module, site: Site, probes: dict[str, Any] | None) -> No
     value: dict[str, Any] = {"rows": {}}
     if probes is not None:
         value["probes"] = probes
-    with _LOCK:
-        cls = _tapped_class(type(module))
-    # The layout is the same; modules define their own __setattr__.
-    object.__setattr__(module, "__class__", cls)
+    if _is_known(type(module)):
+        with _LOCK:
+            cls = _tapped_class(type(module))
+        # The layout is the same; modules define their own __setattr__.
+        object.__setattr__(module, "__class__", cls)
     setattr(module, ROWS, CaptureVariable(value))
     setattr(module, SITE, site)
 
@@ -270,8 +282,9 @@ def _harvest(
 
 
 _NO_LAYER = (
-    "a parameter of {} itself, which is no layer of nnx: compute with a layer, or "
-    "train it by a fallback"
+    "a parameter of {} itself, which is no layer of nnx and either not tagged with "
+    "optax_cgfac.tag_layer, or below a transform that does not carry the capture's "
+    "variables"
 )
 
 
@@ -311,35 +324,49 @@ def _tapped(method: Callable[..., Any], describe: Describe) -> Callable[..., Any
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         outputs = method(self, *args, **kwargs)
-        variable = vars(self).get(ROWS)
         tap = getattr(_LOCAL, "tap", None)
-        if tap is None or not isinstance(variable, CaptureVariable):
+        if tap is None or not isinstance(vars(self).get(ROWS), CaptureVariable):
             return outputs
-        value = variable.get_value()
         described = describe(self, *args, **kwargs)
         if isinstance(described, str):
             tap.report(vars(self)[SITE], described)
             return outputs
-        facts, a = described
-        name = encode(facts)
-        earlier = sum(key.startswith(name + "#") for key in value["rows"])
-        token = tap.touch(vars(self)[SITE])
-        discovers = "probes" not in value
-        row = (a, outputs) if discovers else (a,)
-        key = f"{name}#{earlier:04d}#{token if discovers else ''}"
-        try:
-            variable.set_value({**value, "rows": {**value["rows"], key: row}})
-        except errors.TraceContextError:
-            tap.report(
-                vars(self)[SITE],
-                "it runs below a JAX transform (jax.jit, checkpoint, cond, vmap, scan) "
-                "over a module from outside, out of which no rows can be taken; use "
-                "nnx.jit, nnx.remat, nnx.vmap or nnx.scan with the module as argument",
-            )
-            return outputs
-        probes = value.get("probes", {}).get(name, ())
-        if earlier < len(probes):
-            outputs = outputs + probes[earlier].astype(outputs.dtype)
-        return outputs
+        return _sow(tap, self, *described, outputs)
 
     return call
+
+
+def tag_nnx(module: nnx.Module, call: LayerCall, x: Array, outputs: Array) -> Array:
+    """Taps a layer that its own module describes; see `tag_layer`."""
+    tap = getattr(_LOCAL, "tap", None)
+    if tap is None or not isinstance(vars(module).get(ROWS), CaptureVariable):
+        return outputs
+    return _sow(tap, module, call, x, outputs)
+
+
+def _sow(
+    tap: _Tap, module: nnx.Module, call: LayerCall, x: Array, outputs: Array
+) -> Array:
+    """Stores the input of a layer in it and adds the probe to its output."""
+    variable, site = vars(module)[ROWS], vars(module)[SITE]
+    value = variable.get_value()
+    name = encode(call)
+    earlier = sum(key.startswith(name + "#") for key in value["rows"])
+    token = tap.touch(site)
+    discovers = "probes" not in value
+    row = (x, outputs) if discovers else (x,)
+    key = f"{name}#{earlier:04d}#{token if discovers else ''}"
+    try:
+        variable.set_value({**value, "rows": {**value["rows"], key: row}})
+    except errors.TraceContextError:
+        tap.report(
+            site,
+            "it runs below a JAX transform (jax.jit, checkpoint, cond, vmap, scan) "
+            "over a module from outside, out of which no rows can be taken; use "
+            "nnx.jit, nnx.remat, nnx.vmap or nnx.scan with the module as argument",
+        )
+        return outputs
+    probes = value.get("probes", {}).get(name, ())
+    if earlier < len(probes):
+        outputs = outputs + probes[earlier].astype(outputs.dtype)
+    return outputs

@@ -11,6 +11,10 @@ start ``x₀`` lies in ``span{d} + {aᵀ Θ g}``, where ``d = b - γ x₀``. The
 
 An iteration costs ``4R³`` flops instead of the ``8Rn`` of parameter space (the
 idea of Ren & Goldfarb 2019, section 3, carried from a direct solve to CG).
+
+Attainable accuracy: the inner product of a small vector is a difference of terms of the
+size of ``‖d‖²``, so that residuals below ``√eps ‖b‖`` are rounding. Iterations for such
+a tolerance are wasted; solve in parameter space, or directly, where they are needed.
 """
 
 from collections.abc import Callable

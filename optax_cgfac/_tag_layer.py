@@ -1,13 +1,16 @@
 """`tag_layer`: how a module of the user's own makes a layer known."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import nnx
 
 from optax_cgfac._describe import describe_dense, describe_elementwise
 from optax_cgfac._linen import tag_linen
+from optax_cgfac._nnx import tag_nnx
 from optax_cgfac._types import Array
 
 
@@ -28,7 +31,7 @@ def tag_layer(
     returns: the same ``y``, which capture can see.
 
     Args:
-      module: The Linen module, ``self``.
+      module: The Linen or NNX module, ``self``.
       x: The input that the parameters act on, shape ``(N, ..., n_in)``.
       y: The output, shape ``(N, ..., n_out)``.
       kernel: Name of the matrix among the module's parameters, shape
@@ -59,6 +62,21 @@ def tag_layer(
       ... )
       >>> [tag.kind for tag in estimator.init(params, x).tags]
       ['dense', 'custom']
+
+      In NNX the names are those of the module's attributes:
+
+      >>> from flax import nnx
+      >>> class Shift(nnx.Module):
+      ...     def __init__(self, features):
+      ...         self.shift = nnx.Param(jnp.zeros(features))
+      ...
+      ...     def __call__(self, x):
+      ...         return optax_cgfac.tag_layer(self, x, x + self.shift, bias="shift")
+      >>> estimator = optax_cgfac.fisher_estimator(
+      ...     lambda m, x: m(x), "squared_error", rows=4
+      ... )
+      >>> [tag.kind for tag in estimator.init(Shift(2), x).tags]
+      ['custom']
     """
     names = {"kernel": kernel, "scale": scale, "bias": bias}
     if (kernel is None) == (scale is None) and (kernel is not None or bias is None):
@@ -66,11 +84,11 @@ def tag_layer(
             "tag_layer takes kernel= (with or without bias=), or scale= and bias= or "
             f"one of them; got {names}."
         )
-    if not isinstance(module, nn.Module):
+    if not isinstance(module, (nn.Module, nnx.Module)):
         raise TypeError(
             f"tag_layer takes a Flax module, usually self; got {type(module).__name__}."
         )
-    params = module.variables.get("params", {})
+    params = _params_of(module)
     shapes = {
         role: jnp.shape(params[name])
         for role, name in names.items()
@@ -98,7 +116,19 @@ def tag_layer(
         raise ValueError(described)
     call, a = described
     call = dataclasses.replace(call, kind="custom", kernel=kernel, bias=bias)
-    return tag_linen(module, call, a, y)
+    if isinstance(module, nn.Module):
+        return tag_linen(module, call, a, y)
+    return tag_nnx(module, call, a, y)
+
+
+def _params_of(module: Any) -> Mapping[str, Any]:
+    if isinstance(module, nn.Module):
+        return module.variables.get("params", {})
+    return {
+        name: value.get_value()
+        for name, value in vars(module).items()
+        if isinstance(value, nnx.Param)
+    }
 
 
 def _check_shapes(

@@ -6,11 +6,12 @@ import pytest
 
 from layer_models import LAYER_CASES
 from models import CASES, NUM_EXAMPLES, by_name
+from optax_cgfac._discovery import discover
 from optax_cgfac._example_rows import Draw, example_rows
 from optax_cgfac._linen import run_captured
 from optax_cgfac._probes import probe_calls
 from optax_cgfac._rows import to_dense
-from optax_cgfac._tagging import RowOptions, calls_of, discover, make_tags
+from optax_cgfac._tagging import RowOptions, calls_of, make_tags
 
 EVERY = CASES | LAYER_CASES
 

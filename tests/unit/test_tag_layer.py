@@ -5,10 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 
 import oracles
 from models import NUM_EXAMPLES, init, normal
-from optax_cgfac import fisher_estimator, tag_layer, value_and_grad
+from optax_cgfac import (
+    check_gradients,
+    fisher_estimator,
+    tag_layer,
+    value_and_grad,
+)
 
 
 class Own(nn.Module):
@@ -87,6 +93,72 @@ def test_the_estimator_covers_them():
     curvature = update(curvature, params, x, rng=jax.random.key(0))
     assert not curvature.spec.uncovered
     assert all(np.any(curvature.layers[name].g) for name in LAYERS)
+
+
+class OwnNNX(nnx.Module):
+    """`Own` in NNX."""
+
+    def __init__(self):
+        self.w = nnx.Param(normal(10, 5, 4))
+        self.b = nnx.Param(normal(11, 4))
+        self.gain = nnx.Param(normal(12, 4))
+
+    def __call__(self, x):
+        y = tag_layer(self, x, x @ self.w + self.b, kernel="w", bias="b")
+        return tag_layer(self, y, self.gain * y, scale="gain")
+
+
+class ModelNNX(nnx.Module):
+    """`Model` in NNX."""
+
+    def __init__(self, lift=None):
+        self.lift = lift
+        self.own = OwnNNX()
+        self.shift = nnx.Param(normal(13, 4))
+        self.slope = nnx.Param(jnp.ones(()))
+        self.out = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        lift = {"remat": nnx.remat, "jit": nnx.jit}.get(self.lift, lambda f: f)
+        x = lift(lambda own, x: own(x))(self.own, x)
+        x = tag_layer(self, x, nn.tanh(x) + self.shift, bias="shift")
+        x = tag_layer(self, x, self.slope * x, scale="slope")
+        return self.out(nn.tanh(x))
+
+
+@pytest.mark.parametrize("lift", [None, "remat", "jit"])
+@pytest.mark.parametrize("shape", [(5,), (3, 5)], ids=["vectors", "positions"])
+def test_own_layers_of_nnx_are_covered(lift, shape):
+    x = normal(0, NUM_EXAMPLES, *shape)
+
+    def loss_fn(module, x):
+        return jnp.mean(jnp.sum(module(x) ** 2, -1))
+
+    found = check_gradients(loss_fn, ModelNNX(lift), x)
+    expected = {leaf for leaves in LAYERS.values() for leaf in leaves}
+    assert set(found.errors) == expected
+    assert max(found.errors.values()) < 1e-5
+    assert not found.uncovered
+
+
+class Untagged(nnx.Module):
+    def __init__(self):
+        self.layer = nnx.Linear(5, 4, rngs=nnx.Rngs(0))
+        self.shift = nnx.Param(jnp.zeros(4))
+
+    def __call__(self, x):
+        return self.layer(x) + self.shift
+
+
+def test_a_parameter_of_nnx_without_a_tag_is_reported():
+    estimator = fisher_estimator(lambda m, x: m(x), "squared_error", rows=4)
+    with pytest.raises(ValueError, match=r"shift: a parameter of Untagged.*tag_layer"):
+        estimator.init(Untagged(), normal(0, NUM_EXAMPLES, 5))
+
+
+def test_an_nnx_layer_without_the_named_parameter_is_refused():
+    with pytest.raises(ValueError, match="Untagged has no parameter w; it has shift"):
+        tag_layer(Untagged(), jnp.ones((2, 4)), jnp.ones((2, 4)), bias="w")
 
 
 class Wrong(nn.Module):
