@@ -17,6 +17,7 @@ from optax_cgfac._cg import CGInfo, cg_loop
 from optax_cgfac._numerics import (
     matmul,
     safe_divide,
+    scaled,
     spd_inverses,
     tiny_shift,
 )
@@ -91,10 +92,10 @@ class _Side(NamedTuple):
     def system(self) -> Array:
         """The side's smaller matrix: the Gram matrix or the factor, damped."""
         if self.in_row_space:
-            matrix = self.scale * gram(self.rows)
+            matrix = scaled(gram(self.rows), self.scale)
         else:
             rows = to_dense(self.rows)
-            matrix = self.scale * matmul(rows.mT, rows)
+            matrix = scaled(matmul(rows.mT, rows), self.scale)
         identity = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
         return matrix + self.damping[..., None, None] * identity
 
@@ -106,14 +107,14 @@ class _Side(NamedTuple):
         """Returns the solution for ``b`` from that of the system."""
         if not self.in_row_space:
             return z
-        back = self.scale * transpose_times(self.rows, z)
+        back = scaled(transpose_times(self.rows, z), self.scale)
         return (b - back) / self.damping[..., None, None]
 
     def apply(self, x: Array) -> Array:
         """Returns the damped factor times ``x``."""
         if not self.in_row_space:
             return matmul(self.system(), x)
-        product = self.scale * transpose_times(self.rows, times(self.rows, x))
+        product = scaled(transpose_times(self.rows, times(self.rows, x)), self.scale)
         return product + self.damping[..., None, None] * x
 
 

@@ -7,10 +7,11 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from optax_cgfac._curvature import Curvature
 from optax_cgfac._layers import leaves_from_matrix
 from optax_cgfac._paths import leaves_by_path, text
 from optax_cgfac._rows import transpose_times
-from optax_cgfac._types import PyTree
+from optax_cgfac._types import Array, PyTree
 from optax_cgfac._value_and_grad import value_and_grad
 
 
@@ -83,11 +84,33 @@ def check_gradients(
       ('kernel',)
     """
     options = {"fallback": True} | options
-    reduction = options.get("loss_reduction", "mean")
     run = value_and_grad(loss_fn, **options)
     # A loss may change the state of a module, a check may not.
     params = nnx.clone(params) if isinstance(params, nnx.Module) else params
     _, grads, curvature = run(params, *args)
+    errors = {
+        name: float(error)
+        for name, error in gradient_errors(
+            grads, curvature, options.get("loss_reduction", "mean")
+        ).items()
+    }
+    uncovered = {text(path): reason for path, reason in curvature.spec.uncovered}
+    return GradientCheck(errors, uncovered, rtol)
+
+
+def gradient_errors(
+    grads: PyTree, curvature: Curvature, reduction: str = "mean"
+) -> dict[str, Array]:
+    """Returns by parameter the relative error of the gradient rebuilt from rows.
+
+    Args:
+      grads: Gradients of `value_and_grad`.
+      curvature: Its curvature.
+      reduction: Its ``loss_reduction``.
+
+    Returns:
+      Scalars.
+    """
     leaves = leaves_by_path(grads)
     errors = {}
     for tag in curvature.tags:
@@ -100,6 +123,5 @@ def check_gradients(
             scale = jnp.linalg.norm(like[path].ravel().astype(matrix.dtype))
             difference = jnp.linalg.norm((rebuilt - like[path]).ravel())
             error = difference / jnp.maximum(scale, jnp.finfo(matrix.dtype).tiny)
-            errors[text(path)] = float(jnp.where(difference == 0, 0.0, error))
-    uncovered = {text(path): reason for path, reason in curvature.spec.uncovered}
-    return GradientCheck(errors, uncovered, rtol)
+            errors[text(path)] = jnp.where(difference == 0, 0.0, error)
+    return errors

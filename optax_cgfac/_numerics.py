@@ -59,6 +59,19 @@ def safe_divide(numerator: Array, denominator: Array) -> Array:
     return jnp.where(is_zero, 0, numerator / jnp.where(is_zero, 1, denominator))
 
 
+def scaled(x: Array, scale: Array | float) -> Array:
+    """Returns ``scale x``, the axes of ``scale`` being the first ones of ``x``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(scaled(jnp.ones((2, 3)), jnp.array([1.0, 2.0])))
+      [[1. 1. 1.]
+       [2. 2. 2.]]
+    """
+    scale = jnp.asarray(scale, x.dtype)
+    return x * scale.reshape(*scale.shape, *([1] * (x.ndim - scale.ndim)))
+
+
 def tiny_shift(trace: Array) -> Array:
     """Returns the smallest diagonal shift that keeps a Gram matrix definite.
 

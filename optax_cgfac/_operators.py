@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._numerics import matmul
+from optax_cgfac._numerics import matmul, scaled
 from optax_cgfac._rows import (
     Rows,
     column_squares,
@@ -41,8 +41,9 @@ class KroneckerOperator:
       a: Input activations, shape ``(*stack, R, n_in)``; one-hot rows of a look-up
         are kept as their indices.
       g: Output cotangents, shape ``(*stack, R, n_out)``.
-      a_scale: Scalar weight of ``aᵀa``; ``1/R`` for a mean over rows.
-      g_scale: Scalar weight of ``gᵀg``; ``T/R`` where an example has ``T``
+      a_scale: Weight of ``aᵀa``, a scalar or of shape ``stack``; ``1/R`` for a mean
+        over rows.
+      g_scale: Weight of ``gᵀg``; ``T/R`` where an example has ``T``
         positions (expand setting of Eschenhagen et al. 2023, section 3.1).
 
     Example:
@@ -81,8 +82,8 @@ class KroneckerOperator:
     def factors(self) -> tuple[Array, Array]:
         """Returns the dense factors ``A`` and ``G``; for inspection and `kfac`."""
         dense = to_dense(self.a)
-        a = matmul(dense.mT, dense) * jnp.asarray(self.a_scale, dense.dtype)
-        g = matmul(self.g.mT, self.g) * jnp.asarray(self.g_scale, self.g.dtype)
+        a = scaled(matmul(dense.mT, dense), self.a_scale)
+        g = scaled(matmul(self.g.mT, self.g), self.g_scale)
         return a, g
 
     def to_dense(self) -> Array:
@@ -97,7 +98,7 @@ class KroneckerOperator:
         return dense.reshape(*a.shape[:-2], size, size)
 
     def _scale(self, x: Array) -> Array:
-        return x * jnp.asarray(self.a_scale * self.g_scale, x.dtype)
+        return scaled(x, self.a_scale * self.g_scale)
 
 
 @jax.tree_util.register_dataclass
@@ -177,20 +178,16 @@ class FactoredDampedOperator:
         """Returns ``(A + αI) V (G + βI)``."""
         op = self.operator
         left = transpose_times(op.a, times(op.a, vector))
-        left = left * jnp.asarray(op.a_scale, vector.dtype) + (
-            self.a_damping[..., None, None] * vector
-        )
+        left = scaled(left, op.a_scale) + scaled(vector, self.a_damping)
         right = matmul(matmul(left, op.g.mT), op.g)
-        return right * jnp.asarray(op.g_scale, vector.dtype) + (
-            self.g_damping[..., None, None] * left
-        )
+        return scaled(right, op.g_scale) + scaled(left, self.g_damping)
 
     def diagonal(self) -> Array:
         """Returns the diagonal as a matrix of shape ``(*stack, n_in, n_out)``."""
         op = self.operator
         a = column_squares(op.a)
-        a = a * jnp.asarray(op.a_scale, a.dtype)
-        g = column_squares(op.g) * jnp.asarray(op.g_scale, op.g.dtype)
+        a = scaled(a, op.a_scale)
+        g = scaled(column_squares(op.g), op.g_scale)
         a = a + self.a_damping[..., None]
         g = g + self.g_damping[..., None]
         return a[..., :, None] * g[..., None, :]

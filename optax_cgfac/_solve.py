@@ -266,11 +266,14 @@ def _solve_layer(
     """One layer's solve, stacked layers side by side."""
     if b.ndim > 2:
 
-        def solve_one(a, g, b, x0):
-            one = dataclasses.replace(operator, a=a, g=g)
-            return _solve_layer(config, one, damping, b, x0)
+        def solve_one(operator, b, x0):
+            return _solve_layer(config, operator, damping, b, x0)
 
-        return jax.vmap(solve_one)(operator.a, operator.g, b, x0)
+        # A scale that all of them share gets the axis that the rows have.
+        operator = jax.tree.map(
+            lambda x: x if jnp.ndim(x) else jnp.broadcast_to(x, b.shape[:1]), operator
+        )
+        return jax.vmap(solve_one)(operator, b, x0)
     if config.structure == "block":
         return _solve_units(config, operator, damping, b, x0)
     n_in, n_out = num_features(operator.a), num_features(operator.g)

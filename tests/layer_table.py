@@ -9,6 +9,7 @@ From a clone:
 
 import argparse
 import dataclasses
+import functools
 import sys
 
 import jax
@@ -16,11 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import linen_reported
 import nnx_models
 import oracles
 from layer_models import LAYER_CASES
-from models import CASES
-from optax_cgfac import check_gradients, scale_by_cgfac, value_and_grad
+from linen_reported import X
+from models import CASES, NUM_EXAMPLES, Compact, init
+from optax_cgfac import scale_by_cgfac, value_and_grad
+from optax_cgfac._gradient_check import gradient_errors
 from optax_cgfac._layers import matrix_from_leaves
 from optax_cgfac._paths import leaves_by_path
 from optax_cgfac._rows import to_dense
@@ -33,67 +37,116 @@ class Line:
     Attributes:
       covered: Kinds of the covered layers.
       reported: Reported parameters.
-      gradient_error: Largest relative error of a rebuilt gradient; None if nothing
-        is covered.
-      update_error: Largest relative error of a layer's update.
+      gradient_errors: By parameter, the relative error of the rebuilt gradient.
+      update_error: Largest relative error of a layer's update; None if nothing is
+        covered.
     """
 
     covered: tuple[str, ...]
     reported: tuple[str, ...]
-    gradient_error: float | None
+    gradient_errors: dict[str, float]
     update_error: float | None
 
 
-def linen_cases():
-    return {name: (make, "covered") for name, make in (CASES | LAYER_CASES).items()}
+def rows_of_linen():
+    """Returns ``{name: (is covered, function that makes the problem)}``."""
 
+    def reported(model, inputs):
+        return (lambda p, x: model.apply({"params": p}, x)), init(model, inputs), inputs
 
-def nnx_cases():
-    covered = {name: (make, "covered") for name, make in nnx_models.CASES.items()}
-    return covered | {
-        name: (make, "reported") for name, make in nnx_models.REPORTED.items()
+    table = {
+        name: (True, functools.partial(linen_problem, make))
+        for name, make in (CASES | LAYER_CASES).items()
+    }
+    table |= {
+        name: (False, functools.partial(reported, model, inputs))
+        for name, (model, inputs, _, _) in linen_reported.UNCOVERED.items()
+        if name != "while_loop"  # has no gradient
+    }
+    return table | {
+        f"whole model {name}": (
+            False,
+            lambda make=make: (make(), init(Compact(), X), X),
+        )
+        for name, make in linen_reported.HIDDEN.items()
     }
 
 
-TABLE = {"linen": linen_cases, "nnx": nnx_cases}
-
-
-def problem(framework, name):
-    """Returns ``loss(params, inputs)``, the parameters and the inputs of a case."""
-    make, expected = TABLE[framework]()[name]
+def linen_problem(make):
     case = make()
-    if framework == "linen":
-        return case.loss, case.params, case.inputs
-    if expected == "covered":
-        return case.loss, case.model, case.inputs
-    model, inputs = nnx_models.shifted(case[0]), case[1]
-    return lambda m, x: jnp.mean(jnp.sum(m(x) ** 2, -1)), model, inputs
+    return case.model_fn, case.params, case.inputs
+
+
+def rows_of_nnx():
+    """Returns ``{name: (is covered, function that makes the problem)}``."""
+
+    def covered(make):
+        case = make()
+        return case.model_fn, case.model, case.inputs
+
+    def reported(make):
+        model, inputs, *_ = make()
+        return (lambda m, x: m(x)), nnx_models.shifted(model), inputs
+
+    table = {
+        name: (True, functools.partial(covered, make))
+        for name, make in nnx_models.CASES.items()
+    }
+    return table | {
+        name: (False, functools.partial(reported, make))
+        for name, make in nnx_models.REPORTED.items()
+    }
+
+
+TABLE = {"linen": rows_of_linen(), "nnx": rows_of_nnx()}
+
+
+def loss_of(model_fn):
+    """A loss under which no gradient vanishes (a norm's squares add to a constant)."""
+
+    def loss(params, inputs):
+        outputs = model_fn(params, inputs)
+        outputs = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+        outputs = outputs.reshape(NUM_EXAMPLES, -1)
+        weights = jnp.linspace(0.5, 1.5, outputs.shape[-1], dtype=outputs.dtype)
+        return jnp.mean(jnp.sum(weights * (outputs - 0.3) ** 2, -1))
+
+    return loss
 
 
 def examine(framework, name):
     """Returns the `Line` of a case."""
-    loss, params, inputs = problem(framework, name)
-    check = check_gradients(loss, params, inputs)
+    _, make = TABLE[framework][name]
+    jit = jax.jit if framework == "linen" else nnx.jit
+
+    model_fn, params, inputs = make()
+    run = value_and_grad(loss_of(model_fn), fallback=True, num_examples=NUM_EXAMPLES)
+    _, grads, curvature = jit(run)(params, inputs)
+    errors = gradient_errors(grads, curvature)
+    errors = {path: float(error) for path, error in errors.items()}
     with jax.enable_x64(True):
-        loss, params, inputs = double(*problem(framework, name))
-        _, grads, curvature = value_and_grad(loss, fallback=True)(params, inputs)
-        error = update_error(grads, curvature)
+        error = update_error(*double(grads, curvature))
     kinds = tuple(sorted({tag.kind for tag in curvature.tags}))
-    gradient_error = max(check.errors.values(), default=None)
-    return Line(kinds, tuple(check.uncovered), gradient_error, error)
+    uncovered = tuple("/".join(path) for path, _ in curvature.spec.uncovered)
+    return Line(kinds, uncovered, errors, error)
 
 
-def double(loss, params, inputs):
+def double(grads, curvature):
+    """Returns both in float64, which not every layer computes in itself."""
+
     def cast(x):
-        is_float = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
-        return x.astype(jnp.float64) if is_float else x
+        return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
-    if isinstance(params, nnx.Module):
-        graphdef, state = nnx.split(params)
-        params = nnx.merge(graphdef, jax.tree.map(cast, state))
-    else:
-        params = jax.tree.map(cast, params)
-    return loss, params, jax.tree.map(cast, inputs)
+    grads, curvature = jax.tree.map(cast, (grads, curvature))
+    tags = tuple(dataclasses.replace(tag, dtype="float64") for tag in curvature.tags)
+    spec = dataclasses.replace(curvature.spec, tags=tags)
+    return grads, dataclasses.replace(curvature, spec=spec)
+
+
+@jax.jit
+def solve(grads, curvature, damping):
+    tx = scale_by_cgfac(damping, max_steps=1000, rtol=1e-11)
+    return tx.update(grads, tx.init(grads), curvature=curvature)[0]
 
 
 def update_error(grads, curvature):
@@ -118,9 +171,7 @@ def update_error(grads, curvature):
         for (a_factor, g_factor), one_b in zip(factors, flat[3], strict=True):
             dense = np.kron(a_factor, g_factor) + damping * np.eye(one_b.size)
             solved.append(oracles.solve(dense, one_b))
-        tx = scale_by_cgfac(damping, max_steps=1000, rtol=1e-11)
-        updates, _ = tx.update(grads, tx.init(grads), curvature=curvature)
-        updated = leaves_by_path(updates)
+        updated = leaves_by_path(solve(grads, curvature, damping))
         x = matrix_from_leaves(tag, {path: updated[path] for path in tag.leaves})
         error = oracles.relative_error(x, np.reshape(solved, b.shape))
         worst = error if worst is None else max(worst, error)
@@ -137,12 +188,13 @@ def main():
     only = parser.parse_args().only
     print(f"{'case':44} {'in':6} {'covered':28} {'gradient':9} {'update':7} reported")
     for framework, cases in TABLE.items():
-        for name in cases():
+        for name in cases:
             if only in name:
                 line = examine(framework, name)
+                worst = max(line.gradient_errors.values(), default=None)
                 print(
                     f"{name:44} {framework:6} {', '.join(line.covered):28} "
-                    f"{show(line.gradient_error):9} {show(line.update_error):7} "
+                    f"{show(worst):9} {show(line.update_error):7} "
                     f"{', '.join(line.reported)}",
                     flush=True,
                 )

@@ -252,6 +252,35 @@ class Stateful(nnx.Module):
 STATEFUL = {"first": ("dense", 1), "norm": ("norm", 1), "last": ("dense", 1)}
 GATES = ["ii", "if_", "ig", "io", "hi", "hf", "hg", "ho"]
 
+
+class Tagged(nnx.Module):
+    """A matrix and a scale that no layer of Flax's holds."""
+
+    def __init__(self):
+        self.w = nnx.Param(normal(1, 5, 4))
+        self.gain = nnx.Param(normal(2, 4))
+        self.last = nnx.Linear(4, 3, rngs=rngs())
+
+    def __call__(self, x):
+        y = optax_cgfac.tag_layer(self, x, x @ self.w, kernel="w")
+        return self.last(optax_cgfac.tag_layer(self, y, y * self.gain, scale="gain"))
+
+
+class HalfPrecision(nnx.Module):
+    """Everything computed in bfloat16, parameters in float32."""
+
+    def __init__(self):
+        options = {"dtype": jnp.bfloat16, "rngs": rngs()}
+        self.table = nnx.Embed(7, 4, **options)
+        self.conv = nnx.Conv(4, 4, (3,), **options)
+        self.norm = nnx.LayerNorm(4, **options)
+        self.last = nnx.Linear(4, 3, **options)
+
+    def __call__(self, tokens):
+        x = self.norm(self.conv(self.table(tokens)))
+        return self.last(jnp.sin(x + 0.3))
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "linear": lambda: single(nnx.Linear(5, 4, rngs=rngs()), BATCH, "dense", 1),
     "linear without bias": lambda: single(
@@ -297,6 +326,59 @@ CASES: dict[str, Callable[[], Case]] = {
         "conv_transpose",
         144,
     ),
+    "linear_general without bias": lambda: single(
+        nnx.LinearGeneral(5, (2, 3), use_bias=False, rngs=rngs()),
+        SEQUENCES,
+        "dense_general",
+        3,
+    ),
+    "einsum ellipsis": lambda: single(
+        nnx.Einsum("...d,dk->...k", (5, 4), (4,), rngs=rngs()), SEQUENCES, "einsum", 3
+    ),
+    "einsum per head": lambda: single(
+        nnx.Einsum("nhd,hdk->nhk", (3, 5, 2), (3, 2), rngs=rngs()),
+        SEQUENCES,
+        "einsum",
+        1,
+    ),
+    "conv 1-D": lambda: single(nnx.Conv(5, 3, (3,), rngs=rngs()), SEQUENCES, "conv", 3),
+    "conv 3-D": lambda: single(
+        nnx.Conv(2, 3, (2, 2, 3), rngs=rngs()),
+        normal(0, NUM_EXAMPLES, 2, 3, 4, 2),
+        "conv",
+        24,
+    ),
+    "conv 1x1": lambda: single(nnx.Conv(2, 3, (1, 1), rngs=rngs()), IMAGES, "conv", 36),
+    "conv VALID": lambda: single(
+        nnx.Conv(2, 3, (3, 2), padding="VALID", use_bias=False, rngs=rngs()),
+        IMAGES,
+        "conv",
+        20,
+    ),
+    "conv explicit padding": lambda: single(
+        nnx.Conv(2, 3, (3, 2), padding=((2, 1), (0, 2)), rngs=rngs()),
+        IMAGES,
+        "conv",
+        49,
+    ),
+    "conv kernel dilation": lambda: single(
+        nnx.Conv(2, 3, (2, 3), kernel_dilation=(2, 1), rngs=rngs()), IMAGES, "conv", 36
+    ),
+    "conv depthwise": lambda: single(
+        nnx.Conv(2, 2, (3, 3), feature_group_count=2, rngs=rngs()), IMAGES, "conv", 36
+    ),
+    "conv_transpose VALID": lambda: single(
+        nnx.ConvTranspose(2, 3, (3, 2), padding="VALID", rngs=rngs()),
+        IMAGES,
+        "conv_transpose",
+        56,
+    ),
+    "conv_transpose transpose_kernel": lambda: single(
+        nnx.ConvTranspose(2, 3, (3, 3), transpose_kernel=True, rngs=rngs()),
+        IMAGES,
+        "conv_transpose",
+        36,
+    ),
     "embed": lambda: single(nnx.Embed(7, 5, rngs=rngs()), TOKENS, "embed", 4),
     "embed and attend": lambda: case(
         Tied(), TOKENS, {"embed": ("embed+attend", 8), "mix": ("dense", 4)}
@@ -311,6 +393,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "batch_norm": lambda: norm(
         nnx.BatchNorm(4, use_running_average=True, rngs=rngs()), SEQUENCES, 3
     ),
+    "batch_norm training": lambda: norm(
+        nnx.BatchNorm(4, use_running_average=False, rngs=rngs()), SEQUENCES, 3
+    ),
     "norm without parameters": lambda: case(
         Wrapped(nnx.LayerNorm(4, use_bias=False, use_scale=False, rngs=rngs())),
         BATCH,
@@ -323,6 +408,27 @@ CASES: dict[str, Callable[[], Case]] = {
         Attention(),
         SEQUENCES,
         {f"attend/{n}": ("dense_general", 3) for n in ("query", "key", "value", "out")},
+    ),
+    "cross-attention": lambda: case(
+        Attention(),
+        SEQUENCES,
+        {f"attend/{n}": ("dense_general", 3) for n in ("query", "key", "value", "out")},
+        model_fn=lambda model, x: model.attend(x, 0.5 * x[:, ::-1]),
+    ),
+    "custom layers": lambda: case(
+        Tagged(),
+        SEQUENCES,
+        {"w": ("custom", 3), "gain": ("custom", 1), "last": ("dense", 3)},
+    ),
+    "half precision": lambda: case(
+        HalfPrecision(),
+        TOKENS,
+        {
+            "table": ("embed", 4),
+            "conv": ("conv", 4),
+            "norm": ("norm", 1),
+            "last": ("dense", 4),
+        },
     ),
     "mlp": lambda: case(Mlp(rngs()), BATCH, MLP),
     "sequential": lambda: case(

@@ -95,9 +95,11 @@ def test_rows_rebuild_the_gradient_and_change_nothing(name):
         k: (kind, 1 if kind in ("norm", "prelu") else n)
         for k, (kind, n) in case.layers.items()
     }
+    half = name == "half precision"
     assert found == wanted
     assert curvature.spec.uncovered == ()
-    assert_close(rebuilt_gradients(curvature, grads), by_name(grads), 1e-5)
+    tolerance = 2e-2 if half else 1e-5
+    assert_close(rebuilt_gradients(curvature, grads), by_name(grads), tolerance)
     np.testing.assert_allclose(got_value, value, rtol=4 * EPS)
     assert jax.tree.structure(got_grads) == jax.tree.structure(grads)
     assert_close(by_name(got_grads), by_name(grads), 8 * EPS)

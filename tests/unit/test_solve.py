@@ -119,7 +119,10 @@ SOLVES = {
 
 @pytest.mark.parametrize("name", SOLVES)
 def test_every_solve_of_plain_and_stacked_layers_equals_the_dense_one(name, x64):
-    config = SolveConfig(**SOLVES[name], **TO_CONVERGENCE)
+    # What coefficients of rows can attain: see the top of _sample_space.py.
+    on_coefficients = name in ("tikhonov, auto", "tikhonov, sample")
+    limits = {"max_steps": 400, "rtol": 1e-7} if on_coefficients else TO_CONVERGENCE
+    config = SolveConfig(**SOLVES[name], **limits)
     single = problems.layer_problem(4, 6, 5)
     layers = [problems.layer_problem(9, 4, 3, bias=True, seed=i) for i in range(2)]
     stacked = problems.stack_problems(layers)
@@ -135,7 +138,8 @@ def test_every_solve_of_plain_and_stacked_layers_equals_the_dense_one(name, x64)
     for problem, solution in zip([single, *layers], [x, *xs], strict=True):
         dense = form(problem.a, problem.g, DAMPING)
         expected = oracles.solve(dense, problem.b)
-        assert oracles.relative_error(solution, expected) < 1e-9
+        error = oracles.relative_error(solution, expected)
+        assert error < (1e-6 if on_coefficients else 1e-9)
     assert info.converged
     assert np.all(infos.converged)
     steps = np.array([info.num_steps, *np.ravel(infos.num_steps)])
