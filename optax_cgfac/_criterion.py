@@ -121,6 +121,14 @@ class Criterion:
         """Returns the factor of a sum over the examples, beside their mean."""
         return batch_size if self.reduction == "sum" else 1
 
+    @property
+    def is_nonnegative(self) -> bool:
+        """Whether the objective is known never to fall below zero."""
+        return all(
+            loss.lower_bound is not None and loss.lower_bound >= 0
+            for loss in self.losses
+        )
+
     def num_columns(self, heads: Sequence[Array], kind: Kind, samples: int) -> int:
         """Returns how many cotangents an example gets."""
         if kind == "exact":

@@ -28,6 +28,8 @@ class Loss:
         ``H = Σ_c B[c] B[c]ᵀ``, shape ``(C, *outputs.shape)``; only
         ``kind="exact"`` needs it.
       weight: A factor of the loss, for heads of different importance.
+      lower_bound: A number that ``value`` never falls below, such as 0; None if there
+        is none, or none is known. `cgfac` takes no step that promises less.
 
     Example:
       A Poisson regression on log rates: the Hessian of ``exp(z) - t z`` is its rate.
@@ -54,6 +56,7 @@ class Loss:
     hessian_product: Callable[[Array, Array], Array]
     hessian_columns: Callable[[Array], Array] | None = None
     weight: float = 1.0
+    lower_bound: float | None = None
 
     @staticmethod
     def named(name: str, weight: float = 1.0) -> "Loss":
@@ -120,6 +123,7 @@ _SOFTMAX = Loss(
     sample=jax.random.categorical,
     hessian_product=_softmax_hessian_product,
     hessian_columns=_softmax_hessian_columns,
+    lower_bound=0.0,
 )
 
 _SIGMOID = Loss(
@@ -130,6 +134,7 @@ _SIGMOID = Loss(
     hessian_columns=lambda logits: _diagonal_columns(
         jnp.sqrt(_sigmoid_variance(logits))
     ),
+    lower_bound=0.0,
 )
 
 # (y - t)² is the negative log-likelihood of a normal with variance 1/2.
@@ -143,6 +148,7 @@ _SQUARED = Loss(
     ),
     hessian_product=lambda outputs, tangents: 2 * tangents,
     hessian_columns=lambda outputs: _diagonal_columns(jnp.full_like(outputs, 2.0**0.5)),
+    lower_bound=0.0,
 )
 
 _LOSSES = {loss.name: loss for loss in (_SOFTMAX, _SIGMOID, _SQUARED)}

@@ -122,6 +122,39 @@ def quadratic_model(
     return QuadraticModel(damped, undamped, slope)
 
 
+def within_loss(model: QuadraticModel, step: Step, value: Array) -> Step:
+    """Shortens a step that promises to take away more than the whole loss.
+
+    A loss that is never negative cannot fall by more than its value ``f``. Where a few
+    examples dominate the gradient and the model's own examples are fitted already, the
+    quadratic model is flat and promises that; as for Polyak's step, the slope along
+    the step is then limited to ``2 f``, which a quadratic that ends at zero would have.
+
+    Args:
+      model: The model.
+      step: Its minimizer.
+      value: ``f``; no limit where it is not positive.
+
+    Returns:
+      The step, times a number in ``(0, 1]``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> model = QuadraticModel(jnp.eye(2), jnp.eye(2), jnp.array([-1.0, 0.0]))
+      >>> step = Step(jnp.array(1.0), jnp.array(0.0))
+      >>> print(within_loss(model, step, jnp.array(0.1)).step_size)
+      0.2
+
+    References:
+      Polyak (1969), "Minimization of unsmooth functionals".
+    """
+    promised = -model.slope @ jnp.stack(step)
+    limit = 2 * jnp.asarray(value, promised.dtype)
+    is_too_long = (limit > 0) & (promised > limit)
+    factor = jnp.where(is_too_long, limit / jnp.where(is_too_long, promised, 1), 1)
+    return Step(step.step_size * factor, step.momentum * factor)
+
+
 def minimize_in_box(
     model: QuadraticModel,
     *,

@@ -15,9 +15,9 @@ from optax_cgfac._damping import (
     levenberg_marquardt,
     reduction_ratio,
 )
-from optax_cgfac._numerics import tree_dot
+from optax_cgfac._numerics import tree_dot, tree_is_finite
 from optax_cgfac._precondition import SolveInfo
-from optax_cgfac._quadratic_model import minimize_in_box, quadratic_model
+from optax_cgfac._quadratic_model import minimize_in_box, quadratic_model, within_loss
 from optax_cgfac._transform import ScalarOrSchedule
 from optax_cgfac._types import Array, PyTree
 
@@ -116,6 +116,9 @@ def adaptive_step(
     fixed = options.momentum
     box = {} if fixed is None else {"min_momentum": fixed, "max_momentum": fixed}
     step = minimize_in_box(model, **box)
+    criterion = curvature.spec.criterion
+    if criterion is not None and criterion.is_nonnegative:
+        step = within_loss(model, step, _regularized(objective.value, params, options))
     coefficients = jnp.stack(step)
     delta = jax.tree.map(
         lambda d, v: (step.step_size * d + step.momentum * v).astype(v.dtype),
@@ -128,16 +131,12 @@ def adaptive_step(
 
     def objective_change() -> Array:
         moved = optax.apply_updates(params, delta)
-        change = objective.value_fn(moved) - objective.value
-        if has_l2(options):
-            change += (
-                options.l2 / 2 * (tree_dot(moved, moved) - tree_dot(params, params))
-            )
+        change = _regularized(objective.value_fn(moved), moved, options)
+        change -= _regularized(objective.value, params, options)
         return jnp.asarray(change, predicted.dtype)
 
     def adapt() -> tuple[Array, Array, Array]:
-        change = objective_change()
-        ratio = reduction_ratio(change, predicted)
+        ratio = reduction_ratio(objective_change(), predicted)
         damping = levenberg_marquardt(
             state.damping,
             ratio,
@@ -146,23 +145,81 @@ def adaptive_step(
             maximum=options.max_damping,
         )
         ratio = ratio.astype(state.reduction_ratio.dtype)
-        return damping, ratio, jnp.isfinite(change)
+        # A step after which the same batch has a larger loss, or one that is not
+        # finite, is not taken (Nocedal & Wright 2006, algorithm 4.1); damp more.
+        return damping, ratio, ratio > 0
 
     due = (state.cgfac_count + 1) % options.damping_interval == 0
-    damping, ratio, finite = jax.lax.cond(
+    damping, ratio, taken = jax.lax.cond(
         due, adapt, lambda: (state.damping, state.reduction_ratio, jnp.array(True))
     )
-    # A loss that is not finite there: stay here, and damp more.
-    delta = jax.tree.map(lambda d: jnp.where(finite, d, 0).astype(d.dtype), delta)
-    state = state._replace(
-        num_rejected=state.num_rejected + (~finite).astype(jnp.int32)
-    )
+    delta = jax.tree.map(lambda d: jnp.where(taken, d, 0).astype(d.dtype), delta)
+    state = state._replace(num_rejected=state.num_rejected + (~taken).astype(jnp.int32))
     return delta, state._replace(
         damping=damping,
         step_size=step.step_size.astype(jnp.float32),
         momentum=step.momentum.astype(jnp.float32),
         reduction_ratio=ratio,
     )
+
+
+def settle(
+    options: StepOptions,
+    old: CGFACState,
+    state: CGFACState,
+    grads: PyTree,
+    delta: PyTree,
+    value: Array | None,
+) -> tuple[PyTree, CGFACState]:
+    """Takes the step, or where a number is not finite a safe one in its place.
+
+    With a bad gradient in one layer the others' is no descent direction, and momentum
+    would carry half a step on: the whole step becomes zero. Where the loss itself is
+    not finite, it is the previous step that was bad: it is taken back.
+
+    Args:
+      options: The options.
+      old: The state before the step.
+      state: The state with the step's scalars.
+      grads: The gradients.
+      delta: The step.
+      value: The loss, if the user gave it.
+
+    Returns:
+      The update, and the state with the velocity.
+    """
+    finite = tree_is_finite(grads) & tree_is_finite(delta)
+    blown_up = jnp.array(False) if value is None else ~jnp.all(jnp.isfinite(value))
+    finite = finite & ~blown_up
+
+    def choose(d: Array, v: Array) -> tuple[Array, Array]:
+        taken = jnp.where(finite, d, 0).astype(v.dtype)
+        return jnp.where(blown_up, -v, taken), taken
+
+    pairs = jax.tree.map(choose, delta, old.velocity)
+    update, velocity = jax.tree.transpose(
+        jax.tree.structure(old.velocity), jax.tree.structure((0, 0)), pairs
+    )
+    more = old.damping * options.damping_decay ** -float(options.damping_interval)
+    return update, state._replace(
+        damping=jnp.where(
+            finite,
+            state.damping,
+            jnp.where(
+                blown_up, jnp.minimum(more, options.max_damping), old.damping
+            ).astype(old.damping.dtype),
+        ),
+        reduction_ratio=jnp.where(finite, state.reduction_ratio, old.reduction_ratio),
+        num_rejected=state.num_rejected + (~finite).astype(jnp.int32),
+        velocity=velocity,
+    )
+
+
+def _regularized(value: Array, params: PyTree, options: StepOptions) -> Array:
+    """Returns the loss with the ``l2`` term."""
+    if not has_l2(options):
+        return jnp.asarray(value)
+    return value + options.l2 / 2 * tree_dot(params, params)
 
 
 def scheduled_step(

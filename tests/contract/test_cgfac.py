@@ -164,6 +164,63 @@ def test_a_loss_that_explodes_raises_the_damping():
     assert float(state.reduction_ratio) == -np.inf
 
 
+@pytest.mark.parametrize("rise", [1e-3, 1.0, np.inf, np.nan])
+def test_a_step_that_raises_the_loss_of_its_batch_is_not_taken(rise):
+    tx = cgfac(damping_interval=1)
+    given = ingredients()
+    updates, state = tx.update(
+        given.grads,
+        tx.init(given.params),
+        given.params,
+        curvature=given.curvature,
+        value=given.value,
+        value_fn=lambda params: given.value + rise,
+    )
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.velocity))
+    assert int(state.num_rejected) == 1
+    assert float(state.damping) > 0.1
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_a_loss_that_is_not_finite_takes_the_last_step_back(bad):
+    tx = cgfac()
+    given = ingredients()
+    updates, state = first(tx)
+    undone, after = tx.update(
+        jax.tree.map(lambda g: g * bad, given.grads),
+        state,
+        given.params,
+        curvature=given.curvature,
+        value=jnp.asarray(bad),
+        value_fn=lambda params: jnp.asarray(bad),
+    )
+    assert_trees_close(undone, jax.tree.map(jnp.negative, updates), rtol=0)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(after.velocity))
+    assert float(after.damping) > float(state.damping)
+    # A second one has nothing left to take back.
+    undone, _ = tx.update(
+        given.grads,
+        after,
+        given.params,
+        curvature=given.curvature,
+        value=jnp.asarray(bad),
+        value_fn=lambda params: jnp.asarray(bad),
+    )
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(undone))
+
+
+def test_the_default_damping_accounts_for_the_structure():
+    params = ingredients().params
+    assert float(cgfac().init(params).damping) == pytest.approx(0.1)
+    for structure in ("block", "full"):
+        assert float(cgfac(structure=structure).init(params).damping) == 1
+    # An initial damping below the default floor lowers the floor.
+    assert float(cgfac(damping=1e-5).init(params).damping) == pytest.approx(1e-5)
+    with pytest.raises(ValueError, match="must lie in"):
+        cgfac(damping=1e-5, min_damping=1e-3)
+
+
 def test_a_fixed_momentum_is_used_as_it_is():
     tx = cgfac(momentum=0.5)
     before, state = first(tx)

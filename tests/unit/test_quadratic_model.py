@@ -9,9 +9,11 @@ import problems
 from optax_cgfac import fisher_estimator
 from optax_cgfac._quadratic_model import (
     QuadraticModel,
+    Step,
     gauss_newton_products,
     minimize_in_box,
     quadratic_model,
+    within_loss,
 )
 
 ONE_PREDICTION = {
@@ -203,3 +205,13 @@ def test_a_model_that_is_not_finite_gives_no_step(bad):
 def test_a_direction_without_curvature_is_followed_to_the_end_of_the_box():
     step = minimize_in_box(model_of(np.zeros((2, 2)), [-1.0, 0.0]))
     np.testing.assert_array_equal(step, (1.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("value", "factor"), [(10.0, 1.0), (0.5, 1.0), (0.1, 0.2), (0.0, 1.0), (-1.0, 1.0)]
+)
+def test_no_step_promises_more_than_the_loss(value, factor):
+    model = QuadraticModel(jnp.eye(2), jnp.eye(2), jnp.array([-0.6, -0.8]))
+    step = Step(jnp.array(0.6), jnp.array(0.8))  # the slope along it is -1
+    short = within_loss(model, step, jnp.array(value))
+    np.testing.assert_allclose(short, [0.6 * factor, 0.8 * factor], rtol=1e-6)
