@@ -325,8 +325,9 @@ def empty_curvature(spec: CurvatureSpec, model_inputs: PyTree = None) -> Curvatu
 def _empty_rows(tag: LayerTag, window: int) -> LayerRows:
     num_rows = window * tag.rows_per_step
     g = jnp.zeros((*tag.stack, num_rows, tag.n_out), tag.rows_dtype)
-    kept = {use.form: use.kept for use in tag.uses}
-    num_indices = num_rows * kept.get("index", 0) // sum(kept.values())
+    per_example = sum(use.kept for use in tag.uses)
+    of_indices = (u.kept for u in tag.uses if u.form == "index" or u.sampled)
+    num_indices = num_rows * sum(of_indices) // per_example
     dense = jnp.zeros((*tag.stack, num_rows - num_indices, tag.n_in), tag.rows_dtype)
     if not num_indices:
         return LayerRows(dense, g)

@@ -164,3 +164,40 @@ def _by_path(
                     found[prefix] = visit
                 break
     return found
+
+
+def discover_wider(
+    function: Callable[..., PyTree], params: PyTree, *args: Any, found: Discovery
+) -> Discovery | None:
+    """Runs on a batch of another size, which tells the axes of examples apart.
+
+    Args:
+      function: As in `discover`.
+      params: As in `discover`.
+      *args: Shapes of the other arguments, with more examples.
+      found: What `discover` found with fewer.
+
+    Returns:
+      The `Discovery`; None where the function takes no other batch, or does not see
+      the difference, or makes other calls then.
+    """
+    try:
+        wider = discover(function, params, *args)
+    except Exception:
+        return None
+
+    def calls(discovery: Discovery) -> dict[Path, list[list[tuple[int, ...]]]]:
+        return {
+            anchor: [[shape for _, shape in source.calls] for source in layer.sources]
+            for anchor, layer in discovery.layers.items()
+        }
+
+    few, many = calls(found), calls(wider)
+
+    def ranks(sources: list[list[tuple[int, ...]]]) -> list[list[int]]:
+        return [[len(shape) for shape in shapes] for shapes in sources]
+
+    comparable = few.keys() == many.keys() and all(
+        ranks(few[anchor]) == ranks(many[anchor]) for anchor in few
+    )
+    return wider if comparable and few != many else None

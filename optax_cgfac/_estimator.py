@@ -15,7 +15,7 @@ from optax_cgfac._criterion import (
     make_criterion,
 )
 from optax_cgfac._curvature import Curvature, CurvatureSpec, empty_curvature
-from optax_cgfac._discovery import Discovery, discover
+from optax_cgfac._discovery import Discovery, discover, discover_wider
 from optax_cgfac._estimator_checks import (
     check_options,
     check_update,
@@ -141,10 +141,13 @@ def fisher_estimator(
       weight_sharing: What positions (of a sequence, of an image) at which a layer has
         the same weights become: rows of their own, ``"expand"``, or together one row,
         the mean of inputs and the sum of cotangents, ``"reduce"`` (Eschenhagen et
-        al. 2023). Look-ups are always expanded.
+        al. 2023). Look-ups are always expanded. Examples are the slowest axis where
+        a model flattens examples and positions into one.
       positions: Positions of each example that become rows, chosen anew every update
         and rescaled without bias; None for all, which the structures ``"block"`` and
-        ``"full"`` need.
+        ``"full"`` need. Unless it is None, a row of the transposed use of a long table
+        (`attend`, more than 2,048 entries) keeps one entry of the vocabulary's side,
+        which stands for the diagonal of that factor.
       rows_dtype: The dtype in which rows are kept, such as ``jnp.bfloat16`` to halve
         the window; None for the parameters' own, at least float32.
       reduction: How the loss joins predictions: their ``"mean"``, their ``"sum"``, or
@@ -242,14 +245,14 @@ def fisher_estimator(
             )
         batched = batched_leaves(inputs, num_examples, input_axes)
 
-        def run(count: int) -> Discovery:
-            few = jax.eval_shape(
+        def shapes(count: int) -> PyTree:
+            return jax.eval_shape(
                 lambda x: slice_examples(x, batched, jnp.arange(count)), inputs
             )
-            return discover_few(function, params, few, count)
 
         captured = num_examples if whole_batch else rows
-        discovery = run(captured)
+        discovery = discover_few(function, params, shapes(captured), captured)
+        wider = discover_wider(function, params, shapes(2 * captured), found=discovery)
         row_options = RowOptions(
             captured,
             rows,
@@ -257,11 +260,8 @@ def fisher_estimator(
             positions,
             weight_sharing == "reduce",
             dtype,
-            # Cotangents of independent draws add up without cross terms.
-            shares=kind == "mc",
+            shares=True,
         )
-        # What does not grow with the batch is told apart by a batch of another size.
-        wider = run(2 * captured)
         tags, uncovered = make_tags(
             discovery, params, row_options, where=where, fallback=fallback, wider=wider
         )
@@ -344,6 +344,8 @@ def fisher_estimator(
             rng=sample_rng,
             targets=few_targets,
         )
+        if kind != "mc" and any(tag.sharing > 1 for tag in curvature.tags):
+            columns = _with_random_signs(columns, rng, curvature.num_updates)
         if columns[0].shape[0] == 1:
             new = rows_of([column[0] for column in columns])
         else:
@@ -369,6 +371,27 @@ def fisher_estimator(
         return discovery
 
     return CurvatureEstimator(init, update)
+
+
+def _with_random_signs(
+    columns: Sequence[Array], rng: Array | None, num_updates: Array
+) -> list[Array]:
+    """Gives the cotangents of every example and column a random sign.
+
+    In a layer whose input all examples share, their cotangents arrive added up; with
+    independent signs, as with independent draws, the cross terms of squares vanish in
+    the mean. Squares of a single example do not see its sign.
+
+    Returns:
+      Arrays like ``columns``.
+    """
+    key = jax.random.key(0) if rng is None else rng
+    key = jax.random.fold_in(key, num_updates)
+    signs = jax.random.rademacher(key, columns[0].shape[:2])
+    return [
+        x * signs.reshape(*x.shape[:2], *([1] * (x.ndim - 2))).astype(x.dtype)
+        for x in columns
+    ]
 
 
 def _at_least_float32(x: Array) -> jnp.dtype:

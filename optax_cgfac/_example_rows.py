@@ -20,11 +20,20 @@ from optax_cgfac._types import Array, LayerRows
 
 
 class Captured(NamedTuple):
-    """One call: its facts, its input and its output cotangent."""
+    """One call.
+
+    Attributes:
+      call: Its facts.
+      x: Its input.
+      y: Its output's cotangent.
+      axis: The axis of ``x`` along which examples lie, slowest if it holds positions
+        too; None to go by sizes.
+    """
 
     call: LayerCall
     x: Array
     y: Array
+    axis: int | None = None
 
 
 class Draw(NamedTuple):
@@ -93,8 +102,12 @@ def example_rows(
     if len(parts) == 1:
         return parts[0]
     top, bottom = parts
-    a = StackedRows(top.a, bottom.a)
-    return LayerRows(a, jnp.concatenate([top.g, bottom.g], -2))
+    g = jnp.concatenate([top.g, bottom.g], -2)
+    if not isinstance(bottom.a, IndexRows):
+        return LayerRows(StackedRows(top.a, bottom.a), g)
+    indices = jnp.concatenate([top.a.indices, bottom.a.indices], -1)
+    weights = jnp.concatenate([top.a.weights, bottom.a.weights], -1)
+    return LayerRows(IndexRows(indices, weights, tag.n_in), g)
 
 
 def _weigh(rows: LayerRows, weight: float) -> LayerRows:
@@ -124,7 +137,15 @@ def _swapped(
     tag: LayerTag, use: Use, calls: Sequence[Captured], num_examples: int, draw: Draw
 ) -> LayerRows:
     rows = _dense(tag, use, calls, num_examples, draw)
-    return LayerRows(rows.g, rows.a)
+    if not use.sampled:
+        return LayerRows(rows.g, rows.a)
+    key = jax.random.key(0) if draw.rng is None else draw.rng
+    if draw.rng is None and draw.turn is not None:
+        key = jax.random.fold_in(key, draw.turn[0])
+    squares = rows.g**2
+    picked = jax.random.categorical(key, jnp.log(squares)).astype(jnp.int32)
+    weights = jnp.sqrt(jnp.sum(squares, -1))
+    return LayerRows(IndexRows(picked, weights, tag.n_in), rows.a)
 
 
 def _index(
@@ -238,7 +259,7 @@ def _inputs(tag: LayerTag, captured: Captured, num_examples: int, draw: Draw) ->
     if call.form != "index":
         x = x.astype(tag.dtype)
     x = _examples_first(
-        tag, call, x, call.input_ndim, x.ndim - call.inner_ndim, num_examples
+        tag, captured, x, call.input_ndim, call.inner_ndim, num_examples
     )
     stack_ndim = len(tag.stack) if call.groups == 1 else len(tag.stack) - 1
     inner = x.shape[x.ndim - call.inner_ndim :]
@@ -263,7 +284,7 @@ def _outputs(
         order = (added + axis for axis in call.output_axes)
         y = y.transpose(*range(added), *order)
     y = _examples_first(
-        tag, call, y, call.output_ndim, y.ndim - call.output_inner_ndim, num_examples
+        tag, captured, y, call.output_ndim, call.output_inner_ndim, num_examples
     )
     stack_ndim = len(tag.stack) if call.groups == 1 else len(tag.stack) - 1
     inner = y.shape[y.ndim - call.output_inner_ndim :]
@@ -275,22 +296,25 @@ def _outputs(
 
 def _examples_first(
     tag: LayerTag,
-    call: LayerCall,
+    captured: Captured,
     x: Array,
     inside_ndim: int,
-    outer_ndim: int,
+    inner_ndim: int,
     num_examples: int,
 ) -> Array:
     """Moves the examples in front of axes of positions: time-major, or of a scan."""
-    added = x.ndim - inside_ndim
-    start = len(tag.stack) - (call.groups > 1)
-    axis = start
-    if added > len(tag.stack) - tag.batch_ndim:
-        axis = added  # the transform's own axes are positions
-    if axis < outer_ndim and x.shape[axis] != num_examples:
-        sizes = x.shape[start:outer_ndim]
-        axis = start + sizes.index(num_examples) if num_examples in sizes else axis
-    return jnp.moveaxis(x, axis, start) if start < axis < outer_ndim else x
+    start = len(tag.stack) - (captured.call.groups > 1)
+    end = x.ndim - inner_ndim
+    axis = captured.axis
+    if axis is None:
+        added = x.ndim - inside_ndim
+        axis = start
+        if added > len(tag.stack) - tag.batch_ndim:
+            axis = added  # the transform's own axes are positions
+        if axis < end and x.shape[axis] != num_examples:
+            sizes = x.shape[start:end]
+            axis = start + sizes.index(num_examples) if num_examples in sizes else axis
+    return jnp.moveaxis(x, axis, start) if start < axis < end else x
 
 
 def _choose(use: Use, num_examples: int, draw: Draw) -> Array | None:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -98,6 +99,10 @@ def check_gradients(
     return GradientCheck(errors, uncovered, rtol)
 
 
+# Errors are relative to at least this share of the sum of the terms' sizes.
+_CANCELLED = 1e-2
+
+
 def gradient_errors(
     grads: PyTree, curvature: Curvature, reduction: str = "mean"
 ) -> dict[str, Array]:
@@ -116,12 +121,20 @@ def gradient_errors(
     for tag in curvature.tags:
         rows = curvature.layers[tag.name]
         matrix = transpose_times(rows.a, rows.g)
-        if reduction == "mean":
-            matrix = matrix / curvature.spec.num_examples
+        scale = curvature.spec.num_examples if reduction == "mean" else 1
         like = {path: leaves[path] for path in tag.leaves}
-        for path, rebuilt in leaves_from_matrix(tag, matrix, like).items():
-            scale = jnp.linalg.norm(like[path].ravel().astype(matrix.dtype))
-            difference = jnp.linalg.norm((rebuilt - like[path]).ravel())
-            error = difference / jnp.maximum(scale, jnp.finfo(matrix.dtype).tiny)
+        absolute = jax.tree.map(jnp.abs, rows)
+        terms = transpose_times(absolute.a, absolute.g)
+        terms = leaves_from_matrix(tag, terms / scale, like)
+        for path, rebuilt in leaves_from_matrix(tag, matrix / scale, like).items():
+            # Of a gradient that cancels (a bias before a softmax over keys, or before
+            # a BatchNorm) rounding alone is left, in proportion to what it sums.
+            size = jnp.maximum(_norm(like[path]), _CANCELLED * _norm(terms[path]))
+            difference = _norm(rebuilt - like[path])
+            error = difference / jnp.maximum(size, jnp.finfo(size.dtype).tiny)
             errors[text(path)] = jnp.where(difference == 0, 0.0, error)
     return errors
+
+
+def _norm(x: Array) -> Array:
+    return jnp.linalg.norm(x.ravel().astype(jnp.promote_types(x.dtype, jnp.float32)))

@@ -134,17 +134,38 @@ class Use(NamedTuple):
       positions: Positions at which an example passes them, together.
       kept: Positions of each example that become rows.
       reduce: Whether all positions of an example go into one row.
+      sampled: Whether a row keeps one entry of its long side, drawn in proportion to
+        the squares: of the factor on that side, the diagonal in the mean.
     """
 
     form: Form
     positions: int
     kept: int
     reduce: bool = False
+    sampled: bool = False
 
     @property
     def is_exact(self) -> bool:
         """Whether the rows of an example add up to its gradient."""
-        return self.form == "elementwise" or self.kept == self.positions
+        whole = self.kept == self.positions and not self.sampled
+        return self.form == "elementwise" or whole
+
+
+class CallSite(NamedTuple):
+    """Where calls of a layer are captured.
+
+    Attributes:
+      root: The index of the outermost module call.
+      path: The module's path below it.
+      name: The layer's first parameter there.
+      axes: For every call the axis of its input along which examples lie, counted
+        from the left; None where only sizes can tell.
+    """
+
+    root: int
+    path: Path
+    name: str
+    axes: tuple[int | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,8 +195,7 @@ class LayerTag:
       axes: Transposition of ``view`` to batch, inputs, outputs.
       uses: The forms in which the layer is called.
       shapes: Shapes of the leaves, in the order of ``leaves``.
-      sources: Where the layer's calls are captured: the outermost module call's
-        index, the module's path below it, and the layer's first parameter there.
+      sources: Where the layer's calls are captured.
       sharing: Examples that share the layer's input, such as a table of positions;
         its rows are then those of a single example.
     """
@@ -198,7 +218,7 @@ class LayerTag:
     axes: tuple[int, ...]
     uses: tuple[Use, ...]
     shapes: tuple[tuple[int, ...], ...]
-    sources: tuple[tuple[int, Path, str], ...]
+    sources: tuple[CallSite, ...]
     sharing: int = 1
 
     @property

@@ -179,7 +179,10 @@ class FactoredDampedOperator:
         op = self.operator
         left = transpose_times(op.a, times(op.a, vector))
         left = scaled(left, op.a_scale) + scaled(vector, self.a_damping)
-        right = matmul(matmul(left, op.g.mT), op.g)
+        if op.g.shape[-1] <= op.g.shape[-2]:
+            right = matmul(left, matmul(op.g.mT, op.g))
+        else:
+            right = matmul(matmul(left, op.g.mT), op.g)
         return scaled(right, op.g_scale) + scaled(left, self.g_damping)
 
     def diagonal(self) -> Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from optax_cgfac._discovery import Discovery, Layer
 from optax_cgfac._example_rows import Captured, find_problem, num_positions
-from optax_cgfac._layers import LEFT_OUT, Form, LayerCall, LayerTag, Use
+from optax_cgfac._layers import LEFT_OUT, CallSite, Form, LayerCall, LayerTag, Use
 from optax_cgfac._paths import Path, leaves_by_path, text
 from optax_cgfac._types import Array, PyTree
 
@@ -85,7 +85,8 @@ def make_tags(
         if visit is not None and not visit.has_rows:
             continue
         own = options
-        depends = _depends_on_batch(layer, wider and wider.layers.get(anchor))
+        axes = _example_axes(layer, wider and wider.layers.get(anchor))
+        depends = [axis != -1 for own_axes in axes for axis in own_axes]
         if not any(depends):
             own = options._replace(num_examples=1, rows=1, sharing=options.num_rows)
         problem = _problem(layer, leaves[anchor], own)
@@ -96,7 +97,7 @@ def make_tags(
             own_paths = [*layer.params.values(), *layer.clashes.values()]
             problems |= dict.fromkeys(own_paths, problem)
         elif "kernel" in present or (present and layer.call.kernel is None):
-            tags.append(_make_tag(layer, present, leaves, own))
+            tags.append(_make_tag(layer, present, leaves, own, axes))
         elif present:
             problem = f"where leaves its kernel {text(anchor)!r} out: leave both out"
             problems |= dict.fromkeys(present.values(), problem)
@@ -133,31 +134,54 @@ def calls_of(
       captured: ``Root.calls`` of every root of a captured run.
       cotangents: Of the same run's probes, from `probe_calls`.
     """
-    return [
-        Captured(call, x, y)
-        for root, path, name in tag.sources
-        for (call, (x,)), y in zip(
-            captured[root][path], cotangents[root][path], strict=True
-        )
-        if call.params[:1] == (name,)
-    ]
+    found = []
+    for site in tag.sources:
+        calls = captured[site.root][site.path]
+        own = [
+            (call, x, y)
+            for (call, (x,)), y in zip(
+                calls, cotangents[site.root][site.path], strict=True
+            )
+            if call.params[:1] == (site.name,)
+        ]
+        found += [
+            Captured(*call, axis) for call, axis in zip(own, site.axes, strict=True)
+        ]
+    return found
 
 
-def _depends_on_batch(layer: Layer, wider: Layer | None) -> list[bool]:
-    """Returns of every call whether it grows with the batch; a table does not."""
+def _example_axes(layer: Layer, wider: Layer | None) -> list[list[int | None]]:
+    """Returns for the calls of every source the axis that grows with the batch.
+
+    -1 where none does, as in a call on a table of positions; None without a run on
+    another number of examples.
+    """
     if wider is None:
-        return [True]
-    pairs = zip(layer.sources, wider.sources, strict=False)
+        return [[None] * len(source.calls) for source in layer.sources]
+
+    def grown(shape: tuple[int, ...], other: tuple[int, ...]) -> int:
+        differ = [
+            i
+            for i, sizes in enumerate(zip(shape, other, strict=True))
+            if sizes[0] != sizes[1]
+        ]
+        return differ[0] if differ else -1
+
     return [
-        one != other
-        for x, y in pairs
-        for one, other in zip(x.calls, y.calls, strict=False)
+        [
+            grown(shape, other)
+            for (_, shape), (_, other) in zip(x.calls, y.calls, strict=True)
+        ]
+        for x, y in zip(layer.sources, wider.sources, strict=True)
     ]
 
 
 def _problem(layer: Layer, leaf: Array, options: RowOptions) -> str | None:
     if options.sharing > 1 and not options.shares:
-        return "its input does not depend on the batch, which only kind='mc' can cover"
+        return (
+            "its input does not depend on the batch, so that no example has a gradient "
+            "of its own in it: fisher_estimator covers it, the single pass cannot"
+        )
     if layer.clashes:
         return "its kernel is shared with a layer that has another bias, or none"
     for source in layer.sources:
@@ -179,6 +203,7 @@ def _make_tag(
     present: dict[str, Path],
     leaves: dict[Path, Array],
     options: RowOptions,
+    example_axes: list[list[int | None]],
 ) -> LayerTag:
     call = layer.call
     anchor = next(iter(present.values()))
@@ -201,7 +226,7 @@ def _make_tag(
         n_in, n_out, view, axes = 1, sum(entries), (), ()
     stack = (*lifted, *own)
     calls = [found for source in layer.sources for found in source.calls]
-    uses = _uses(calls, len(lifted) + call.batch_ndim, options)
+    uses = _uses(calls, len(lifted) + call.batch_ndim, n_in, options)
     per_example = sum(use.kept for use in uses)
     whole = call.form == "elementwise" or all(use.reduce for use in uses)
     kinds = sorted({call.kind for call, _ in calls})
@@ -230,7 +255,15 @@ def _make_tag(
             for role in ("kernel", "scale", "bias")
             if role in present
         ),
-        sources=tuple((s.root, s.path, s.name) for s in layer.sources),
+        sources=tuple(
+            CallSite(
+                source.root,
+                source.path,
+                source.name,
+                tuple(None if axis == -1 else axis for axis in own_axes),
+            )
+            for source, own_axes in zip(layer.sources, example_axes, strict=True)
+        ),
         sharing=options.sharing,
     )
 
@@ -248,9 +281,14 @@ def _kernel_view(
     return view, (last, *axes[:-1], last + 1)
 
 
+# From this length of a table on, a row of its transposed use is not kept whole.
+_LONG = 2048
+
+
 def _uses(
     calls: list[tuple[LayerCall, tuple[int, ...]]],
     stack_ndim: int,
+    n_in: int,
     options: RowOptions,
 ) -> tuple[Use, ...]:
     """Returns how many positions of each form there are, look-ups first."""
@@ -262,13 +300,15 @@ def _uses(
     uses = []
     for form in sorted(totals):
         total = totals[form]
+        is_long = options.positions is not None and n_in > _LONG
+        sampled = form == "swapped" and is_long
         if form == "elementwise":
             uses.append(Use(form, total, 1))
         elif reduce and total > 1:
-            uses.append(Use(form, total, 1, reduce=True))
+            uses.append(Use(form, total, 1, reduce=True, sampled=sampled))
         else:
             kept = (options.positions or total) * options.sharing
-            uses.append(Use(form, total, min(kept, total)))
+            uses.append(Use(form, total, min(kept, total), sampled=sampled))
     return tuple(uses)
 
 
@@ -295,9 +335,10 @@ def _reason(path: Path, discovery: Discovery) -> str:
         )
     if visit.hidden:
         return (
-            f"its {visit.class_name} runs below a jax.jit, vmap, cond or scan (or an "
-            "outermost nn.jit or nn.remat) inside model_fn, out of which no rows can "
-            "be taken; jit the whole training step instead"
+            f"its {visit.class_name} runs below a transform of JAX's own (jax.jit, "
+            "checkpoint, vmap, cond, scan), or an outermost nn.jit or nn.remat, inside "
+            "model_fn, out of which no rows can be taken; use nn.remat, nn.vmap or "
+            "nn.scan inside the model, and jit the whole training step"
         )
     if not visit.liftable:
         return (
@@ -306,8 +347,8 @@ def _reason(path: Path, discovery: Discovery) -> str:
             "of nn.scan or nn.vmap; no other (nn.while_loop, say) can carry them"
         )
     return (
-        f"a parameter of {visit.class_name} itself, which is no layer of Flax's: put "
-        "it into a module of its own and tag that with optax_cgfac.tag_layer"
+        f"a parameter of {visit.class_name} itself, which is no known layer: where the "
+        "module is yours, tag it with optax_cgfac.tag_layer"
     )
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from optax_cgfac._capture import run_captured
 from optax_cgfac._checks import check_positive
 from optax_cgfac._curvature import Curvature, CurvatureSpec, empty_curvature
-from optax_cgfac._discovery import Discovery, discover
+from optax_cgfac._discovery import Discovery, discover, discover_wider
 from optax_cgfac._example_rows import Draw, example_rows, num_positions
 from optax_cgfac._modules import bind, update_module
 from optax_cgfac._paths import leaves_by_path
@@ -86,8 +86,11 @@ def value_and_grad(
         _check_scalar(discovery.outputs, has_aux)
         count = num_examples or _count_examples(discovery, params, args)
         options = RowOptions(count, positions=None)
+        wider = discover_wider(
+            function, params, *_doubled(args, count), found=discovery
+        )
         tags, uncovered = make_tags(
-            discovery, params, options, where=where, fallback=fallback
+            discovery, params, options, where=where, fallback=fallback, wider=wider
         )
 
         def tapped(params, probes):
@@ -127,6 +130,18 @@ def _check_scalar(outputs: Any, has_aux: bool) -> None:
             f"loss_fn must return {expected}, got {outputs}. "
             "Set has_aux=True if it returns (loss, aux)."
         )
+
+
+def _doubled(args: PyTree, count: int) -> PyTree:
+    """Returns the shapes of the arguments with twice as many examples."""
+
+    def double(leaf: Any) -> Any:
+        leaf = jax.eval_shape(jnp.asarray, leaf)
+        if leaf.shape[:1] != (count,):
+            return leaf
+        return jax.ShapeDtypeStruct((2 * count, *leaf.shape[1:]), leaf.dtype)
+
+    return jax.tree.map(double, args)
 
 
 def _count_examples(discovery: Discovery, params: PyTree, args: PyTree) -> int:

@@ -74,27 +74,29 @@ class WithPositions(nn.Module):
         return nn.Dense(2, name="last")(nn.tanh(x)).mean(1)
 
 
+@pytest.mark.parametrize("kind", ["mc", "exact"])
 @pytest.mark.parametrize("length", [3, 8], ids=["other", "multiple of the rows"])
-def test_a_table_that_all_examples_share_has_their_mean_fisher(length):
-    """Unbiased: the cross terms of independently drawn targets vanish."""
+def test_a_table_that_all_examples_share_has_their_mean_fisher(length, kind):
+    """Unbiased: cross terms of independent targets, or signs, vanish in the mean."""
     model, x = WithPositions(), normal(0, 8, length, 4)
     params = init(model, x)
     estimator = optax_cgfac.fisher_estimator(
         lambda p, x: model.apply({"params": p}, x),
         "squared_error",
+        kind=kind,
         rows=4,
-        window=1,
+        window=1 if kind == "mc" else 200,
         positions=None,
-        samples=400,
+        samples=400 if kind == "mc" else 1,
     )
     curvature = estimator.init(params, x[:4])
     assert {tag.name: tag.sharing for tag in curvature.tags} == {
         "positions": 4,
         "last": 1,
     }
-    curvature = jax.jit(estimator.update)(
-        curvature, params, x[:4], rng=jax.random.key(0)
-    )
+    update = jax.jit(estimator.update)
+    for seed in range(curvature.spec.window):
+        curvature = update(curvature, params, x[:4], rng=jax.random.key(seed))
     operator = curvature.operator("positions", structure="block")
 
     def outputs(table, example):
@@ -109,16 +111,73 @@ def test_a_table_that_all_examples_share_has_their_mean_fisher(length):
     assert operator.trace() == pytest.approx(trace, rel=0.15)
 
 
-def test_a_shared_table_needs_drawn_targets():
-    model, x = WithPositions(), normal(0, 4, 3, 4)
+@pytest.mark.parametrize("length", [3, 4, 8])
+def test_the_single_pass_reports_a_shared_table(length):
+    model, x = WithPositions(), normal(0, 4, length, 4)
+    run = optax_cgfac.value_and_grad(loss_of(model), num_examples=4, fallback=True)
+    _, _, curvature = run(init(model, x), x)
+    [(path, reason)] = curvature.spec.uncovered
+    assert path == ("positions", "embedding")
+    assert "the single pass cannot" in reason
+
+
+class ByExample(nn.Module):
+    """A transform over examples puts them behind the positions."""
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.vmap(
+            nn.Dense,
+            variable_axes={"params": None} | optax_cgfac.capture_axes(),
+            split_rngs={"params": False},
+            in_axes=1,
+            out_axes=1,
+        )
+        hidden = nn.tanh(layer(2, name="own")(x.swapaxes(0, 1)))
+        return nn.Dense(2, name="last")(hidden.mean(0))
+
+
+class TimeFirst(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.tanh(nn.Dense(3, name="own")(x.swapaxes(0, 1)))
+        return nn.Dense(2, name="last")(x[-1] * x[0])
+
+
+@pytest.mark.parametrize("length", [3, 4, 5])
+@pytest.mark.parametrize("model", [ByExample(), TimeFirst()], ids=["vmap", "time"])
+def test_examples_are_found_where_positions_are_as_many(model, length):
+    x = normal(0, 4, length, 3)
+    params = init(model, x)
+
+    def model_fn(params, x):
+        return model.apply({"params": params}, x)
+
     estimator = optax_cgfac.fisher_estimator(
-        lambda p, x: model.apply({"params": p}, x),
-        "squared_error",
-        kind="exact",
-        rows=4,
+        model_fn, "squared_error", kind="exact", rows=4, window=1, positions=None
     )
-    with pytest.raises(ValueError, match=r"positions/embedding: .*only kind='mc'"):
-        estimator.init(init(model, x), x)
+    curvature = jax.jit(estimator.update)(estimator.init(params, x), params, x)
+    jacobian = jax.jacrev(lambda own: model_fn(params | {"own": own}, x))(params["own"])
+    squares = sum(np.sum(oracles.float64(j) ** 2) for j in jax.tree.leaves(jacobian))
+    trace = curvature.operator("own", structure="block").trace()
+    assert float(trace) == pytest.approx(2 * squares / 4, rel=1e-5)
+
+
+def test_a_whole_batch_may_be_part_of_the_model():
+    """A graph's adjacency has the size of the batch: no other batch fits."""
+    model, x = nn.Dense(3), normal(0, 8, 6)
+    inputs = {"x": x, "adjacency": jnp.eye(8)}
+    estimator = optax_cgfac.fisher_estimator(
+        lambda p, i: i["adjacency"] @ model.apply({"params": p}, i["x"]),
+        "squared_error",
+        rows=4,
+        whole_batch=True,
+        input_axes={"x": 0, "adjacency": None},
+    )
+    params = init(model, x)
+    curvature = estimator.init(params, inputs)
+    curvature = estimator.update(curvature, params, inputs, rng=jax.random.key(0))
+    assert curvature.layers["."].a.shape == (32, 7)
 
 
 def test_a_module_is_no_model_fn():

@@ -12,10 +12,13 @@ VOCABULARY, FEATURES, ROWS, WINDOW = 50_000, 256, 64, 8
 
 
 class Tokens(nn.Module):
+    tied: bool = False
+
     @nn.compact
     def __call__(self, tokens):
-        x = nn.Embed(VOCABULARY, FEATURES, name="embed")(tokens)
-        return nn.Dense(7, name="out")(nn.tanh(x).mean(1))
+        embed = nn.Embed(VOCABULARY, FEATURES, name="embed")
+        x = nn.tanh(embed(tokens)).mean(1)
+        return embed.attend(x) if self.tied else nn.Dense(7, name="out")(x)
 
 
 def sizes(jaxpr):
@@ -27,19 +30,22 @@ def sizes(jaxpr):
         yield from sizes(inner)
 
 
-@pytest.mark.parametrize(
-    "tx",
-    [
-        optax_cgfac.scale_by_cgfac(0.1),
-        optax_cgfac.scale_by_cgfac(0.1, damping_form="factored"),
-        optax_cgfac.scale_by_cgfac(0.1, damping_form="factored", solver="cg"),
-        optax_cgfac.scale_by_cgfac(0.1, structure="block"),
-    ],
-    ids=["tikhonov", "factored", "factored cg", "block"],
-)
-def test_the_solve_holds_nothing_larger_than_the_parameter(tx):
-    """R = 512 rows: an array of V x R would be twice the parameter."""
-    model = Tokens()
+OPTIONS = {
+    "tikhonov": {},
+    "tikhonov, parameter": {"space": "parameter"},
+    "factored": {"damping_form": "factored"},
+    "factored, parameter": {"damping_form": "factored", "space": "parameter"},
+    "factored, cg": {"damping_form": "factored", "solver": "cg"},
+    "block": {"structure": "block"},
+}
+CASES = [(name, tied) for name in OPTIONS for tied in (False, True)]
+
+
+@pytest.mark.parametrize(("name", "tied"), [c for c in CASES if c != ("block", True)])
+def test_the_solve_holds_nothing_larger_than_the_parameter(name, tied):
+    """R = 512 rows or more: an array of V x R would be twice the parameter."""
+    tx = optax_cgfac.scale_by_cgfac(0.1, **OPTIONS[name])
+    model = Tokens(tied)
     tokens = jnp.zeros((ROWS, 1), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     params = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params)
@@ -63,4 +69,4 @@ def test_the_solve_holds_nothing_larger_than_the_parameter(tx):
     largest = max(found)
     assert largest[0] <= VOCABULARY * FEATURES, largest
     held = sum(leaf.size for leaf in jax.tree.leaves(curvature.layers["embed"]))
-    assert held == ROWS * WINDOW * (FEATURES + 2)
+    assert held == ROWS * WINDOW * (FEATURES + 2) * (1 + tied)

@@ -16,7 +16,6 @@ def test_the_line_of_a_case(framework, name):
     assert is_covered == (line.reported == ())
     tolerance = TOLERANCES.get(name, 1e-5)
     for path, error in line.gradient_errors.items():
-        # Softmax does not see the bias of keys: its gradient is rounding alone.
-        assert error <= tolerance or path.endswith("key/bias"), (path, error)
+        assert error <= tolerance, (path, error)
     if line.covered:
         assert line.update_error <= 1e-7

@@ -92,3 +92,23 @@ def test_reduced_rows_are_the_mean_input_and_the_summed_cotangent(name):
     grads = by_name(jax.grad(case.loss)(case.params, case.inputs))
     bias = mean[:, -1] @ total / NUM_EXAMPLES
     np.testing.assert_allclose(bias, grads["bias"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_of_a_long_table_keeps_one_entry_in_proportion_to_its_square(monkeypatch):
+    case = EVERY["attend"]()
+    rows = captured(case)
+    _, whole, queries = rows(Draw(), positions=1)
+    monkeypatch.setattr("optax_cgfac._tagging._LONG", 1)
+    draws = 1000
+    mean = np.zeros_like(whole)
+    for key in jax.random.split(jax.random.key(0), draws):
+        tag, kept, g = rows(Draw(key), positions=1)
+        assert np.all(np.count_nonzero(kept, axis=-1) == 1)
+        np.testing.assert_array_equal(g, queries)
+        mean += kept**2 / draws
+    assert not tag.uses[0].is_exact
+    # Five standard deviations of an entry that is there with probability p.
+    norms = np.sum(whole**2, -1, keepdims=True)
+    share = whole**2 / norms
+    deviation = 5 * np.sqrt(share * (1 - share) / draws)
+    assert np.all(np.abs(mean / norms - share) <= deviation + 1e-6)
