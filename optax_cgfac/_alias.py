@@ -1,6 +1,5 @@
 """The ready-made optimizer."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -10,8 +9,7 @@ import optax
 
 from optax_cgfac._checks import check_damping, check_positive, is_number
 from optax_cgfac._curvature import Curvature
-from optax_cgfac._layers import LEFT_OUT
-from optax_cgfac._paths import leaves_by_path, map_with_path, text
+from optax_cgfac._fallback import Rest, select
 from optax_cgfac._precondition import init_info, precondition
 from optax_cgfac._solve import SolveConfig, Structure, default_damping_form
 from optax_cgfac._step import (
@@ -21,6 +19,7 @@ from optax_cgfac._step import (
     adaptive_step,
     current,
     has_l2,
+    is_scalar,
     scheduled_step,
     settle,
 )
@@ -181,7 +180,7 @@ def cgfac(
     check_missing(missing)
     _check_options(options)
     _check_modes(options, learning_rate, damping)
-    rest = _Rest(fallback, where)
+    rest = Rest(fallback, where)
     keeps_start = warm_start and config.is_iterative
 
     def init(params: PyTree) -> CGFACState:
@@ -222,13 +221,19 @@ def cgfac(
             raise ValueError(
                 "cgfac needs the parameters: tx.update(grads, opt_state, params, ...)."
             )
-        grads = updates
+        grads = jax.tree.map(_like_parameter, updates, params)
         if has_l2(options):
             grads = jax.tree.map(lambda g, p: g + l2 * p, grads, params)
         grads = rest.split(grads, jax.tree.map(jnp.zeros_like, grads))
         gamma = state.damping if learning_rate is None else current(damping, state)
         solution, info = precondition(
-            config, curvature, grads, state.warm_start, gamma, state.info
+            # The regularizer's own curvature: Martens & Grosse (2015), section 6.
+            config,
+            curvature,
+            grads,
+            state.warm_start,
+            gamma + l2,
+            state.info,
         )
         direction = jax.tree.map(jnp.negative, solution)
         old = state
@@ -241,91 +246,47 @@ def cgfac(
             delta, state = scheduled_step(
                 options, state, grads, direction, learning_rate, gamma
             )
-        delta, state = settle(options, old, state, grads, delta, value)
+        delta, state, good = settle(options, old, state, updates, delta, value)
         state = state._replace(
             cgfac_count=count,
-            warm_start=solution if keeps_start else None,
+            warm_start=_like(old.warm_start, solution),
             info=info,
         )
         mixed = rest.split(delta, updates)
         mixed, fallback_state = rest.transformation(params).update(
             mixed, state.fallback, params, value=value, **extra_args
         )
+        if fallback is None:
+            return mixed, state
+        # A bad number anywhere rejects the whole step, the fallback's part of it too.
+        mixed = rest.split(
+            delta, select(good, mixed, jax.tree.map(jnp.zeros_like, mixed))
+        )
+        fallback_state = select(good, fallback_state, state.fallback)
         return mixed, state._replace(fallback=fallback_state)
 
     return gradient_transformation(init, update)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rest:
-    """The parameters that CG-FAC leaves to the fallback transformation."""
+def _like_parameter(gradient: Array, parameter: Array) -> Array:
+    """Returns a gradient in the dtype of its parameter, if it is one at all."""
+    is_real = jnp.issubdtype(jnp.result_type(gradient), jnp.floating)
+    return jnp.asarray(gradient, parameter.dtype) if is_real else gradient
 
-    fallback: optax.GradientTransformation | None
-    where: Callable[[str], bool] | None
 
-    def __post_init__(self):
-        if self.fallback is not None and self.where is None:
-            raise ValueError(
-                "fallback needs where=, true for the parameters that CG-FAC updates; "
-                "usually where=curvature.covers."
-            )
-
-    def keeps(self, path: str) -> bool:
-        """Whether CG-FAC updates the parameter."""
-        return self.fallback is None or self.where is None or self.where(path)
-
-    def transformation(self, params: PyTree) -> optax.GradientTransformationExtraArgs:
-        """Returns the fallback, which lets the other parameters' updates through."""
-        if self.fallback is None:
-            return optax.with_extra_args_support(optax.identity())
-        mask = map_with_path(lambda path, _: not self.keeps(text(path)), params)
-        return optax.masked(optax.with_extra_args_support(self.fallback), mask)
-
-    def split(self, kept: PyTree, others: PyTree) -> PyTree:
-        """Returns a tree of CG-FAC's leaves of ``kept`` and the rest of ``others``."""
-        return map_with_path(
-            lambda path, x, y: x if self.keeps(text(path)) else y, kept, others
-        )
-
-    def check(self, curvature: Curvature, grads: PyTree, *, whole: bool) -> None:
-        """Checks that every leaf has a curvature, a fallback, or was left out.
-
-        Raises:
-          ValueError: If one has not, or the ``whole`` model is needed and not there.
-        """
-        paths = {text(path) for path in leaves_by_path(grads)}
-        missing = {text(path) for tag in curvature.tags for path in tag.leaves} - paths
-        if whole and missing and any(map(curvature.covers, paths)):
-            raise ValueError(
-                "The quadratic model needs the gradients of all layers; absent: "
-                f"{', '.join(sorted(missing))}. To train only some parameters, pass "
-                "cgfac(where=..., fallback=...) instead of optax.masked or "
-                "optax.partition, or a learning_rate."
-            )
-        left_out = {
-            text(path)
-            for path, reason in curvature.spec.uncovered
-            if reason == LEFT_OUT
-        }
-        wrong = sorted(
-            path
-            for path in paths - left_out
-            if self.keeps(path) and not curvature.covers(path)
-        )
-        if wrong:
-            raise ValueError(
-                f"No curvature and no fallback for: {', '.join(wrong)}. Pass "
-                "cgfac(fallback=optax.adam(1e-3), where=curvature.covers), or the "
-                "curvature of this model."
-            )
+def _like(old: PyTree | None, new: PyTree) -> PyTree | None:
+    """Returns ``new`` in the dtypes of ``old``; None where nothing is kept."""
+    if old is None:
+        return None
+    return jax.tree.map(lambda x, y: y.astype(x.dtype), old, new)
 
 
 def _check_options(options: StepOptions) -> None:
     check_positive("damping_interval", options.damping_interval, may_be_array=True)
     for name in ("l2", "momentum", "kl_clip"):
         number = getattr(options, name)
-        if is_number(number) and number < 0:
-            raise ValueError(f"{name} must not be negative, got {number}.")
+        if is_number(number) and not 0 <= number < float("inf"):
+            raise ValueError(f"{name} must be finite and not negative, got {number}.")
     decay, low, high = options.damping_decay, options.min_damping, options.max_damping
     if is_number(decay) and not 0 < decay < 1:
         raise ValueError(f"damping_decay must lie in (0, 1), got {decay}.")
@@ -342,6 +303,10 @@ def _check_modes(
     damping: ScalarOrSchedule,
 ) -> None:
     low, high = options.min_damping, options.max_damping
+    if is_number(learning_rate) and not 0 <= learning_rate < float("inf"):
+        raise ValueError(
+            f"learning_rate must be finite and not negative, got {learning_rate}."
+        )
     if learning_rate is None and options.kl_clip is not None:
         raise ValueError(
             "kl_clip needs a learning_rate; without one the quadratic model sets the "
@@ -358,7 +323,7 @@ def _check_modes(
         )
 
 
-def _objective(value: Any, value_fn: Any) -> Objective:
+def _objective(value: Any, value_fn: Callable[..., Any] | None) -> Objective:
     absent = [
         name for name, x in (("value", value), ("value_fn", value_fn)) if x is None
     ]
@@ -367,6 +332,16 @@ def _objective(value: Any, value_fn: Any) -> Objective:
             f"cgfac() without a learning_rate needs {' and '.join(absent)}:\n"
             "  tx.update(grads, opt_state, params, curvature=curvature,\n"
             "            value=loss, value_fn=lambda p: loss_fn(p, batch))"
+        )
+    if value_fn is None or not callable(value_fn):
+        raise TypeError(
+            "value_fn must be a function of the parameters, such as "
+            f"lambda p: loss_fn(p, batch); got {type(value_fn).__name__}."
+        )
+    if not is_scalar(value):
+        raise ValueError(
+            "value must be the scalar loss of this batch, got shape "
+            f"{jax.tree.map(jnp.shape, value)}."
         )
     return Objective(value, value_fn)
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optax_cgfac._checks import check_positive, is_number
 from optax_cgfac._numerics import tree_dot, tree_dtype
 from optax_cgfac._types import Array, LinearOperator, PyTree
 
@@ -55,7 +56,7 @@ def conjugate_gradient(
 
     Raises:
       ValueError: If ``x0`` does not have the structure, shapes and dtypes of
-        ``b``, or ``max_steps`` is not positive.
+        ``b``, ``max_steps`` is not positive, or a tolerance is negative.
       TypeError: If ``b`` is not real floating point.
 
     Example:
@@ -75,8 +76,10 @@ def conjugate_gradient(
             "b must hold real floating-point arrays, got dtype "
             f"{tree_dtype(b).name}. Convert with jnp.asarray(b, jnp.float32)."
         )
-    if isinstance(max_steps, int) and max_steps < 1:
-        raise ValueError(f"max_steps must be at least 1, got {max_steps}.")
+    check_positive("max_steps", max_steps, may_be_array=True)
+    for name, number in (("rtol", rtol), ("atol", atol)):
+        if is_number(number) and not number >= 0:
+            raise ValueError(f"{name} must not be negative, got {number}.")
     if x0 is None:
         x0, residual = jax.tree.map(jnp.zeros_like, b), b
     else:

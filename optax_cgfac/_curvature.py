@@ -11,6 +11,7 @@ from optax_cgfac._checks import check_damping, check_positive
 from optax_cgfac._criterion import Criterion
 from optax_cgfac._fisher_blocks import BlockFisherOperator, FullFisherOperator
 from optax_cgfac._layers import LayerTag
+from optax_cgfac._numerics import scaled
 from optax_cgfac._operators import (
     DampedOperator,
     FactoredDampedOperator,
@@ -196,7 +197,7 @@ class Curvature:
         rows = LayerRows(as_dtype(rows.a, tag.dtype), rows.g.astype(tag.dtype))
         # Before the first update every row is zero, and so is the operator.
         count = jnp.maximum(self.num_rows(tag.name), 1).astype(tag.dtype)
-        # Inputs whose cotangent is zero, as those of padding, do not count.
+        # Inputs whose cotangent is zero, as those of padding, do not count in A.
         active = jnp.sum(jnp.any(rows.g != 0, -1), -1)
         active = jnp.maximum(active, 1).astype(tag.dtype)
         # Rows of an example with T positions sum to its gradient, so that the
@@ -237,8 +238,12 @@ class Curvature:
             new = rows[tag.name]
             # A row with a NaN or an infinity would poison the layer for a whole
             # window: it is dropped, in both factors. So is one without a cotangent.
-            good = all_finite(new.a) & all_finite(new.g) & jnp.any(new.g != 0, -1)
-            new = LayerRows(keep_where(new.a, good), keep_where(new.g, good))
+            finite = all_finite(new.a) & all_finite(new.g)
+            good = finite & jnp.any(new.g != 0, -1)
+            g = keep_where(new.g, good)
+            # Those that are left stand for the dropped ones in the mean of g gᵀ.
+            share = jnp.maximum(jnp.mean(finite, -1, dtype=g.dtype), 1 / g.shape[-2])
+            new = LayerRows(keep_where(new.a, good), scaled(g, jax.lax.rsqrt(share)))
             layers[tag.name] = _update_slot(self.layers[tag.name], new, slot)
         if model_inputs is None:
             model_inputs = self.model_inputs

@@ -216,9 +216,10 @@ def fisher_estimator(
       Martens & Grosse (2015), sections 2 and 5; Chen (2021).
     """
     criterion = make_criterion(loss, reduction, weights)
-    check_options(model_fn, criterion, kind, samples, weight_sharing)
+    check_options(model_fn, criterion, kind, samples, weight_sharing, where)
     counts = {"window": window, "rows": rows, "model_rows": model_rows}
-    counts |= {"samples": samples} | ({"positions": positions} if positions else {})
+    counts |= {"samples": samples}
+    counts |= {} if positions is None else {"positions": positions}
     for name, value in counts.items():
         check_positive(name, value)
     dtype = None if rows_dtype is None else rows_dtype_name(rows_dtype)

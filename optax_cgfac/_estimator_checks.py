@@ -25,7 +25,12 @@ def rows_dtype_name(dtype: Any) -> str:
 
 
 def check_options(
-    model_fn: Any, criterion: Criterion, kind: str, samples: int, weight_sharing: str
+    model_fn: Any,
+    criterion: Criterion,
+    kind: str,
+    samples: int,
+    weight_sharing: str,
+    where: Any,
 ) -> None:
     """Checks the options of `fisher_estimator`.
 
@@ -40,6 +45,11 @@ def check_options(
             raise ValueError(
                 f"kind='exact' needs Loss.hessian_columns, which {loss.name!r} lacks."
             )
+    if where is not None and not callable(where):
+        raise TypeError(
+            "where must be a function of a parameter's path, such as "
+            f"lambda path: 'Dense' in path; got {type(where).__name__}."
+        )
     if samples != 1 and kind != "mc":
         raise ValueError(f"samples={samples} needs kind='mc', got kind={kind!r}.")
     if weight_sharing not in ("expand", "reduce"):

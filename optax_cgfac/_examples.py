@@ -99,6 +99,12 @@ def check_examples(
                 f"  got:      {shape}\n"
                 "Initialise a new curvature for inputs of another shape."
             )
+        if jnp.result_type(leaf) != jnp.result_type(model_leaf):
+            raise ValueError(
+                f"A leaf of inputs has dtype {jnp.result_type(leaf)}, and had "
+                f"{jnp.result_type(model_leaf)} at estimator.init. Cast the inputs, or "
+                "initialise a new curvature."
+            )
     if len(sizes) != 1:
         raise ValueError(
             f"Leaves of inputs disagree on the number of examples: {sorted(sizes)}."

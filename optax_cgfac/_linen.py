@@ -31,15 +31,12 @@ INPUTS = "cgfac_inputs"
 PROBES = "cgfac_probes"
 
 
-def capture_axes(axis: int = 0) -> dict[str, int]:
+def capture_axes() -> dict[str, int]:
     """Returns the ``variable_axes`` that let `nn.scan` and `nn.vmap` be captured.
 
     The axes of a user's own `nn.scan` or `nn.vmap` are fixed where it is called,
     so a stacked layer is covered only if the capture's collections are among
-    them.
-
-    Args:
-      axis: The axis along which rows are stacked; 0, like the parameters.
+    them. Rows are stacked along axis 0, and the parameters must be, too.
 
     Returns:
       A mapping to merge into ``variable_axes``.
@@ -53,7 +50,7 @@ def capture_axes(axis: int = 0) -> dict[str, int]:
       ...     length=4,
       ... )
     """
-    return {INPUTS: axis, PROBES: axis}
+    return {INPUTS: 0, PROBES: 0}
 
 
 def run_captured(

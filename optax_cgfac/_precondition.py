@@ -174,6 +174,11 @@ def _merge_info(
 def _check_shapes(tag: LayerTag, leaves: dict[Path, Array]) -> None:
     expected = dict(zip(tag.leaves, tag.shapes, strict=True))
     for path, leaf in leaves.items():
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"Gradient {text(path)!r} has dtype {leaf.dtype}; expected a real "
+                "floating-point array."
+            )
         if leaf.shape != expected[path]:
             raise ValueError(
                 f"Gradient {text(path)!r} has shape {leaf.shape}, but the curvature "

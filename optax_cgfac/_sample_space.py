@@ -191,9 +191,10 @@ def cg_on_coefficients(
     x = jax.tree.map(
         lambda d, back: solution.c * d + back, d, space.lift(solution.theta)
     )
-    # The inner product of a small vector is a difference of large terms and may
-    # round to a negative number.
-    norm = jnp.sqrt(jnp.maximum(squared_norm, 0))
+    # The inner product of a small vector is a difference of large terms: below their
+    # rounding it says nothing, and may be negative.
+    squared_norm = jnp.maximum(squared_norm, jnp.finfo(dtype).eps * tree_dot(b, b))
+    norm = jnp.sqrt(squared_norm)
     x = x if x0 is None else jax.tree.map(jnp.add, x0, x)
     converged = (squared_norm <= tolerance) & jnp.isfinite(tolerance)
     return x, CGInfo(num_steps, norm, converged)

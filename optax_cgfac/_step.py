@@ -75,6 +75,11 @@ class Objective(NamedTuple):
     value_fn: Callable[[PyTree], Array]
 
 
+def is_scalar(value: Any) -> bool:
+    """Whether a loss is one number, and no pair with auxiliary outputs."""
+    return jax.tree.structure(value) == jax.tree.structure(0) and jnp.shape(value) == ()
+
+
 def has_l2(options: StepOptions) -> bool:
     """Whether the regularizer may be non-zero."""
     return not (is_number(options.l2) and options.l2 == 0)
@@ -131,7 +136,14 @@ def adaptive_step(
 
     def objective_change() -> Array:
         moved = optax.apply_updates(params, delta)
-        change = _regularized(objective.value_fn(moved), moved, options)
+        moved_value = objective.value_fn(moved)
+        if not is_scalar(moved_value):
+            raise ValueError(
+                "value_fn must return the scalar loss, got "
+                f"{jax.tree.map(jnp.shape, moved_value)}. For a loss with auxiliary "
+                "outputs pass lambda p: loss_fn(p, batch)[0]."
+            )
+        change = _regularized(moved_value, moved, options)
         change -= _regularized(objective.value, params, options)
         return jnp.asarray(change, predicted.dtype)
 
@@ -170,7 +182,7 @@ def settle(
     grads: PyTree,
     delta: PyTree,
     value: Array | None,
-) -> tuple[PyTree, CGFACState]:
+) -> tuple[PyTree, CGFACState, Array]:
     """Takes the step, or where a number is not finite a safe one in its place.
 
     With a bad gradient in one layer the others' is no descent direction, and momentum
@@ -181,12 +193,12 @@ def settle(
       options: The options.
       old: The state before the step.
       state: The state with the step's scalars.
-      grads: The gradients.
+      grads: The gradients of all parameters, those of a fallback included.
       delta: The step.
       value: The loss, if the user gave it.
 
     Returns:
-      The update, and the state with the velocity.
+      The update, the state with the velocity, and whether all numbers were finite.
     """
     finite = tree_is_finite(grads) & tree_is_finite(delta)
     blown_up = jnp.array(False) if value is None else ~jnp.all(jnp.isfinite(value))
@@ -200,8 +212,8 @@ def settle(
     update, velocity = jax.tree.transpose(
         jax.tree.structure(old.velocity), jax.tree.structure((0, 0)), pairs
     )
-    more = old.damping * options.damping_decay ** -float(options.damping_interval)
-    return update, state._replace(
+    more = old.damping * options.damping_decay**-options.damping_interval
+    state = state._replace(
         damping=jnp.where(
             finite,
             state.damping,
@@ -210,9 +222,13 @@ def settle(
             ).astype(old.damping.dtype),
         ),
         reduction_ratio=jnp.where(finite, state.reduction_ratio, old.reduction_ratio),
-        num_rejected=state.num_rejected + (~finite).astype(jnp.int32),
+        # A step that was not taken before is not counted once more.
+        num_rejected=jnp.maximum(
+            state.num_rejected, old.num_rejected + (~finite).astype(jnp.int32)
+        ),
         velocity=velocity,
     )
+    return update, state, finite
 
 
 def _regularized(value: Array, params: PyTree, options: StepOptions) -> Array:

@@ -51,7 +51,8 @@ def scale_by_cgfac(
     .. math:: (A ⊗ G + γ I)\, X = B, \qquad A = aᵀa/R, \quad G = gᵀg/R,
 
     by conjugate gradients started from the previous solution, without forming
-    ``A``, ``G`` or their product. The result has the sign of the gradient, as in
+    ``A``, ``G`` or their product. Rows whose cotangent is zero (padding, dead units)
+    count in ``G`` and not in ``A``. The result has the sign of the gradient, as in
     `optax.scale_by_adam`: chain it with `optax.scale_by_learning_rate`.
 
     Args:
@@ -176,7 +177,11 @@ def _scale_by(
         solution, info = precondition(
             config, curvature, updates, state.warm_start, gamma, state.info
         )
-        start = solution if warm_start else None
+        start = None
+        if state.warm_start is not None:
+            start = jax.tree.map(
+                lambda x, old: x.astype(old.dtype), solution, state.warm_start
+            )
         return solution, ScaleByCGFACState(count, start, info)
 
     return gradient_transformation(init, update)

@@ -164,7 +164,9 @@ def _count_examples(discovery: Discovery, params: PyTree, args: PyTree) -> int:
     # Running statistics among the arguments begin with an axis of features: what
     # arguments and layers have in common goes first.
     both = from_args.keys() & from_calls.keys()
-    ranked = sorted(counts, key=lambda n: (n not in both, -counts[n]))
+    ranked = sorted(
+        counts, key=lambda n: (n not in both, n not in from_args, -counts[n])
+    )
     for count in ranked:
         if positions and count and not any(rows % count for rows in positions):
             return count

@@ -94,9 +94,9 @@ def with_l2(l2):
     return jax.tree.map(lambda g, p: g + l2 * p, given.grads, given.params)
 
 
-def test_l2_adds_to_the_gradient():
-    updates, _ = first(cgfac(0.3, l2=0.5))
-    expected, _ = first(cgfac(0.3), grads=with_l2(0.5))
+def test_l2_adds_to_the_gradient_and_to_the_damping():
+    updates, _ = first(cgfac(0.3, damping=0.1, l2=0.5))
+    expected, _ = first(cgfac(0.3, damping=0.6), grads=with_l2(0.5))
     assert_trees_close(updates, expected)
     without, _ = first(cgfac(0.3))
     assert not np.allclose(updates["out"]["kernel"], without["out"]["kernel"])
@@ -109,7 +109,7 @@ def test_l2_adds_to_the_gradient():
 def test_the_step_minimizes_the_damped_gauss_newton_model(l2):
     damping = 0.2
     grads = with_l2(l2)
-    direction = scaled(-1, solution(damping, grads=grads))
+    direction = scaled(-1, solution(damping + l2, grads=grads))
     slope = dot(grads, direction)
     norm = dot(direction, direction)
     size = -slope / (gauss_newton(direction) + (damping + l2) * norm)
@@ -208,6 +208,31 @@ def test_a_loss_that_is_not_finite_takes_the_last_step_back(bad):
         value_fn=lambda params: jnp.asarray(bad),
     )
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(undone))
+
+
+def test_half_precision_gradients_keep_the_state_as_it_is():
+    given = ingredients()
+    grads = jax.tree.map(lambda g: g.astype(jnp.bfloat16), given.grads)
+    for tx in (cgfac(0.1, solver="cg"), scale_by_cgfac(0.1)):
+        state = tx.init(given.params)
+        _, after = tx.update(grads, state, given.params, curvature=given.curvature)
+        types = [jax.tree.map(lambda x: x.dtype, s) for s in (state, after)]
+        assert types[0] == types[1]
+    _, state = update(cgfac(), cgfac().init(given.params), grads=grads)
+    assert float(state.step_size) > 0
+
+
+def test_a_rejected_step_rejects_the_fallbacks_part_too():
+    given = ingredients()
+    first_layer = sorted(given.params)[0]
+    tx = cgfac(fallback=optax.adam(1e-2), where=lambda path: first_layer in path)
+    state = tx.init(given.params)
+    _, state = update(tx, state)
+    grads = jax.tree.map(lambda g: g * jnp.nan, given.grads)
+    updates, after = update(tx, state, grads=grads)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
+    jax.tree.map(np.testing.assert_array_equal, after.fallback, state.fallback)
+    assert int(after.num_rejected) == int(state.num_rejected) + 1
 
 
 def test_the_default_damping_accounts_for_the_structure():

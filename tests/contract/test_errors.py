@@ -1,5 +1,6 @@
 """What is refused, and whether the message says what to do."""
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -100,9 +101,15 @@ def test_the_single_pass_has_no_model_to_choose_a_step_with():
     [
         (lambda: cgfac(kl_clip=1e-3), "kl_clip needs a learning_rate"),
         (lambda: cgfac(damping=lambda count: 0.1), "Without a learning_rate"),
-        (lambda: cgfac(0.1, l2=-1.0), "l2 must not be negative, got -1"),
-        (lambda: cgfac(0.1, momentum=-1.0), "momentum must not be negative"),
-        (lambda: cgfac(0.1, kl_clip=-1.0), "kl_clip must not be negative"),
+        (lambda: cgfac(0.1, l2=-1.0), "l2 must be finite and not negative, got -1"),
+        (lambda: cgfac(0.1, momentum=-1.0), "momentum must be finite and not negative"),
+        (lambda: cgfac(0.1, kl_clip=-1.0), "kl_clip must be finite and not negative"),
+        (lambda: cgfac(float("nan")), "learning_rate must be finite and not negative"),
+        (
+            lambda: cgfac(-0.1),
+            "learning_rate must be finite and not negative, got -0.1",
+        ),
+        (lambda: cgfac(0.1, l2=float("nan")), "l2 must be finite and not negative"),
         (lambda: cgfac(damping_decay=1.0), r"damping_decay must lie in \(0, 1\)"),
         (lambda: cgfac(damping_interval=0), "damping_interval must be an int"),
         (lambda: cgfac(min_damping=2.0, max_damping=1.0), "min_damping <= max_damping"),
@@ -128,3 +135,39 @@ def test_the_single_pass_has_no_model_to_choose_a_step_with():
 def test_bad_options_are_refused_at_construction(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def adaptive(**extra):
+    given = {"curvature": ingredients().curvature, "value": 1.0, "value_fn": value_fn}
+    return call(cgfac(damping_interval=1), **(given | extra))
+
+
+@pytest.mark.parametrize(
+    ("extra", "error", "message"),
+    [
+        ({"value_fn": 3.0}, TypeError, "value_fn must be a function .*got float"),
+        ({"value": jnp.ones(3)}, ValueError, r"scalar loss .* got shape \(3,\)"),
+        (
+            {"value_fn": lambda p: (jnp.zeros(()), {})},
+            ValueError,
+            r"value_fn must return the scalar loss.*\[0\]",
+        ),
+        (
+            {"value_fn": lambda p: jnp.zeros(3)},
+            ValueError,
+            "value_fn must return the scalar loss",
+        ),
+    ],
+)
+def test_a_loss_that_is_no_scalar_is_refused(extra, error, message):
+    with pytest.raises(error, match=message):
+        adaptive(**extra)
+
+
+@pytest.mark.parametrize("make", [cgfac, scale_by_cgfac], ids=["cgfac", "scale_by"])
+def test_gradients_of_integers_are_refused(make):
+    given = ingredients()
+    tx = make(0.1)
+    grads = jax.tree.map(lambda g: g.astype(jnp.int32), given.grads)
+    with pytest.raises(TypeError, match="has dtype int32; expected a real"):
+        tx.update(grads, tx.init(given.params), given.params, curvature=given.curvature)

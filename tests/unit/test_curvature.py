@@ -9,7 +9,7 @@ import pytest
 
 from models import Compact, init, normal
 from optax_cgfac import LayerRows, value_and_grad
-from steps import problem
+from steps import ingredients, problem
 
 
 def empty(window=3):
@@ -74,9 +74,12 @@ def test_a_row_that_is_not_finite_is_dropped_in_both_factors(side, bad):
     poisoned = getattr(rows["hidden"], side).at[2, 1].set(bad)
     rows["hidden"] = rows["hidden"]._replace(**{side: poisoned})
     curvature = empty(window=1).push_rows(rows)
-    for held in curvature.layers["hidden"]:
+    # The other three stand for it in the mean of g gᵀ; A counts its own rows.
+    for held, kept in zip(
+        curvature.layers["hidden"], (1.0, (4 / 3) ** 0.5), strict=True
+    ):
         np.testing.assert_array_equal(held[2], np.zeros(held.shape[1]))
-        np.testing.assert_array_equal(np.delete(held, 2, 0), 1.0)
+        np.testing.assert_allclose(np.delete(held, 2, 0), kept, rtol=1e-6)
     np.testing.assert_array_equal(curvature.layers["out"].a, 1.0)
 
 
@@ -207,3 +210,23 @@ def test_two_estimators_are_two_structures():
             curvature, spec=dataclasses.replace(curvature.spec, model_fn=max)
         )
     )
+
+
+def test_rows_that_are_left_stand_for_those_that_are_not_finite():
+    curvature = ingredients().curvature.with_window(1)
+    rows = {
+        tag.name: ingredients().curvature.layers[tag.name] for tag in curvature.tags
+    }
+    name, count = curvature.tags[0].name, curvature.tags[0].rows_per_step
+    new = {
+        tag.name: jax.tree.map(
+            lambda x, n=tag.rows_per_step: x[..., :n, :], rows[tag.name]
+        )
+        for tag in curvature.tags
+    }
+    bad = new[name].g.at[: count // 2].set(jnp.nan)
+    half = curvature.push_rows(new | {name: new[name]._replace(g=bad)})
+    g = new[name].g[count // 2 :]
+    _, factor = half.operator(name).factors()
+    expected = g.T @ g / len(g) * half.tags[0].positions
+    np.testing.assert_allclose(factor, expected, rtol=1e-5, atol=1e-7)

@@ -35,11 +35,11 @@ def test_the_reported_residual_is_that_of_the_result(start, dtype):
 def test_scales_weigh_the_operator(x64):
     problem, _ = setup("float64")
     operator = KroneckerOperator(problem.a, problem.g, 0.3, 0.5)
-    x, info = solve(operator, DAMPING, problem.b, max_steps=200, rtol=1e-12)
+    x, info = solve(operator, DAMPING, problem.b, max_steps=200, rtol=1e-7)
     dense = np.kron(oracles.moment(problem.a, 0.3), oracles.moment(problem.g, 0.5))
     dense += DAMPING * np.eye(len(dense))
     assert info.converged
-    assert oracles.relative_error(x, oracles.solve(dense, problem.b)) < 1e-9
+    assert oracles.relative_error(x, oracles.solve(dense, problem.b)) < 1e-6
 
 
 def test_it_stops_at_the_absolute_tolerance():
@@ -72,7 +72,7 @@ def test_a_right_hand_side_that_is_not_finite_is_not_solved(value):
 def test_a_window_without_rows_divides_by_the_damping():
     problem, operator = setup()
     empty = jax.tree.map(jnp.zeros_like, operator)
-    x, info = solve(empty, DAMPING, problem.b, problem.x0, max_steps=3)
+    x, info = solve(empty, DAMPING, problem.b, problem.x0, max_steps=3, rtol=1e-3)
     np.testing.assert_allclose(x, problem.b / DAMPING, rtol=1e-5)
     assert info.converged
 
@@ -85,3 +85,14 @@ def test_steps_beyond_convergence_do_no_harm():
     assert oracles.relative_error(x, oracles.solve(dense, problem.b)) < (
         oracles.tolerance("float32", condition)
     )
+
+
+def test_no_residual_below_rounding_is_called_converged():
+    problem = problems.layer_problem(20, 5, 4, dtype="float32")
+    operator = KroneckerOperator(problem.a, problem.g, 1 / 20, 1 / 20)
+    for rtol, converges in ((1e-2, True), (1e-5, False)):
+        _, info = conjugate_gradient_on_rows(
+            operator, 0.1, problem.b, max_steps=100, rtol=rtol
+        )
+        assert bool(info.converged) == converges
+        assert info.residual_norm > 0

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from models import (
     CASES,
@@ -139,3 +140,19 @@ def test_a_jitted_apply_inside_the_loss_is_refused(traced_before):
         jitted(PARAMS, X)
     with pytest.raises(ValueError, match=r"un-jitted|wrapped in jax.jit"):
         value_and_grad(loss)(PARAMS, X)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_examples_are_those_of_the_arguments_however_deep_the_model(depth):
+    class Flat(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = x.reshape(-1, x.shape[-1])
+            for _ in range(depth):
+                x = nn.tanh(nn.Dense(3)(x))
+            return x
+
+    model, x = Flat(), normal(0, 6, 5, 4)
+    params = init(model, x)
+    run = value_and_grad(lambda p, x: jnp.mean(model.apply({"params": p}, x) ** 2))
+    assert run(params, x)[2].spec.num_examples == 6
