@@ -248,6 +248,47 @@ class LayerTag:
         return math.prod(shape[len(self.stack) :])
 
 
+def find_problem(
+    call: LayerCall,
+    input_shape: tuple[int, ...],
+    param_shape: tuple[int, ...],
+    num_examples: int,
+) -> str | None:
+    """Returns why a captured call cannot be turned into rows, or None if it can."""
+    stack_ndim = len(param_shape) - call.param_ndim
+    added = len(input_shape) - call.input_ndim
+    if stack_ndim < 0:
+        return "its kernel in the parameter tree has another rank than in the layer"
+    stack = param_shape[:stack_ndim]
+    if call.kernel is not None:
+        batch = call.kernel_axes[: call.batch_ndim]
+        stack += tuple(param_shape[stack_ndim + axis] for axis in batch)
+    if stack_ndim and added != stack_ndim:
+        return "its parameters are stacked by a transform along which its rows are not"
+    if stack_ndim and input_shape[: len(stack)] != stack:
+        return (
+            f"its kernel {param_shape} and its rows {input_shape} are stacked along "
+            "different axes; stack both along axis 0"
+        )
+    if call.batch_ndim and added > stack_ndim:
+        return "a batched kernel below a transform that adds positions"
+    positions = num_positions(call, input_shape, len(stack))
+    if positions == 0 or positions % num_examples:
+        return (
+            f"its input has {positions} rows, which is no multiple of the "
+            f"{num_examples} examples: it does not depend on the batch, or mixes it"
+        )
+    return None
+
+
+def num_positions(
+    call: LayerCall, input_shape: tuple[int, ...], stack_ndim: int
+) -> int:
+    """Returns the rows of a call, examples times positions, before a choice."""
+    outer = input_shape[stack_ndim : len(input_shape) - call.inner_ndim]
+    return call.positions_inside * math.prod(outer)
+
+
 def matrix_from_leaves(tag: LayerTag, leaves: Mapping[Path, Array]) -> Array:
     """Returns the layer's parameters as ``(*stack, n_in, n_out)`` in the tag's dtype.
 

@@ -9,8 +9,17 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from optax_cgfac._discovery import Discovery, Layer
-from optax_cgfac._example_rows import Captured, find_problem, num_positions
-from optax_cgfac._layers import LEFT_OUT, CallSite, Form, LayerCall, LayerTag, Use
+from optax_cgfac._example_rows import Captured
+from optax_cgfac._layers import (
+    LEFT_OUT,
+    CallSite,
+    Form,
+    LayerCall,
+    LayerTag,
+    Use,
+    find_problem,
+    num_positions,
+)
 from optax_cgfac._paths import Path, leaves_by_path, text
 from optax_cgfac._types import Array, PyTree
 

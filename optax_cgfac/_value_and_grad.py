@@ -11,7 +11,8 @@ from optax_cgfac._capture import run_captured
 from optax_cgfac._checks import check_positive
 from optax_cgfac._curvature import Curvature, CurvatureSpec, empty_curvature
 from optax_cgfac._discovery import Discovery, discover, discover_wider
-from optax_cgfac._example_rows import Draw, example_rows, num_positions
+from optax_cgfac._example_rows import Draw, example_rows
+from optax_cgfac._layers import num_positions
 from optax_cgfac._modules import bind, update_module
 from optax_cgfac._paths import leaves_by_path
 from optax_cgfac._probes import probe_calls
