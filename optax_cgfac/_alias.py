@@ -68,7 +68,9 @@ def cgfac(
     ``α, μ`` minimize the exact Gauss-Newton quadratic model of the loss on
     ``model_rows`` examples. Every ``damping_interval`` updates the
     Levenberg-Marquardt rule compares the predicted with the actual change of the
-    loss and adapts ``λ``.
+    loss and adapts ``λ``; a step that raised the loss of its batch is not taken. No
+    step promises more than the whole of a loss that is never negative, and a loss that
+    is not finite takes the last step back.
 
     With a learning rate ``η`` the update is ``δ = -η ν x + momentum δ₀`` with ``x``
     the preconditioned gradient, constant or scheduled damping, and ``ν`` the KL
