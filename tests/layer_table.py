@@ -52,7 +52,10 @@ def rows_of_linen():
     """Returns ``{name: (is covered, function that makes the problem)}``."""
 
     def reported(model, inputs):
-        return (lambda p, x: model.apply({"params": p}, x)), init(model, inputs), inputs
+        def model_fn(params, x):
+            return model.apply({"params": params}, x)
+
+        return loss_of(model_fn), init(model, inputs), inputs
 
     table = {
         name: (True, functools.partial(linen_problem, make))
@@ -66,7 +69,7 @@ def rows_of_linen():
     return table | {
         f"whole model {name}": (
             False,
-            lambda make=make: (make(), init(Compact(), X), X),
+            lambda make=make: (loss_of(make()), init(Compact(), X), X),
         )
         for name, make in linen_reported.HIDDEN.items()
     }
@@ -74,7 +77,7 @@ def rows_of_linen():
 
 def linen_problem(make):
     case = make()
-    return case.model_fn, case.params, case.inputs
+    return case.loss, case.params, case.inputs
 
 
 def rows_of_nnx():
@@ -82,11 +85,11 @@ def rows_of_nnx():
 
     def covered(make):
         case = make()
-        return case.model_fn, case.model, case.inputs
+        return case.loss, case.model, case.inputs
 
     def reported(make):
         model, inputs, *_ = make()
-        return (lambda m, x: m(x)), nnx_models.shifted(model), inputs
+        return loss_of(lambda m, x: m(x)), nnx_models.shifted(model), inputs
 
     table = {
         name: (True, functools.partial(covered, make))
@@ -96,9 +99,6 @@ def rows_of_nnx():
         name: (False, functools.partial(reported, make))
         for name, make in nnx_models.REPORTED.items()
     }
-
-
-TABLE = {"linen": rows_of_linen(), "nnx": rows_of_nnx()}
 
 
 def loss_of(model_fn):
@@ -114,13 +114,16 @@ def loss_of(model_fn):
     return loss
 
 
+TABLE = {"linen": rows_of_linen(), "nnx": rows_of_nnx()}
+
+
 def examine(framework, name):
     """Returns the `Line` of a case."""
     _, make = TABLE[framework][name]
     jit = jax.jit if framework == "linen" else nnx.jit
 
-    model_fn, params, inputs = make()
-    run = value_and_grad(loss_of(model_fn), fallback=True, num_examples=NUM_EXAMPLES)
+    loss, params, inputs = make()
+    run = value_and_grad(loss, fallback=True, num_examples=NUM_EXAMPLES)
     _, grads, curvature = jit(run)(params, inputs)
     errors = gradient_errors(grads, curvature)
     errors = {path: float(error) for path, error in errors.items()}
