@@ -275,7 +275,11 @@ def _harvest(
     for key in sorted(rows):
         name, _, token = key.rsplit("#", 2)
         call = decode(name)
-        assert call is not None, key
+        if call is None:
+            raise ValueError(
+                f"The attribute {ROWS!r} of a module holds {key!r}, which is no captured "
+                "call: the name is reserved for optax_cgfac, rename yours."
+            )
         found.append((call, rows[key]))
         tokens.add(token)
     return found, tokens
