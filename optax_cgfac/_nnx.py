@@ -277,8 +277,8 @@ def _harvest(
         call = decode(name)
         if call is None:
             raise ValueError(
-                f"The attribute {ROWS!r} of a module holds {key!r}, which is no captured "
-                "call: the name is reserved for optax_cgfac, rename yours."
+                f"The attribute {ROWS!r} of a module holds {key!r}, which is no "
+                "captured call: the name is reserved for optax_cgfac, rename yours."
             )
         found.append((call, rows[key]))
         tokens.add(token)
