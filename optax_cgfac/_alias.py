@@ -57,6 +57,7 @@ def cgfac(
     preconditioner: Literal["jacobi"] | None = None,
     damping_decay: float = 0.95,
     damping_interval: int = 5,
+    model_interval: int = 1,
     min_damping: float | None = None,
     max_damping: float = 1e4,
     missing: Missing = "raise",
@@ -175,6 +176,7 @@ def cgfac(
         kl_clip,
         damping_decay,
         damping_interval,
+        model_interval,
         min_damping,
         max_damping,
     )

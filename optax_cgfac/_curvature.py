@@ -11,6 +11,7 @@ from optax_cgfac._checks import check_damping, check_positive
 from optax_cgfac._criterion import Criterion
 from optax_cgfac._fisher_blocks import BlockFisherOperator, FullFisherOperator
 from optax_cgfac._layers import LayerTag
+from optax_cgfac._low_rank import LayerSpectra, empty_spectrum, refresh
 from optax_cgfac._numerics import scaled
 from optax_cgfac._operators import (
     DampedOperator,
@@ -62,6 +63,10 @@ class CurvatureSpec:
       batched: For every leaf of the inputs, whether it has an axis of examples.
       factor: Of the Fisher beside a mean over examples: their number for a sum.
       num_examples: Examples of an update.
+      rank: Eigenpairs kept of each factor; None for none.
+      refresh_every: Captures between two computations of eigenpairs.
+      batch_size: Examples of the user's batch.
+      capture_every: Updates between two that capture rows.
     """
 
     tags: tuple[LayerTag, ...]
@@ -73,6 +78,10 @@ class CurvatureSpec:
     batched: tuple[bool, ...] = ()
     factor: int = 1
     num_examples: int = 1
+    rank: int | None = None
+    refresh_every: int = 8
+    batch_size: int = 1
+    capture_every: int = 1
 
 
 @jax.tree_util.register_dataclass
@@ -87,7 +96,9 @@ class Curvature:
       spec: The static part.
       layers: Rows by layer name, all slots of the window one after the other.
       num_updates: How often rows were added, int32.
+      num_calls: How often the estimator was called, int32.
       model_inputs: A slice of the last inputs, for Gauss-Newton products.
+      spectra: Leading eigenpairs of the factors, by layer name, where they are kept.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax_cgfac
@@ -107,7 +118,9 @@ class Curvature:
     spec: CurvatureSpec = dataclasses.field(metadata={"static": True})
     layers: dict[str, LayerRows]
     num_updates: Array
+    num_calls: Array
     model_inputs: PyTree = None
+    spectra: dict[str, LayerSpectra] = dataclasses.field(default_factory=dict)
 
     @property
     def tags(self) -> tuple[LayerTag, ...]:
@@ -247,12 +260,27 @@ class Curvature:
             layers[tag.name] = _update_slot(self.layers[tag.name], new, slot)
         if model_inputs is None:
             model_inputs = self.model_inputs
-        return dataclasses.replace(
+        pushed = dataclasses.replace(
             self,
             layers=layers,
             num_updates=self.num_updates + 1,
             model_inputs=model_inputs,
         )
+        if not self.spectra:
+            return pushed
+        # Every update is news until the window is full.
+        due = self.num_updates < self.spec.window
+        due |= pushed.num_updates % self.spec.refresh_every == 0
+        spectra = jax.lax.cond(due, pushed._new_spectra, lambda: self.spectra)
+        return dataclasses.replace(pushed, spectra=spectra)
+
+    def _new_spectra(self) -> dict[str, LayerSpectra]:
+        tags = [tag for tag in self.tags if tag.name in self.spectra]
+        operators = [self.kronecker_operator(t, self.layers[t.name]) for t in tags]
+        old = [self.spectra[tag.name] for tag in tags]
+        return {
+            tag.name: new for tag, new in zip(tags, refresh(operators, old), strict=True)
+        }
 
     def with_window(self, window: int) -> "Curvature":
         """Returns an empty curvature of the same layers with another window.
@@ -324,7 +352,20 @@ def check_units(
 def empty_curvature(spec: CurvatureSpec, model_inputs: PyTree = None) -> Curvature:
     """Returns a curvature whose window holds no rows yet."""
     layers = {tag.name: _empty_rows(tag, spec.window) for tag in spec.tags}
-    return Curvature(spec, layers, jnp.zeros((), jnp.int32), model_inputs)
+    spectra = {}
+    for tag in spec.tags:
+        rows = layers[tag.name]
+        if spec.rank is not None and isinstance(rows.a, Array):
+            count = num_rows(rows.a)
+            if min(max(tag.n_in, tag.n_out), count) > spec.rank:
+                a, g = (
+                    empty_spectrum(tag.stack, count, n, spec.rank, tag.dtype)
+                    for n in (tag.n_in, tag.n_out)
+                )
+                spectra[tag.name] = LayerSpectra(a, g)
+    zero = jnp.zeros((), jnp.int32)
+    # Two arrays, so that the curvature can be donated.
+    return Curvature(spec, layers, zero, jnp.zeros_like(zero), model_inputs, spectra)
 
 
 def _empty_rows(tag: LayerTag, window: int) -> LayerRows:

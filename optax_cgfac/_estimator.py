@@ -1,5 +1,6 @@
 """The user's way to curvature: `fisher_estimator`."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -92,6 +93,9 @@ def fisher_estimator(
     weight_sharing: WeightSharing = "expand",
     positions: int | None = 1,
     rows_dtype: Any = None,
+    rank: int | None = 64,
+    refresh_every: int = 8,
+    capture_every: int | None = None,
     reduction: Reduction = "mean",
     weights: Callable[[PyTree], PyTree] | None = None,
 ) -> CurvatureEstimator:
@@ -150,6 +154,10 @@ def fisher_estimator(
         which stands for the diagonal of that factor.
       rows_dtype: The dtype in which rows are kept, such as ``jnp.bfloat16`` to halve
         the window; None for the parameters' own, at least float32.
+      rank: Eigenpairs kept of each Kronecker factor of a layer, with which `cgfac` solves
+        its systems where a factor has more; None to solve with all rows.
+      refresh_every: Updates between two computations of the eigenpairs, once the window
+        is full.
       reduction: How the loss joins predictions: their ``"mean"``, their ``"sum"``, or
         ``"mean_of_sums"``, summed over the positions of an example and averaged over
         examples.
@@ -218,7 +226,9 @@ def fisher_estimator(
     criterion = make_criterion(loss, reduction, weights)
     check_options(model_fn, criterion, kind, samples, weight_sharing, where)
     counts = {"window": window, "rows": rows, "model_rows": model_rows}
-    counts |= {"samples": samples}
+    counts |= {"samples": samples, "refresh_every": refresh_every}
+    counts |= {} if rank is None else {"rank": rank}
+    counts |= {} if capture_every is None else {"capture_every": capture_every}
     counts |= {} if positions is None else {"positions": positions}
     for name, value in counts.items():
         check_positive(name, value)
@@ -232,6 +242,9 @@ def fisher_estimator(
         weight_sharing,
         positions,
         whole_batch,
+        rank,
+        refresh_every,
+        capture_every,
     )
 
     def init(params: PyTree, inputs: PyTree) -> Curvature:
@@ -276,6 +289,10 @@ def fisher_estimator(
             batched,
             criterion.factor(num_examples),
             rows,
+            rank,
+            refresh_every,
+            num_examples,
+            capture_every or _capture_every(captured, num_examples),
         )
         kept = num_examples if whole_batch else min(model_rows, num_examples)
         return empty_curvature(spec, slice_examples(inputs, batched, jnp.arange(kept)))
@@ -293,6 +310,31 @@ def fisher_estimator(
         batched = curvature.spec.batched
         num_examples = check_examples(inputs, batched, curvature.model_inputs, rows)
         check_targets(targets, num_examples)
+        every = curvature.spec.capture_every
+
+        def capture() -> Curvature:
+            return captured_rows(curvature, function, params, inputs, rng, targets)
+
+        if every > 1:
+            # Every update counts until the window is full.
+            due = curvature.num_updates < window
+            due |= curvature.num_calls % every == 0
+            curvature = jax.lax.cond(due, capture, lambda: curvature)
+        else:
+            curvature = capture()
+        return dataclasses.replace(curvature, num_calls=curvature.num_calls + 1)
+
+    def captured_rows(
+        curvature: Curvature,
+        function: Callable[..., PyTree],
+        params: PyTree,
+        inputs: PyTree,
+        rng: Array | None,
+        targets: PyTree,
+    ) -> Curvature:
+        """Adds rows of a few of the examples."""
+        batched = curvature.spec.batched
+        num_examples = num_kept(inputs, batched)
         if rng is None:
             # Without randomness the choice of examples and positions cycles.
             start, sample_rng, position_rng = curvature.num_updates, None, None
@@ -372,6 +414,17 @@ def fisher_estimator(
         return discovery
 
     return CurvatureEstimator(init, update)
+
+
+def _capture_every(captured: int, num_examples: int) -> int:
+    """Updates between captures such that they cost about a sixteenth of the gradient.
+
+    Batches of less than 64 examples are not worth it: their steps take the time that
+    it takes to start them.
+    """
+    if num_examples < 64:
+        return 1
+    return min(-(-16 * captured // num_examples), 8)
 
 
 def _with_random_signs(

@@ -70,14 +70,32 @@ def factored_damping(
     dtype = operator.g.dtype
     a_trace = squared_norm(operator.a) * jnp.asarray(operator.a_scale, dtype)
     g_trace = squared_norm(operator.g) * jnp.asarray(operator.g_scale, dtype)
-    a_mean = a_trace / num_features(operator.a)
-    g_mean = g_trace / num_features(operator.g)
+    sizes = num_features(operator.a), num_features(operator.g)
+    return FactoredDampedOperator(
+        operator, *split_damping(a_trace, g_trace, sizes, damping)
+    )
+
+
+def split_damping(
+    a_trace: Array, g_trace: Array, sizes: tuple[int, ...], damping: Array | float
+) -> tuple[Array, Array]:
+    """Returns ``α`` and ``β`` from the factors' traces; see `factored_damping`.
+
+    Args:
+      a_trace: ``tr A``, shape ``stack``.
+      g_trace: ``tr G``, shape ``stack``.
+      sizes: ``n_A`` and ``n_G``.
+      damping: The scalar ``γ``.
+
+    Returns:
+      The two dampings, shape ``stack``.
+    """
+    a_mean, g_mean = a_trace / sizes[0], g_trace / sizes[1]
     both = (a_mean > 0) & (g_mean > 0)
     pi_squared = jnp.where(both, a_mean / jnp.where(both, g_mean, 1), 1)
     pi = jnp.sqrt(jnp.clip(pi_squared, 1 / _MAX_PI_SQUARED, _MAX_PI_SQUARED))
-    root = jnp.sqrt(jnp.asarray(damping, dtype))
-    return FactoredDampedOperator(
-        operator,
+    root = jnp.sqrt(jnp.asarray(damping, g_trace.dtype))
+    return (
         jnp.maximum(root * pi, tiny_shift(a_trace)),
         jnp.maximum(root / pi, tiny_shift(g_trace)),
     )

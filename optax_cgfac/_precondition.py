@@ -14,6 +14,7 @@ from optax_cgfac._layers import (
     matrix_from_leaves,
     rows_for_leaves,
 )
+from optax_cgfac._low_rank import LayerSpectra
 from optax_cgfac._numerics import safe_divide
 from optax_cgfac._paths import Path, leaves_by_path, map_with_path, text
 from optax_cgfac._solve import SolveConfig, solve_layers
@@ -106,6 +107,7 @@ def precondition(
         gamma,
         [problem.b for problem in problems],
         [problem.x0 for problem in problems],
+        [problem.spectra for problem in problems],
     )
     solutions: dict[Path, Array] = {}
     infos: dict[Path, tuple[CGInfo, Array]] = {}
@@ -126,6 +128,7 @@ class _Problem(NamedTuple):
     operator: Any
     b: Array
     x0: Array | None
+    spectra: LayerSpectra | None
 
 
 def _problem(
@@ -142,7 +145,10 @@ def _problem(
     if starts is not None:
         x0 = matrix_from_leaves(tag, {path: starts[path] for path in present})
     operator = curvature.layer_operator(tag, rows, config.structure)
-    return _Problem(tag, present, operator, matrix_from_leaves(tag, present), x0)
+    # The eigenpairs are those of the layer with all of its parameters.
+    spectra = curvature.spectra.get(tag.name) if len(present) == len(tag.leaves) else None
+    b = matrix_from_leaves(tag, present)
+    return _Problem(tag, present, operator, b, x0, spectra)
 
 
 def _replace_non_finite(

@@ -93,7 +93,7 @@ def gauss_newton_products(
 def quadratic_model(
     curvature: Curvature,
     params: PyTree,
-    grads: PyTree,
+    slope: Array,
     directions: tuple[PyTree, PyTree],
     *,
     damping: Array,
@@ -104,7 +104,7 @@ def quadratic_model(
     Args:
       curvature: Holds the model, the loss and the examples.
       params: The parameters ``θ``.
-      grads: ``∇h``, with the ``l2`` term.
+      slope: ``∇hᵀ vᵢ``, with the ``l2`` term, shape ``(2,)``.
       directions: ``Δ`` and ``δ₀``, like ``params``.
       damping: ``λ``.
       l2: ``η``.
@@ -116,10 +116,9 @@ def quadratic_model(
     dtype = fisher.dtype
     norms = jnp.array([[tree_dot(u, v) for v in directions] for u in directions])
     norms = norms.astype(dtype)
-    slope = jnp.array([tree_dot(grads, v) for v in directions]).astype(dtype)
     undamped = fisher + jnp.asarray(l2, dtype) * norms
     damped = undamped + jnp.asarray(damping, dtype) * norms
-    return QuadraticModel(damped, undamped, slope)
+    return QuadraticModel(damped, undamped, slope.astype(dtype))
 
 
 def within_loss(model: QuadraticModel, step: Step, value: Array) -> Step:

@@ -12,6 +12,7 @@ from optax_cgfac._checks import check_positive, is_number
 from optax_cgfac._factored import factored_damping, solve_by_cg, solve_directly
 from optax_cgfac._fisher_blocks import FullFisherOperator
 from optax_cgfac._kfac import solve_by_eigendecomposition
+from optax_cgfac._low_rank import LayerSpectra, solve_low_rank
 from optax_cgfac._numerics import safe_divide, tree_dot, tree_dtype
 from optax_cgfac._operators import (
     DampedOperator,
@@ -230,6 +231,7 @@ def solve_layers(
     damping: Array,
     bs: Sequence[Array],
     x0s: Sequence[Array | None],
+    spectra: Sequence[LayerSpectra | None],
 ) -> list[tuple[Array, CGInfo]]:
     """Solves the damped systems of many layers.
 
@@ -240,6 +242,7 @@ def solve_layers(
       damping: The scalar ``γ``.
       bs: The right-hand sides, shapes ``(*stack, n_in, n_out)``.
       x0s: The warm starts, like ``bs``, or None.
+      spectra: The leading eigenpairs of the layers' factors, or None.
 
     Returns:
       For each layer the solution, like its ``b``, and a `CGInfo` with entries of
@@ -252,8 +255,13 @@ def solve_layers(
             _solve_layer(config, operator, jnp.asarray(damping, b.dtype), b, x0)
             for operator, b, x0 in zip(operators, bs, x0s, strict=True)
         ]
-    damped = [factored_damping(operator, damping) for operator in operators]
-    return [(x, _exact(x.dtype)) for x in solve_directly(damped, bs)]
+    known = dict(enumerate(spectra)) if config.solver == "auto" else {}
+    xs = {i: solve_low_rank(s, damping, bs[i]) for i, s in known.items() if s}
+    others = [i for i in range(len(bs)) if i not in xs]
+    damped = [factored_damping(operators[i], damping) for i in others]
+    solved = solve_directly(damped, [bs[i] for i in others])
+    xs |= dict(zip(others, solved, strict=True))
+    return [(xs[i], _exact(xs[i].dtype)) for i in range(len(bs))]
 
 
 def _solve_layer(

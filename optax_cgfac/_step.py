@@ -17,9 +17,19 @@ from optax_cgfac._damping import (
 )
 from optax_cgfac._numerics import tree_dot, tree_is_finite
 from optax_cgfac._precondition import SolveInfo
-from optax_cgfac._quadratic_model import minimize_in_box, quadratic_model, within_loss
+from optax_cgfac._quadratic_model import (
+    QuadraticModel,
+    Step,
+    minimize_in_box,
+    quadratic_model,
+    within_loss,
+)
 from optax_cgfac._transform import ScalarOrSchedule
 from optax_cgfac._types import Array, PyTree
+
+
+# Updates at the beginning, where the step size changes most, that all fit the model.
+_FIT_ALWAYS = 10
 
 
 class CGFACState(NamedTuple):
@@ -59,6 +69,7 @@ class StepOptions:
     kl_clip: float | None
     damping_decay: float
     damping_interval: int
+    model_interval: int
     min_damping: float
     max_damping: float
 
@@ -115,12 +126,27 @@ def adaptive_step(
       The update ``δ`` and the state with the new scalars.
     """
     directions = (direction, state.velocity)
-    model = quadratic_model(
-        curvature, params, grads, directions, damping=state.damping, l2=options.l2
-    )
+    slope = jnp.array([tree_dot(grads, v) for v in directions])
     fixed = options.momentum
     box = {} if fixed is None else {"min_momentum": fixed, "max_momentum": fixed}
-    step = minimize_in_box(model, **box)
+
+    def fit() -> tuple[Array, Array]:
+        model = quadratic_model(
+            curvature, params, slope, directions, damping=state.damping, l2=options.l2
+        )
+        best = jnp.stack(minimize_in_box(model, **box))
+        return best.astype(slope.dtype), model.undamped.astype(slope.dtype)
+
+    def keep() -> tuple[Array, Array]:
+        last = jnp.stack([state.step_size, state.momentum])
+        return last.astype(slope.dtype), jnp.zeros((2, 2), slope.dtype)
+
+    count = state.cgfac_count + 1
+    due = count % options.damping_interval == 0
+    fits = due | (count <= _FIT_ALWAYS) | (count % options.model_interval == 0)
+    coefficients, undamped = jax.lax.cond(fits, fit, keep)
+    model = QuadraticModel(undamped, undamped, slope)
+    step = Step(coefficients[0], coefficients[1])
     criterion = curvature.spec.criterion
     if criterion is not None and criterion.is_nonnegative:
         step = within_loss(model, step, _regularized(objective.value, params, options))
@@ -161,7 +187,6 @@ def adaptive_step(
         # finite, is not taken (Nocedal & Wright 2006, algorithm 4.1); damp more.
         return damping, ratio, ratio > 0
 
-    due = (state.cgfac_count + 1) % options.damping_interval == 0
     damping, ratio, taken = jax.lax.cond(
         due, adapt, lambda: (state.damping, state.reduction_ratio, jnp.array(True))
     )
