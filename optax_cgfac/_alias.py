@@ -10,6 +10,7 @@ import optax
 from optax_cgfac._checks import check_damping, check_positive, is_number
 from optax_cgfac._curvature import Curvature
 from optax_cgfac._fallback import Rest, select
+from optax_cgfac._numerics import tree_is_finite
 from optax_cgfac._precondition import init_info, precondition
 from optax_cgfac._solve import SolveConfig, Structure, default_damping_form
 from optax_cgfac._step import (
@@ -55,9 +56,9 @@ def cgfac(
     rtol: float = 1e-2,
     warm_start: bool = True,
     preconditioner: Literal["jacobi"] | None = None,
-    damping_decay: float = 0.95,
+    damping_decay: float = 0.9,
     damping_interval: int = 5,
-    model_interval: int = 1,
+    model_interval: int | None = None,
     min_damping: float | None = None,
     max_damping: float = 1e4,
     missing: Missing = "raise",
@@ -104,6 +105,9 @@ def cgfac(
       damping_decay: ``ω`` per update of the Levenberg-Marquardt rule.
       damping_interval: Updates between two adaptations, each of which evaluates
         ``value_fn`` once.
+      model_interval: Updates between two evaluations of the quadratic model, all of the
+        first ten aside; step size and momentum stay in between. None for as many as
+        keep its share of the gradient's work below about 8 %, at most 10.
       min_damping: Lower end of the adapted damping. On small batches a good
         reduction ratio rewards fitting the batch, and without a floor the damping
         falls until the loss turns up. None for 1e-3, or for 0.1 where the structure has
@@ -243,14 +247,18 @@ def cgfac(
         old = state
         if learning_rate is None:
             objective = _objective(value, value_fn)
-            delta, state = adaptive_step(
+            step, finite, state = adaptive_step(
                 options, state, curvature, params, grads, direction, objective
             )
         else:
-            delta, state = scheduled_step(
+            step, finite, state = scheduled_step(
                 options, state, grads, direction, learning_rate, gamma
             )
-        delta, state, good = settle(options, old, state, updates, delta, value)
+        if fallback is not None:
+            finite &= tree_is_finite(updates)
+        delta, state, good = settle(
+            options, old, state, direction, step, finite, value
+        )
         state = state._replace(
             cgfac_count=count,
             warm_start=_like(old.warm_start, solution),
@@ -287,6 +295,8 @@ def _like(old: PyTree | None, new: PyTree) -> PyTree | None:
 
 def _check_options(options: StepOptions) -> None:
     check_positive("damping_interval", options.damping_interval, may_be_array=True)
+    if options.model_interval is not None:
+        check_positive("model_interval", options.model_interval, may_be_array=True)
     for name in ("l2", "momentum", "kl_clip"):
         number = getattr(options, name)
         if is_number(number) and not 0 <= number < float("inf"):

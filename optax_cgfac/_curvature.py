@@ -277,10 +277,8 @@ class Curvature:
     def _new_spectra(self) -> dict[str, LayerSpectra]:
         tags = [tag for tag in self.tags if tag.name in self.spectra]
         operators = [self.kronecker_operator(t, self.layers[t.name]) for t in tags]
-        old = [self.spectra[tag.name] for tag in tags]
-        return {
-            tag.name: new for tag, new in zip(tags, refresh(operators, old), strict=True)
-        }
+        spectra = refresh(operators, [self.spectra[tag.name] for tag in tags])
+        return {tag.name: x for tag, x in zip(tags, spectra, strict=True)}
 
     def with_window(self, window: int) -> "Curvature":
         """Returns an empty curvature of the same layers with another window.

@@ -6,7 +6,7 @@ Knows arrays and shapes, not Flax. `_example_rows` turns captured calls into row
 import ast
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -295,7 +295,13 @@ def matrix_from_leaves(tag: LayerTag, leaves: Mapping[Path, Array]) -> Array:
     Only the leaves that are present take part: a masked kernel or bias leaves
     the rows of the other.
     """
-    parts = []
+    blocks = blocks_from_leaves(tag, leaves)
+    return jnp.concatenate(blocks, -1 if tag.is_elementwise else -2)
+
+
+def blocks_from_leaves(tag: LayerTag, leaves: Mapping[Path, Array]) -> list[Array]:
+    """Returns the leaves that are present, in order, as parts of the layer's matrix."""
+    blocks = []
     for path in tag.leaves:
         if path not in leaves:
             continue
@@ -305,38 +311,47 @@ def matrix_from_leaves(tag: LayerTag, leaves: Mapping[Path, Array]) -> Array:
             leaf = leaf.reshape(*lifted, *tag.view)
             order = (len(lifted) + axis for axis in tag.axes)
             leaf = leaf.transpose(*range(len(lifted)), *order)
-            parts.append(leaf.reshape(*tag.stack, -1, tag.n_out))
+            blocks.append(leaf.reshape(*tag.stack, -1, tag.n_out))
         else:
-            parts.append(leaf.reshape(*tag.stack, 1, -1))
-    return jnp.concatenate(parts, -1 if tag.is_elementwise else -2)
+            blocks.append(leaf.reshape(*tag.stack, 1, -1))
+    return blocks
 
 
 def leaves_from_matrix(
     tag: LayerTag, matrix: Array, like: Mapping[Path, Array]
 ) -> dict[Path, Array]:
     """Splits a matrix into leaves with the shapes and dtypes of those in ``like``."""
-    leaves = {}
+    blocks = []
     if tag.is_elementwise:
         start = 0
         for path in tag.leaves:
             if path in like:
                 end = start + tag.width(path)
-                leaves[path] = matrix[..., start:end]
+                blocks.append(matrix[..., start:end])
                 start = end
     else:
-        if tag.bias is not None and tag.bias in like:
-            leaves[tag.bias] = matrix[..., -1, :]
         if tag.kernel is not None and tag.kernel in like:
-            kernel = matrix[..., : tag.n_in - (tag.bias is not None), :]
+            blocks.append(matrix[..., : tag.n_in - (tag.bias is not None), :])
+        if tag.bias is not None and tag.bias in like:
+            blocks.append(matrix[..., -1:, :])
+    return leaves_from_blocks(tag, blocks, like)
+
+
+def leaves_from_blocks(
+    tag: LayerTag, blocks: Sequence[Array], like: Mapping[Path, Array]
+) -> dict[Path, Array]:
+    """Returns what `blocks_from_leaves` made blocks of; see `leaves_from_matrix`."""
+    leaves = {}
+    present = (path for path in tag.leaves if path in like)
+    for path, block in zip(present, blocks, strict=True):
+        if path == tag.kernel:
             lifted = tag.stack[: len(tag.stack) - tag.batch_ndim]
-            kernel = kernel.reshape(*lifted, *(tag.view[axis] for axis in tag.axes))
+            kernel = block.reshape(*lifted, *(tag.view[axis] for axis in tag.axes))
             back = sorted(range(len(tag.axes)), key=tag.axes.__getitem__)
             order = (len(lifted) + axis for axis in back)
-            leaves[tag.kernel] = kernel.transpose(*range(len(lifted)), *order)
-    return {
-        path: leaf.reshape(like[path].shape).astype(like[path].dtype)
-        for path, leaf in leaves.items()
-    }
+            block = kernel.transpose(*range(len(lifted)), *order)
+        leaves[path] = block.reshape(like[path].shape).astype(like[path].dtype)
+    return leaves
 
 
 def rows_for_leaves(

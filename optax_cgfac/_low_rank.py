@@ -15,6 +15,8 @@ The eigenpairs come from subspace iteration, warm-started with the previous ones
 on the smaller of the Gram matrix ``a aᵀ`` and the factor ``aᵀ a``.
 """
 
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,7 +28,7 @@ from optax_cgfac._numerics import matmul, safe_divide, scaled
 from optax_cgfac._operators import KroneckerOperator
 from optax_cgfac._types import Array
 
-# Sides are padded to a multiple of this, so that most of them share one batch.
+# Sides are padded to twice this, four times, ... , so that most of them share a batch.
 _BLOCK = 32
 # Products with the factor per refresh; warm-started, one would nearly do.
 _POWER_STEPS = 2
@@ -111,10 +113,8 @@ class _Side(NamedTuple):
         good = values > rounding * values[..., -1:]
         if self.is_wide:
             root = jnp.sqrt(jnp.where(good, values, 1))[..., None, :]
-            vectors = matmul(self.rows.mT, vectors) / root
-            vectors = vectors * scaled(jnp.ones_like(values), self.scale**0.5)[
-                ..., None, :
-            ]
+            rows = scaled(self.rows, jnp.sqrt(self.scale))
+            vectors = matmul(rows.mT, vectors) / root
         return jnp.where(good[..., None, :], vectors, 0)
 
 
@@ -141,19 +141,28 @@ def refresh(
     matrices = [side.matrix() for side in sides]
     groups: dict[tuple[int, int, jnp.dtype], list[int]] = {}
     for index, (side, matrix) in enumerate(zip(sides, matrices, strict=True)):
-        size = -(-matrix.shape[-1] // _BLOCK) * _BLOCK
+        size = _BLOCK
+        while size < matrix.shape[-1]:
+            size *= 2
         rank = side.old.values.shape[-1]
         if rank == matrix.shape[-1]:
             rank = size  # padded too, and cut off again
         groups.setdefault((size, rank, matrix.dtype), []).append(index)
     found: dict[int, Spectrum] = {}
+    token = jnp.zeros(())
     for (size, rank, _), members in groups.items():
         batch = jnp.concatenate([_padded(matrices[i], size, size) for i in members])
         start = None
         if rank < size:
             starts = [_padded(sides[i].start(), size, rank) for i in members]
             start = jnp.concatenate(starts)
+        # One after the other, by a dependence that is there for nothing else: XLA's CPU
+        # backend runs two batches of LAPACK calls at once, which then wait for each
+        # other's threads for ever (seen with jaxlib 0.10.2 on two cores).
+        batch = batch + token.astype(batch.dtype)
         values, vectors = _leading_eigenpairs(batch, start)
+        token = jnp.minimum(jnp.abs(values[0, 0]), 0)
+        token = jnp.where(jnp.isnan(token), 0, token)
         first = 0
         for i in members:
             side, stack = sides[i], matrices[i].shape[:-2]
@@ -161,8 +170,9 @@ def refresh(
             last = first + _count(matrices[i])
             own_values = values[first:last, -kept:].reshape(*stack, kept)
             own = vectors[first:last, :dim, -kept:].reshape(*stack, dim, kept)
+            lifted = side.lift(own_values, own)
             trace = jnp.trace(matrices[i], axis1=-2, axis2=-1)
-            found[i] = Spectrum(side.lift(own_values, own), own_values, trace)
+            found[i] = Spectrum(lifted, own_values, trace)
             first = last
     return [
         LayerSpectra(found[2 * index], found[2 * index + 1])
@@ -199,29 +209,46 @@ def _leading_eigenpairs(
     return jnp.maximum(values, 0) * trace[..., 0], vectors
 
 
-def solve_low_rank(spectra: LayerSpectra, damping: Array, b: Array) -> Array:
+def solve_low_rank(
+    spectra: LayerSpectra, damping: Array, blocks: Sequence[Array]
+) -> tuple[list[Array], Array]:
     r"""Returns ``(A + αI)⁻¹ b (G + βI)⁻¹`` with the kept eigenpairs.
 
     Args:
       spectra: The eigenpairs.
       damping: The scalar ``γ = αβ``.
-      b: The right-hand side, shape ``(*stack, n_in, n_out)``.
+      blocks: The right-hand side, one above the other, shapes ``(*stack, n, n_out)``:
+        a kernel and a bias need not be copied into one matrix.
 
     Returns:
-      The solution, like ``b``.
+      The blocks of the solution and whether it is finite. If not, the blocks are the
+      right-hand side over the damped mean curvature, without what is not finite.
     """
     a, g = spectra
-    alpha, beta = split_damping(a.trace, g.trace, b.shape[-2:], damping)
+    sizes = a.vectors.shape[-2], g.vectors.shape[-2]
+    alpha, beta = split_damping(a.trace, g.trace, sizes, damping)
     a_share = a.values / (a.values + alpha[..., None])
-    g_share = g.values / (g.values + beta[..., None])
+    g_share = (g.values / (g.values + beta[..., None]))[..., None, :]
+    ends = list(itertools.accumulate(block.shape[-2] for block in blocks))
+    parts = jnp.split(a.vectors, ends[:-1], -2)
     # x αβ = (I - V_a s_a V_aᵀ) b (I - V_g s_g V_gᵀ), in one product of rank 2r.
-    left = matmul(a.vectors.mT, b)
-    right = matmul(b, g.vectors) * g_share[..., None, :]
-    both = matmul(left, g.vectors) * g_share[..., None, :]
-    left = a_share[..., None] * (left - matmul(both, g.vectors.mT))
-    columns = jnp.concatenate([a.vectors, right], -1)
+    products = [matmul(v.mT, b) for v, b in zip(parts, blocks, strict=True)]
+    left = functools.reduce(jnp.add, products)
+    both = matmul(matmul(left, g.vectors) * g_share, g.vectors.mT)
+    left = a_share[..., None] * (left - both)
     rows = jnp.concatenate([left, g.vectors.mT], -2)
-    return (b - matmul(columns, rows)) / (alpha * beta)[..., None, None]
+    # What is not finite in b is not finite here either, nor in the solution.
+    scale = 1 / (alpha * beta)
+    finite = jnp.all(jnp.isfinite(rows)) & jnp.all(jnp.isfinite(scale))
+    mean_curvature = a.trace * g.trace / (sizes[0] * sizes[1]) + damping
+    solution = []
+    for v, b in zip(parts, blocks, strict=True):
+        columns = jnp.concatenate([v, matmul(b, g.vectors) * g_share], -1)
+        x = scaled(b - matmul(columns, rows), scale)
+        safe = scaled(b, 1 / mean_curvature)
+        safe = jnp.where(jnp.isfinite(safe), safe, 0)
+        solution.append(jnp.where(finite, x, safe))
+    return solution, finite
 
 
 def _count(x: Array) -> int:

@@ -10,14 +10,16 @@ from optax_cgfac._cg import CGInfo
 from optax_cgfac._curvature import Curvature, check_units
 from optax_cgfac._layers import (
     LayerTag,
+    blocks_from_leaves,
+    leaves_from_blocks,
     leaves_from_matrix,
     matrix_from_leaves,
     rows_for_leaves,
 )
-from optax_cgfac._low_rank import LayerSpectra
+from optax_cgfac._low_rank import LayerSpectra, solve_low_rank
 from optax_cgfac._numerics import safe_divide
 from optax_cgfac._paths import Path, leaves_by_path, map_with_path, text
-from optax_cgfac._solve import SolveConfig, solve_layers
+from optax_cgfac._solve import SolveConfig, exact_info, solve_layers
 from optax_cgfac._types import Array, PyTree
 
 
@@ -101,16 +103,25 @@ def precondition(
         )
     if config.structure == "full":
         check_units([p.operator for p in problems], [p.tag for p in problems])
+    solutions: dict[Path, Array] = {}
+    infos: dict[Path, tuple[CGInfo, Array]] = {}
+    if config.takes_spectra:
+        for problem in problems:
+            if problem.spectra is not None:
+                blocks, is_finite = solve_low_rank(
+                    problem.spectra, gamma, blocks_from_leaves(problem.tag, problem.leaves)
+                )
+                solutions |= leaves_from_blocks(problem.tag, blocks, problem.leaves)
+                exact = exact_info(problem.tag.dtype)
+                infos |= dict.fromkeys(problem.leaves, (exact, ~is_finite))
+        problems = [problem for problem in problems if problem.spectra is None]
     results = solve_layers(
         config,
         [problem.operator for problem in problems],
         gamma,
         [problem.b for problem in problems],
         [problem.x0 for problem in problems],
-        [problem.spectra for problem in problems],
     )
-    solutions: dict[Path, Array] = {}
-    infos: dict[Path, tuple[CGInfo, Array]] = {}
     for problem, (x, cg_info) in zip(problems, results, strict=True):
         x, failed = _replace_non_finite(x, problem.b, problem.operator, gamma)
         solutions |= leaves_from_matrix(problem.tag, x, problem.leaves)
@@ -146,7 +157,8 @@ def _problem(
         x0 = matrix_from_leaves(tag, {path: starts[path] for path in present})
     operator = curvature.layer_operator(tag, rows, config.structure)
     # The eigenpairs are those of the layer with all of its parameters.
-    spectra = curvature.spectra.get(tag.name) if len(present) == len(tag.leaves) else None
+    is_whole = len(present) == len(tag.leaves)
+    spectra = curvature.spectra.get(tag.name) if is_whole else None
     b = matrix_from_leaves(tag, present)
     return _Problem(tag, present, operator, b, x0, spectra)
 

@@ -12,7 +12,6 @@ from optax_cgfac._checks import check_positive, is_number
 from optax_cgfac._factored import factored_damping, solve_by_cg, solve_directly
 from optax_cgfac._fisher_blocks import FullFisherOperator
 from optax_cgfac._kfac import solve_by_eigendecomposition
-from optax_cgfac._low_rank import LayerSpectra, solve_low_rank
 from optax_cgfac._numerics import safe_divide, tree_dot, tree_dtype
 from optax_cgfac._operators import (
     DampedOperator,
@@ -91,6 +90,11 @@ class SolveConfig:
                 f"structure={self.structure!r} has no factors to decompose: use "
                 "solver='cg' or 'cholesky'."
             )
+
+    @property
+    def takes_spectra(self) -> bool:
+        """Whether the leading eigenpairs of a layer's factors, if known, are enough."""
+        return self.solver == "auto" and _solver(self) == "cholesky"
 
     @property
     def is_iterative(self) -> bool:
@@ -231,7 +235,6 @@ def solve_layers(
     damping: Array,
     bs: Sequence[Array],
     x0s: Sequence[Array | None],
-    spectra: Sequence[LayerSpectra | None],
 ) -> list[tuple[Array, CGInfo]]:
     """Solves the damped systems of many layers.
 
@@ -242,7 +245,6 @@ def solve_layers(
       damping: The scalar ``γ``.
       bs: The right-hand sides, shapes ``(*stack, n_in, n_out)``.
       x0s: The warm starts, like ``bs``, or None.
-      spectra: The leading eigenpairs of the layers' factors, or None.
 
     Returns:
       For each layer the solution, like its ``b``, and a `CGInfo` with entries of
@@ -255,13 +257,8 @@ def solve_layers(
             _solve_layer(config, operator, jnp.asarray(damping, b.dtype), b, x0)
             for operator, b, x0 in zip(operators, bs, x0s, strict=True)
         ]
-    known = dict(enumerate(spectra)) if config.solver == "auto" else {}
-    xs = {i: solve_low_rank(s, damping, bs[i]) for i, s in known.items() if s}
-    others = [i for i in range(len(bs)) if i not in xs]
-    damped = [factored_damping(operators[i], damping) for i in others]
-    solved = solve_directly(damped, [bs[i] for i in others])
-    xs |= dict(zip(others, solved, strict=True))
-    return [(xs[i], _exact(xs[i].dtype)) for i in range(len(bs))]
+    damped = [factored_damping(operator, damping) for operator in operators]
+    return [(x, exact_info(x.dtype)) for x in solve_directly(damped, bs)]
 
 
 def _solve_layer(
@@ -288,7 +285,7 @@ def _solve_layer(
     plan = make_plan(config, num_rows(operator.a), n_in, n_out)
     damped = damped_operator(operator, damping, config.damping_form)
     if plan.solver == "eigendecomposition":
-        return solve_by_eigendecomposition(damped, b), _exact(b.dtype)
+        return solve_by_eigendecomposition(damped, b), exact_info(b.dtype)
     limits = {"max_steps": config.max_steps, "rtol": config.rtol}
     if plan.space == "parameter":
         jacobi = config.preconditioner == "jacobi"
@@ -336,7 +333,7 @@ def _solve_jointly(
     ]
 
 
-def _exact(dtype: jnp.dtype) -> CGInfo:
-    """The info of a direct solve."""
+def exact_info(dtype: jnp.dtype | str) -> CGInfo:
+    """Returns the info of a direct solve."""
     zero = jnp.zeros((), dtype)
     return CGInfo(jnp.zeros((), jnp.int32), zero, jnp.array(True))

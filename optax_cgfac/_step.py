@@ -1,12 +1,12 @@
 """How far to go along the preconditioned direction, and the next damping."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from optax_cgfac._checks import is_number
 from optax_cgfac._curvature import Curvature
@@ -15,6 +15,7 @@ from optax_cgfac._damping import (
     levenberg_marquardt,
     reduction_ratio,
 )
+from optax_cgfac._examples import num_kept
 from optax_cgfac._numerics import tree_dot, tree_is_finite
 from optax_cgfac._precondition import SolveInfo
 from optax_cgfac._quadratic_model import (
@@ -69,7 +70,7 @@ class StepOptions:
     kl_clip: float | None
     damping_decay: float
     damping_interval: int
-    model_interval: int
+    model_interval: int | None
     min_damping: float
     max_damping: float
 
@@ -110,7 +111,7 @@ def adaptive_step(
     grads: PyTree,
     direction: PyTree,
     objective: Objective,
-) -> tuple[PyTree, CGFACState]:
+) -> tuple[Step, Array, CGFACState]:
     """Step size and momentum from the quadratic model, damping by its success.
 
     Args:
@@ -123,7 +124,8 @@ def adaptive_step(
       objective: The loss, to measure the reduction ratio.
 
     Returns:
-      The update ``δ`` and the state with the new scalars.
+      ``α`` and ``μ``, whether gradients and directions are finite, and the state with
+      the new scalars.
     """
     directions = (direction, state.velocity)
     slope = jnp.array([tree_dot(grads, v) for v in directions])
@@ -143,7 +145,8 @@ def adaptive_step(
 
     count = state.cgfac_count + 1
     due = count % options.damping_interval == 0
-    fits = due | (count <= _FIT_ALWAYS) | (count % options.model_interval == 0)
+    interval = options.model_interval or _model_interval(curvature)
+    fits = due | (count <= _FIT_ALWAYS) | (count % interval == 0)
     coefficients, undamped = jax.lax.cond(fits, fit, keep)
     model = QuadraticModel(undamped, undamped, slope)
     step = Step(coefficients[0], coefficients[1])
@@ -151,17 +154,14 @@ def adaptive_step(
     if criterion is not None and criterion.is_nonnegative:
         step = within_loss(model, step, _regularized(objective.value, params, options))
     coefficients = jnp.stack(step)
-    delta = jax.tree.map(
-        lambda d, v: (step.step_size * d + step.momentum * v).astype(v.dtype),
-        direction,
-        state.velocity,
-    )
     # The undamped model: the damping is there to restrict the step, not to
     # predict its effect.
     predicted = model.value(coefficients, damped=False)
 
     def objective_change() -> Array:
-        moved = optax.apply_updates(params, delta)
+        moved = jax.tree.map(
+            lambda p, d, v: p + combine(step, d, v), params, direction, state.velocity
+        )
         moved_value = objective.value_fn(moved)
         if not is_scalar(moved_value):
             raise ValueError(
@@ -190,22 +190,41 @@ def adaptive_step(
     damping, ratio, taken = jax.lax.cond(
         due, adapt, lambda: (state.damping, state.reduction_ratio, jnp.array(True))
     )
-    delta = jax.tree.map(lambda d: jnp.where(taken, d, 0).astype(d.dtype), delta)
-    state = state._replace(num_rejected=state.num_rejected + (~taken).astype(jnp.int32))
-    return delta, state._replace(
+    state = state._replace(
         damping=damping,
         step_size=step.step_size.astype(jnp.float32),
         momentum=step.momentum.astype(jnp.float32),
         reduction_ratio=ratio,
+        num_rejected=state.num_rejected + (~taken).astype(jnp.int32),
     )
+    # Not finite where a gradient or a direction is not: no further pass over them.
+    finite = jnp.all(jnp.isfinite(slope)) & jnp.all(jnp.isfinite(coefficients))
+    return Step(*(jnp.where(taken, x, 0) for x in step)), finite, state
+
+
+def _model_interval(curvature: Curvature) -> int:
+    """Updates between two fits, such that they cost little beside the gradient."""
+    spec = curvature.spec
+    kept = num_kept(curvature.model_inputs, spec.batched) if spec.batched else 1
+    # A forward pass and two tangents are five products with every kernel, a gradient
+    # three.
+    share = 5 / 3 * kept / spec.batch_size
+    return max(1, min(math.ceil(share / 0.08), _FIT_ALWAYS))
+
+
+def combine(step: Step, direction: Array, velocity: Array) -> Array:
+    """Returns ``α Δ + μ δ₀`` in the dtype of ``δ₀``."""
+    delta = step.step_size * direction + step.momentum * velocity
+    return delta.astype(velocity.dtype)
 
 
 def settle(
     options: StepOptions,
     old: CGFACState,
     state: CGFACState,
-    grads: PyTree,
-    delta: PyTree,
+    direction: PyTree,
+    step: Step,
+    finite: Array,
     value: Array | None,
 ) -> tuple[PyTree, CGFACState, Array]:
     """Takes the step, or where a number is not finite a safe one in its place.
@@ -218,22 +237,22 @@ def settle(
       options: The options.
       old: The state before the step.
       state: The state with the step's scalars.
-      grads: The gradients of all parameters, those of a fallback included.
-      delta: The step.
+      direction: ``Δ``, like the parameters.
+      step: ``α`` and ``μ``.
+      finite: Whether gradients and direction are finite.
       value: The loss, if the user gave it.
 
     Returns:
       The update, the state with the velocity, and whether all numbers were finite.
     """
-    finite = tree_is_finite(grads) & tree_is_finite(delta)
     blown_up = jnp.array(False) if value is None else ~jnp.all(jnp.isfinite(value))
     finite = finite & ~blown_up
 
     def choose(d: Array, v: Array) -> tuple[Array, Array]:
-        taken = jnp.where(finite, d, 0).astype(v.dtype)
+        taken = jnp.where(finite, combine(step, d, v), 0).astype(v.dtype)
         return jnp.where(blown_up, -v, taken), taken
 
-    pairs = jax.tree.map(choose, delta, old.velocity)
+    pairs = jax.tree.map(choose, direction, old.velocity)
     update, velocity = jax.tree.transpose(
         jax.tree.structure(old.velocity), jax.tree.structure((0, 0)), pairs
     )
@@ -270,7 +289,7 @@ def scheduled_step(
     direction: PyTree,
     learning_rate: ScalarOrSchedule,
     damping: Array,
-) -> tuple[PyTree, CGFACState]:
+) -> tuple[Step, Array, CGFACState]:
     """A given learning rate, with KL clip and heavy-ball momentum.
 
     Args:
@@ -282,7 +301,8 @@ def scheduled_step(
       damping: The damping of ``x``, to be recorded.
 
     Returns:
-      The update ``δ`` and the state with the new scalars.
+      ``η ν`` and ``μ``, whether gradients and direction are finite, and the state with
+      the new scalars.
     """
     rate = current(learning_rate, state)
     if options.kl_clip is not None:
@@ -291,13 +311,13 @@ def scheduled_step(
     momentum = jnp.asarray(
         0.0 if options.momentum is None else options.momentum, jnp.float32
     )
-    delta = jax.tree.map(
-        lambda d, v: (rate * d + momentum * v).astype(v.dtype),
-        direction,
-        state.velocity,
-    )
-    return delta, state._replace(
-        damping=damping,
-        step_size=rate.astype(jnp.float32),
-        momentum=momentum,
+    finite = tree_is_finite(grads) & tree_is_finite(direction)
+    return (
+        Step(rate, momentum),
+        finite,
+        state._replace(
+            damping=damping,
+            step_size=rate.astype(jnp.float32),
+            momentum=momentum,
+        ),
     )
