@@ -21,6 +21,7 @@ from workloads import Workload
 MARKS = (1, 10, 25, 50, 100, 200, 500, 1000)  # steps that are always evaluated
 GRID = 0.04  # the grid's distance, of the clock: the error of the times to thresholds
 POINTS = 500  # the most evaluations in a budget, roughly
+HOPELESS = 1.25  # so many times the loss of the best so far, in tuning
 WARM_UP = 3  # steps that do not count for step times
 
 
@@ -33,12 +34,15 @@ class Rules(NamedTuple):
       reference: The name of a contestant that takes ``reference_steps`` steps; the
         others stop when they have reached its best loss.
       reference_steps: See above.
+      pace: The history of a training to keep up with: whoever is far behind it after
+        a third of the budget stops.
     """
 
     budget: float
     thresholds: Sequence[float] = ()
     reference: str | None = None
     reference_steps: int = 0
+    pace: Sequence[Sequence[float]] = ()
 
 
 class Runner:
@@ -115,7 +119,14 @@ def why_stop(runner: Runner, rules: Rules, reference: Runner | None) -> str:
         goal = rules.thresholds[-1]
     if runner.best <= goal and runner.num_steps >= runner.contestant.min_steps:
         return "reached"
-    return "budget" if runner.seconds >= rules.budget else ""
+    if runner.seconds >= rules.budget:
+        return "budget"
+    rung = rules.budget / 3
+    if rules.pace and runner.seconds >= rung:
+        there = [loss for _, seconds, loss in rules.pace if seconds <= rung and loss]
+        if runner.best > HOPELESS * min(there, default=math.inf):
+            return "hopeless"
+    return ""
 
 
 def race(
@@ -154,7 +165,8 @@ def race(
     with tqdm(
         total=round(rules.budget * len(active), 1),
         desc=description or workload.name,
-        bar_format="{desc} {percentage:3.0f}%|{bar:15}| {n:.0f}/{total:.0f} s {postfix}",
+        bar_format="{desc} |{bar:15}| {n:.0f}/{total:.0f} s {postfix}",
+        mininterval=0.5,
     ) as bar:
         while active:
             runner = min(active, key=lambda runner: runner.seconds)

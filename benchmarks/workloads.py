@@ -28,8 +28,8 @@ LOSSES = {
     "sigmoid_binary_cross_entropy": lambda outputs, targets: (
         optax.sigmoid_binary_cross_entropy(outputs, targets).sum(axis=-1)
     ),
-    "squared_error": lambda outputs, targets: (
-        optax.squared_error(outputs, targets).sum(axis=-1)
+    "squared_error": lambda outputs, targets: optax.squared_error(outputs, targets).sum(
+        axis=-1
     ),
 }
 
