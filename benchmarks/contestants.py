@@ -8,6 +8,7 @@ compiled. The first item of a state is the parameters.
 import importlib
 import importlib.util
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -167,7 +168,7 @@ def first_order(
         "gradient": optax.sgd,
         "adam": optax.adam,
         "sgd": lambda rate: optax.sgd(rate, momentum=0.9),
-        # Matrices only; biases, tables of convolutions and norms go to its own Adam.
+        # For matrices; everything else goes to the Adam it comes with.
         "muon": optax.contrib.muon,
         "shampoo": shampoo,
     }
@@ -214,6 +215,7 @@ def shampoo(learning_rate: float) -> optax.GradientTransformation:
             return aliases.get(name) or getattr(jax, name)
 
     module.jax = WithAliases()
+    warnings.filterwarnings("ignore", "Explicitly requested dtype float64")
     return module.distributed_shampoo(
         learning_rate,
         block_size=256,  # a root of 1000 x 1000 for every step would take seconds

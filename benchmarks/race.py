@@ -163,7 +163,7 @@ def race(
     reference = runners.get(rules.reference) if rules.reference else None
     active = list(runners.values())
     with tqdm(
-        total=round(rules.budget * len(active), 1),
+        total=rules.budget * len(active),
         desc=description or workload.name,
         bar_format="{desc} |{bar:15}| {n:.0f}/{total:.0f} s {postfix}",
         mininterval=0.5,
@@ -171,7 +171,7 @@ def race(
         while active:
             runner = min(active, key=lambda runner: runner.seconds)
             runner.step()
-            bar.update(runner.times[-1])
+            bar.update(min(runner.times[-1], bar.total - bar.n))
             bar.set_postfix_str(
                 ", ".join(f"{r.name} {r.best:.4g}" for r in active), refresh=False
             )

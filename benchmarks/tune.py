@@ -124,7 +124,9 @@ def tune_method(
                 description=f"{workload.name}: {method}, {text}",
             )[method]
         except Exception as error:  # a rival that cannot run here is a result too
-            rows.append({**setting, "failed": f"{type(error).__name__}: {error}"[:300]})
+            why = f"{type(error).__name__}: {error}"[:300]
+            print(f"{method} failed: {why}")
+            rows.append({**setting, "failed": why})
             if last is None:
                 break
             continue
