@@ -218,7 +218,7 @@ def shampoo(learning_rate: float) -> optax.GradientTransformation:
     warnings.filterwarnings("ignore", "Explicitly requested dtype float64")
     return module.distributed_shampoo(
         learning_rate,
-        block_size=256,  # a root of 1000 x 1000 for every step would take seconds
+        block_size=128,  # its roots then cost about as much as the gradient
         graft_type=module.GraftingType.RMSPROP_NORMALIZED,
         preconditioning_compute_steps=10,
         generate_training_metrics=False,
