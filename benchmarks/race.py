@@ -20,7 +20,7 @@ from workloads import Workload
 
 MARKS = (1, 10, 25, 50, 100, 200, 500, 1000)  # steps that are always evaluated
 GRID = 0.04  # the grid's distance, of the clock: the error of the times to thresholds
-POINTS = 500  # the most evaluations in a budget, roughly
+SPARING = 0.5  # of an evaluation's own seconds: the least distance, against waiting
 HOPELESS = 1.25  # so many times the loss of the best so far, in tuning
 WARM_UP = 3  # steps that do not count for step times
 
@@ -154,6 +154,9 @@ def race(
     evaluate = evaluate or workload.evaluator()
     params = workload.init(seed)
     initial_loss = evaluate(params)
+    started = time.perf_counter()
+    evaluate(params)
+    spacing = SPARING * (time.perf_counter() - started)
     runners = {
         name: Runner(name, contestant, workload, params, seed)
         for name, contestant in contestants.items()
@@ -177,7 +180,7 @@ def race(
             )
             stop = why_stop(runner, rules, reference)
             if stop or runner.due():
-                runner.evaluate(evaluate, rules.budget / POINTS)
+                runner.evaluate(evaluate, spacing)
                 runner.stopped = why_stop(runner, rules, reference)
             if runner.stopped:
                 active.remove(runner)

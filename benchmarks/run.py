@@ -152,6 +152,7 @@ def benchmark(
     evaluate = workload.evaluator()
     runs: dict[str, list[Any]] = {name: [] for name in built}
     paired = []
+    sizes = {c.batch_size for c in built.values() if c.method == "cgfac"}
     opponents = {
         size: contestants.build(
             "adam",
@@ -159,7 +160,7 @@ def benchmark(
             batch_size=size,
             learning_rate=everyone["adam"]["learning_rate"],
         )
-        for size in (workload.batch_size, *workload.other_batch_sizes)
+        for size in sorted({workload.batch_size, *sizes})
     }
     for seed in range(seeds):
         results = race(
