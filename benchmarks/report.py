@@ -172,7 +172,11 @@ def section(results: Results) -> str:
     if smoke:
         raise ValueError(f"Smoke runs are no results: {', '.join(smoke)}.")
     parts = [environment_line(results), target_table(results)]
-    parts += [race_table(results[name]) for name in WORKLOADS if name in results]
+    races = [name for name in WORKLOADS if name in results]
+    untuned = [name for name in races if not results[name]["tuned"]]
+    if untuned:
+        parts.append(f"Rivals at usual settings, not tuned: {', '.join(untuned)}.")
+    parts += [race_table(results[name]) for name in races]
     if "widths" in results:
         parts.append(width_table(results["widths"]))
     return "\n\n".join(parts)

@@ -30,7 +30,8 @@ from widths import WIDTHS
 from widths import benchmark as benchmark_widths
 from workloads import Workload
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+HERE = pathlib.Path(__file__).parent
+RESULTS, SMOKE_RESULTS = HERE / "results", HERE / "smoke_results"
 RACES = {
     "curves": ("curves",),
     "mnist_autoencoder": ("mnist_autoencoder",),
@@ -273,14 +274,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--out",
         type=pathlib.Path,
-        help="a folder (benchmarks/results; smoke: smoke_results)",
+        help="a folder (benchmarks/results, or benchmarks/smoke_results)",
     )
     parser.add_argument(
         "--readme", type=pathlib.Path, help="rewrite its section of performance"
     )
     args = parser.parse_args(argv)
     parts = PARTS if "all" in args.parts else args.parts
-    out = args.out or (pathlib.Path("smoke_results") if args.smoke else RESULTS)
+    out = args.out or (SMOKE_RESULTS if args.smoke else RESULTS)
     budget = args.budget or (1.0 if args.smoke else 100.0)
     if "tune" in parts:
         wanted = [n for n in args.only or () if n in workloads.WORKLOADS]
