@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from contestants import LABELS
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 STYLES = {
     "cgfac": {"ls": "-", "lw": 2.4},
@@ -22,20 +23,22 @@ MARKERS = {
     "cgfac": "o",
     "gradient": "x",
     "adam": "s",
+    "sgd": "v",
+    "muon": "+",
+    "shampoo": "P",
     "scale_by_kfac": "^",
     "kfac_jax": "D",
 }
+FIXED = ("method", "batch_size")  # settings that are no options
+EVERY = 40  # of the points of a curve has a marker
 
 
-def label(name: str, settings: Mapping[str, Any]) -> str:
+def label(settings: Mapping[str, Any]) -> str:
     """Returns how a contestant is called: optimizer, batch size and options."""
     options = [f"{value:g}" for key, value in settings.items() if key not in FIXED]
     return ", ".join([LABELS[settings["method"]], *options]) + (
         f", batch {settings['batch_size']}"
     )
-
-
-FIXED = ("method", "batch_size")
 
 
 def curve(
@@ -65,10 +68,11 @@ def draw_race(path: pathlib.Path, result: Mapping[str, Any]) -> None:
             continue
         seconds, median, low, high = curve(contestant["runs"])
         settings = contestant["settings"]
-        style = dict(STYLES[settings["method"]])
+        style = {"marker": MARKERS[settings["method"]], "markevery": EVERY}
+        style |= {"color": "black", "mfc": "white", **STYLES[settings["method"]]}
         if name.startswith("cgfac@"):
             style["lw"] = 1.2
-        axes.plot(seconds, median, color="black", label=label(name, settings), **style)
+        axes.plot(seconds, median, label=label(settings), **style)
         axes.fill_between(seconds, low, high, color="0.85", lw=0, zorder=0)
     thresholds = result["workload"]["thresholds"]
     if thresholds:
@@ -111,13 +115,20 @@ def draw_widths(path: pathlib.Path, result: Mapping[str, Any]) -> None:
         (right, "peak memory of training, MiB"),
     ):
         axes.set(yscale="log", xlabel="width of one dense layer")
-        axes.set_xscale("log", base=2)
+        axes.set_xscale("log")
         axes.set_title(title, loc="left", fontsize="medium")
         _finish(axes)
+        axes.set_xticks(sorted({row["width"] for row in result["rows"]}))
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.xaxis.set_minor_locator(NullLocator())
     figure.savefig(path, dpi=150)
 
 
 def _finish(axes: Any) -> None:
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize="small")

@@ -69,7 +69,7 @@ def race_table(result: Mapping[str, Any]) -> str:
         compilation = probe.get("compile_seconds", contestant["compile_seconds"])
         rows.append(
             [
-                label(name, contestant["settings"]),
+                label(contestant["settings"]),
                 _reached(result, name, last),
                 number(1e3 * np.median(steps)) if steps else "-",
                 number(compilation),
@@ -95,7 +95,7 @@ def threshold_table(result: Mapping[str, Any]) -> str:
     names = list(result["contestants"])
     losses = result["workload"]["thresholds"]
     rows = [[f"{x:g}", *(_reached(result, n, x) for n in names)] for x in losses]
-    labels = [label(n, result["contestants"][n]["settings"]) for n in names]
+    labels = [label(result["contestants"][n]["settings"]) for n in names]
     return markdown([result["workload"]["metric"], *labels], rows)
 
 
@@ -207,6 +207,8 @@ def replace_section(text: str, new: str) -> str:
 def details(results: Results) -> str:
     """Returns everything as text: targets, and tables of each workload."""
     parts = ["# Targets", target_table(results)]
+    if any(result.get("smoke") for result in results.values()):
+        parts.insert(0, "A SMOKE RUN: tiny models, batches and data; no figure counts.")
     for name in WORKLOADS:
         if name not in results:
             continue
