@@ -1,0 +1,280 @@
+"""Reads the results' JSON: targets, tables, plots and the README's section.
+
+python benchmarks/report.py                     # prints, draws
+python benchmarks/report.py --readme README.md  # rewrites the section as well
+python benchmarks/report.py --readme README.md --check   # exits 1 if it differs
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from contestants import LABELS
+from plots import draw_race, draw_widths, label
+from targets import Results, crossings, number, targets
+from workloads import WORKLOADS
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+START, END = "<!-- performance: start -->", "<!-- performance: end -->"
+MIB = 2**20
+
+
+def load(folder: pathlib.Path) -> Results:
+    """Returns the results in a folder by name, those that are there."""
+    names = (*WORKLOADS, "widths", "tuned")
+    paths = {name: folder / f"{name}.json" for name in names}
+    return {k: json.loads(p.read_text()) for k, p in paths.items() if p.exists()}
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table, its first column to the left and the others to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def target_table(results: Results) -> str:
+    """Returns every target with what was measured."""
+    rows = [[t.what, t.goal(), t.figure(), t.verdict()] for t in targets(results)]
+    return markdown(["target", "wanted", "measured", ""], rows)
+
+
+def _reached(result: Mapping[str, Any], name: str, threshold: float | None) -> str:
+    found = crossings(result, name, threshold)
+    seconds = [c["seconds"] for c in found if c is not None]
+    if not seconds:
+        return "not reached"
+    steps = int(np.median([c["steps"] for c in found if c is not None]))
+    text = f"{number(np.median(seconds))} s in {steps:,}"
+    if len(seconds) > 1:
+        text += f" ({number(min(seconds))} to {number(max(seconds))} s)"
+    if len(seconds) < len(found):
+        text += f", {len(seconds)} of {len(found)} seeds"
+    return text
+
+
+def race_table(result: Mapping[str, Any]) -> str:
+    """Returns a row for each contestant: its costs and when it got to the last loss."""
+    thresholds = result["workload"]["thresholds"]
+    last = thresholds[-1] if thresholds else None
+    goal = f"{last:g}" if thresholds else "Adam's best"
+    rows = []
+    for name, contestant in result["contestants"].items():
+        probe = result["probes"].get(name, {})
+        steps = [run["step_seconds"]["mean"] for run in contestant["runs"]]
+        memory = probe.get("memory")
+        compilation = probe.get("compile_seconds", contestant["compile_seconds"])
+        rows.append(
+            [
+                label(contestant["settings"]),
+                _reached(result, name, last),
+                number(1e3 * np.median(steps)) if steps else "-",
+                number(compilation),
+                number(contestant["state_bytes"] / MIB),
+                number(memory["of_training"] / MIB) if memory else "-",
+            ]
+        )
+    for name, why in result["skipped"].items():
+        rows.append([f"{name}: {why}", *["-"] * 5])
+    header = [
+        f"{result['workload']['title']}, {result['workload']['metric']}",
+        f"to {goal}: seconds, steps",
+        "ms/step",
+        "compile, s",
+        "state, MiB",
+        "peak, MiB",
+    ]
+    return markdown(header, rows)
+
+
+def threshold_table(result: Mapping[str, Any]) -> str:
+    """Returns when each contestant reached each loss."""
+    names = list(result["contestants"])
+    losses = result["workload"]["thresholds"]
+    rows = [[f"{x:g}", *(_reached(result, n, x) for n in names)] for x in losses]
+    labels = [label(result["contestants"][n]["settings"]) for n in names]
+    return markdown([result["workload"]["metric"], *labels], rows)
+
+
+def paired_table(result: Mapping[str, Any]) -> str:
+    """Returns the ratios of step times, `cgfac` to Adam, at the same batch size."""
+    rows = []
+    for pair in result["paired"]:
+        low, high = pair["quartiles"]
+        rows.append(
+            [
+                f"batch {pair['batch_size']}, seed {pair['seed']}",
+                number(pair["of_totals"]),
+                number(pair["median"]),
+                f"{number(low)} to {number(high)}",
+                str(pair["pairs"]),
+            ]
+        )
+    header = ["step, `cgfac()` / Adam", "of totals", "median", "quartiles", "pairs"]
+    return markdown(header, rows)
+
+
+def width_table(result: Mapping[str, Any]) -> str:
+    """Returns step time and peak memory of one layer, by width and method."""
+    rows = {(row["method"], row["width"]): row for row in result["rows"]}
+    widths = sorted({width for _, width in rows})
+    methods = list(dict.fromkeys(method for method, _ in rows))
+    body = []
+    for method in methods:
+        cells = []
+        for width in widths:
+            row = rows.get((method, width))
+            if row is None:
+                cells.append("-")
+            elif "failed" in row:
+                cells.append("failed")
+            else:
+                seconds, memory = row["step_seconds"]["mean"], row["memory"]
+                mebibytes = number(memory["of_training"] / MIB)
+                cells.append(f"{number(1e3 * seconds)} ms, {mebibytes} MiB")
+        power = result["exponents"].get(method)
+        body.append([LABELS[method], *cells, "-" if power is None else f"{power:.2f}"])
+    header = ["one dense layer, batch 256", *map(str, widths), "exponent"]
+    return markdown(header, body)
+
+
+def environment_line(results: Results) -> str:
+    """Returns where the figures come from, in a sentence."""
+    for name in WORKLOADS:
+        if name in results:
+            facts = results[name]["environment"]
+            seeds = results[name]["settings"]["seeds"]
+            break
+    else:
+        facts, seeds = results["widths"]["environment"], 1
+    packages = ("jax", "flax", "optax", "kfac-jax")
+    versions = ", ".join(f"{name} {facts[name]}" for name in packages)
+    return (
+        f"{facts['cores']} cores ({facts['cpu']}), Python {facts['python']}, "
+        f"{versions}; medians over {seeds} seeds, the least and the greatest in "
+        "brackets."
+    )
+
+
+def section(results: Results) -> str:
+    """Returns what stands between the README's markers.
+
+    Raises:
+      ValueError: If there is no result, or one of a smoke run.
+    """
+    measured = [name for name in (*WORKLOADS, "widths") if name in results]
+    if not measured:
+        raise ValueError("There are no results: run `benchmarks/run.py all` first.")
+    smoke = [name for name in measured if results[name].get("smoke")]
+    if smoke:
+        raise ValueError(f"Smoke runs are no results: {', '.join(smoke)}.")
+    parts = [environment_line(results), target_table(results)]
+    races = [name for name in WORKLOADS if name in results]
+    untuned = [name for name in races if not results[name]["tuned"]]
+    if untuned:
+        parts.append(f"Rivals at usual settings, not tuned: {', '.join(untuned)}.")
+    parts += [race_table(results[name]) for name in races]
+    if "widths" in results:
+        parts.append(width_table(results["widths"]))
+    return "\n\n".join(parts)
+
+
+def replace_section(text: str, new: str) -> str:
+    """Returns a README's text with the section between the markers replaced.
+
+    Args:
+      text: The README's.
+      new: The section's.
+
+    Returns:
+      The text.
+
+    Raises:
+      ValueError: If a marker is not there exactly once, in this order.
+    """
+    if text.count(START) != 1 or text.count(END) != 1:
+        raise ValueError(f"The README needs one line {START!r} and one {END!r}.")
+    before, rest = text.split(START)
+    if END not in rest:
+        raise ValueError(f"In the README {END!r} stands before {START!r}.")
+    after = rest.split(END)[1]
+    return f"{before}{START}\n\n{new}\n\n{END}{after}"
+
+
+def details(results: Results) -> str:
+    """Returns everything as text: targets, and tables of each workload."""
+    parts = ["# Targets", target_table(results)]
+    if any(result.get("smoke") for result in results.values()):
+        parts.insert(0, "A SMOKE RUN: tiny models, batches and data; no figure counts.")
+    for name in WORKLOADS:
+        if name not in results:
+            continue
+        result = results[name]
+        parts += [f"# {result['workload']['title']}", race_table(result)]
+        if result["workload"]["thresholds"]:
+            parts.append(threshold_table(result))
+        parts.append(paired_table(result))
+    if "widths" in results:
+        parts += ["# Widths", width_table(results["widths"])]
+    for name, result in results.items():
+        if "environment" in result:
+            facts = [f"{key} {value}" for key, value in result["environment"].items()]
+            parts.append(f"{name}: {', '.join(facts)}")
+    return "\n\n".join(parts)
+
+
+def report(
+    folder: pathlib.Path, readme: pathlib.Path | None = None, *, check: bool = False
+) -> bool:
+    """Prints everything and draws; writes a README's section or compares it.
+
+    Args:
+      folder: Where the JSON is and where ``report.md`` and the plots go.
+      readme: Whose section to rewrite; None for none.
+      check: Whether to compare the section instead, and write nothing.
+
+    Returns:
+      Whether the section is, or now is, what the results give.
+    """
+    results = load(folder)
+    if check:
+        if readme is None:
+            raise ValueError("--check needs --readme.")
+        text = readme.read_text()
+        return replace_section(text, section(results)) == text
+    text = details(results)
+    print(text)
+    (folder / "report.md").write_text(text + "\n")
+    for name in WORKLOADS:
+        if name in results:
+            draw_race(folder / f"{name}.png", results[name])
+    if "widths" in results:
+        draw_widths(folder / "widths.png", results["widths"])
+    if readme is not None:
+        readme.write_text(replace_section(readme.read_text(), section(results)))
+        print(f"\nwritten to {readme}")
+    return True
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Reports from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="the folder")
+    parser.add_argument("--readme", type=pathlib.Path, help="rewrite its section")
+    parser.add_argument("--check", action="store_true", help="only compare it")
+    args = parser.parse_args(argv)
+    try:
+        same = report(args.out, args.readme, check=args.check)
+    except ValueError as error:
+        sys.exit(f"report: {error}")
+    if not same:
+        sys.exit(
+            f"report: {args.readme} differs from the results; run this without --check"
+        )
+
+
+if __name__ == "__main__":
+    main()
