@@ -57,7 +57,7 @@ def cgfac(
     warm_start: bool = True,
     preconditioner: Literal["jacobi"] | None = None,
     damping_decay: float = 0.9,
-    damping_interval: int = 5,
+    damping_interval: int = 10,
     model_interval: int | None = None,
     min_damping: float | None = None,
     max_damping: float = 1e4,
@@ -107,7 +107,7 @@ def cgfac(
         ``value_fn`` once.
       model_interval: Updates between two evaluations of the quadratic model, all of the
         first ten aside; step size and momentum stay in between. None for as many as
-        keep its share of the gradient's work below about 8 %, at most 10.
+        keep its share of the gradient's work below about 12 %, at most 10.
       min_damping: Lower end of the adapted damping. On small batches a good
         reduction ratio rewards fitting the batch, and without a floor the damping
         falls until the loss turns up. None for 1e-3, or for 0.1 where the structure has

@@ -84,7 +84,7 @@ def fisher_estimator(
     kind: Kind = "mc",
     window: int = 8,
     rows: int = 32,
-    model_rows: int = 128,
+    model_rows: int = 32,
     where: Where | None = None,
     fallback: bool = False,
     input_axes: PyTree = "auto",

@@ -31,7 +31,7 @@ from optax_cgfac._types import Array
 # Sides are padded to twice this, four times, ... , so that most of them share a batch.
 _BLOCK = 32
 # Products with the factor per refresh; warm-started, one would nearly do.
-_POWER_STEPS = 2
+_POWER_STEPS = 1
 
 
 class Spectrum(NamedTuple):

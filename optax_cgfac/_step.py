@@ -146,8 +146,11 @@ def adaptive_step(
     count = state.cgfac_count + 1
     due = count % options.damping_interval == 0
     interval = options.model_interval or _model_interval(curvature)
-    fits = due | (count <= _FIT_ALWAYS) | (count % interval == 0)
-    coefficients, undamped = jax.lax.cond(fits, fit, keep)
+    if isinstance(interval, int) and interval == 1:
+        coefficients, undamped = fit()
+    else:
+        fits = due | (count <= _FIT_ALWAYS) | (count % interval == 0)
+        coefficients, undamped = jax.lax.cond(fits, fit, keep)
     model = QuadraticModel(undamped, undamped, slope)
     step = Step(coefficients[0], coefficients[1])
     criterion = curvature.spec.criterion
@@ -209,7 +212,7 @@ def _model_interval(curvature: Curvature) -> int:
     # A forward pass and two tangents are five products with every kernel, a gradient
     # three.
     share = 5 / 3 * kept / spec.batch_size
-    return max(1, min(math.ceil(share / 0.08), _FIT_ALWAYS))
+    return max(1, min(math.ceil(share / 0.12), _FIT_ALWAYS))
 
 
 def combine(step: Step, direction: Array, velocity: Array) -> Array:
