@@ -256,9 +256,7 @@ def cgfac(
             )
         if fallback is not None:
             finite &= tree_is_finite(updates)
-        delta, state, good = settle(
-            options, old, state, direction, step, finite, value
-        )
+        delta, state, good = settle(options, old, state, direction, step, finite, value)
         state = state._replace(
             cgfac_count=count,
             warm_start=_like(old.warm_start, solution),

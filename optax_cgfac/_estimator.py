@@ -7,35 +7,30 @@ from typing import Any, Literal, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._capture import run_captured
+from optax_cgfac._captured_rows import CaptureOptions, captured_rows, discover_few
 from optax_cgfac._checks import check_positive
 from optax_cgfac._criterion import (
     Kind,
     Reduction,
-    cotangents,
     make_criterion,
 )
 from optax_cgfac._curvature import Curvature, CurvatureSpec, empty_curvature
-from optax_cgfac._discovery import Discovery, discover, discover_wider
+from optax_cgfac._discovery import discover_wider
 from optax_cgfac._estimator_checks import (
     check_options,
     check_update,
     rows_dtype_name,
 )
-from optax_cgfac._example_rows import Draw, example_rows, merge_columns
 from optax_cgfac._examples import (
     batched_leaves,
     check_examples,
     check_targets,
-    num_kept,
     slice_examples,
-    strided_indices,
 )
 from optax_cgfac._losses import Loss
 from optax_cgfac._modules import bind
-from optax_cgfac._probes import probe_calls
-from optax_cgfac._tagging import RowOptions, Where, calls_of, make_tags
-from optax_cgfac._types import Array, LayerRows, PyTree, user_inputs
+from optax_cgfac._tagging import RowOptions, Where, make_tags
+from optax_cgfac._types import Array, PyTree
 
 WeightSharing = Literal["expand", "reduce"]
 
@@ -154,10 +149,13 @@ def fisher_estimator(
         which stands for the diagonal of that factor.
       rows_dtype: The dtype in which rows are kept, such as ``jnp.bfloat16`` to halve
         the window; None for the parameters' own, at least float32.
-      rank: Eigenpairs kept of each Kronecker factor of a layer, with which `cgfac` solves
-        its systems where a factor has more; None to solve with all rows.
-      refresh_every: Updates between two computations of the eigenpairs, once the window
-        is full.
+      rank: Eigenpairs kept of each Kronecker factor of a layer, with which `cgfac`
+        solves its systems where a factor has more; None to solve with all rows.
+      refresh_every: Captures between two computations of the eigenpairs, once the
+        window is full.
+      capture_every: Updates between two that capture rows, once the window is full;
+        None for as many as keep the captures' share of the gradient's work near a
+        sixteenth, at most 8.
       reduction: How the loss joins predictions: their ``"mean"``, their ``"sum"``, or
         ``"mean_of_sums"``, summed over the positions of an example and averaged over
         examples.
@@ -247,6 +245,8 @@ def fisher_estimator(
         capture_every,
     )
 
+    capture_options = CaptureOptions(criterion, kind, rows, samples, whole_batch)
+
     def init(params: PyTree, inputs: PyTree) -> Curvature:
         function, params, (inputs,) = bind(model_fn, params, inputs)
         heads = criterion.heads(jax.eval_shape(function, params, inputs))
@@ -313,7 +313,9 @@ def fisher_estimator(
         every = curvature.spec.capture_every
 
         def capture() -> Curvature:
-            return captured_rows(curvature, function, params, inputs, rng, targets)
+            return captured_rows(
+                capture_options, curvature, function, params, inputs, rng, targets
+            )
 
         if every > 1:
             # Every update counts until the window is full.
@@ -324,95 +326,6 @@ def fisher_estimator(
             curvature = capture()
         return dataclasses.replace(curvature, num_calls=curvature.num_calls + 1)
 
-    def captured_rows(
-        curvature: Curvature,
-        function: Callable[..., PyTree],
-        params: PyTree,
-        inputs: PyTree,
-        rng: Array | None,
-        targets: PyTree,
-    ) -> Curvature:
-        """Adds rows of a few of the examples."""
-        batched = curvature.spec.batched
-        num_examples = num_kept(inputs, batched)
-        if rng is None:
-            # Without randomness the choice of examples and positions cycles.
-            start, sample_rng, position_rng = curvature.num_updates, None, None
-        else:
-            start_rng, sample_rng, position_rng = jax.random.split(rng, 3)
-            start = jax.random.randint(start_rng, (), 0, num_examples)
-        indices = strided_indices(start, rows, num_examples)
-        few_targets = jax.tree.map(lambda t: jnp.asarray(t)[indices], targets)
-        seen, captured, examples = inputs, num_examples, indices
-        if not whole_batch:
-            seen, captured = slice_examples(inputs, batched, indices), rows
-            examples = None
-
-        cycle = curvature.num_updates // (num_examples // rows)
-        discovery = discover_few(function, params, seen, captured)
-
-        def forward(probes):
-            capture = run_captured(
-                function, (params, seen), probes, lifted=discovery.lifted
-            )
-            return capture.outputs, [root.calls for root in capture.roots]
-
-        outputs, backward, calls = jax.vjp(forward, discovery.probes, has_aux=True)
-        all_heads = criterion.heads(outputs)
-        draw = Draw(position_rng, indices + cycle, examples)
-        heads = [draw.pick(head, 0) for head in all_heads]
-        precise = [head.astype(_at_least_float32(head)) for head in heads]
-
-        def rows_of(tangents: Sequence[Array]) -> dict[str, LayerRows]:
-            cast = [
-                draw.place(t.astype(head.dtype), head)
-                for t, head in zip(tangents, all_heads, strict=True)
-            ]
-            cotangent = jax.tree.unflatten(jax.tree.structure(outputs), cast)
-            by_call = probe_calls(*backward(cotangent))
-            return {
-                tag.name: example_rows(
-                    tag, calls_of(tag, calls, by_call), captured, draw
-                )
-                for tag in curvature.tags
-            }
-
-        columns = cotangents(
-            criterion,
-            kind,
-            precise,
-            criterion.scales(user_inputs(inputs), heads, indices),
-            factor=criterion.factor(num_examples),
-            samples=samples,
-            rng=sample_rng,
-            targets=few_targets,
-        )
-        if kind != "mc" and any(tag.sharing > 1 for tag in curvature.tags):
-            columns = _with_random_signs(columns, rng, curvature.num_updates)
-        if columns[0].shape[0] == 1:
-            new = rows_of([column[0] for column in columns])
-        else:
-            by_column = jax.vmap(rows_of)(list(columns))
-            new = {name: merge_columns(x) for name, x in by_column.items()}
-        kept = num_kept(curvature.model_inputs, batched)
-        model_indices = strided_indices(start + 1, kept, num_examples)
-        model_inputs = slice_examples(inputs, batched, model_indices)
-        return curvature.push_rows(new, model_inputs)
-
-    def discover_few(
-        function: Callable[..., PyTree], params: PyTree, few: PyTree, count: int
-    ) -> Discovery:
-        """Finds the layers in a run on ``count`` examples."""
-        discovery = discover(function, params, few)
-        got = jax.tree.leaves(discovery.outputs)[0].shape
-        if got[:1] != (count,):
-            raise ValueError(
-                f"With {count} examples sliced from inputs the outputs have shape "
-                f"{got}. Say which leaves of inputs have an axis of examples: "
-                "fisher_estimator(..., input_axes=...)."
-            )
-        return discovery
-
     return CurvatureEstimator(init, update)
 
 
@@ -421,32 +334,10 @@ def _capture_every(captured: int, num_examples: int) -> int:
 
     Batches of less than 64 examples are not worth it: their steps take the time that
     it takes to start them.
+
+    Returns:
+      Their number.
     """
     if num_examples < 64:
         return 1
     return min(-(-16 * captured // num_examples), 8)
-
-
-def _with_random_signs(
-    columns: Sequence[Array], rng: Array | None, num_updates: Array
-) -> list[Array]:
-    """Gives the cotangents of every example and column a random sign.
-
-    In a layer whose input all examples share, their cotangents arrive added up; with
-    independent signs, as with independent draws, the cross terms of squares vanish in
-    the mean. Squares of a single example do not see its sign.
-
-    Returns:
-      Arrays like ``columns``.
-    """
-    key = jax.random.key(0) if rng is None else rng
-    key = jax.random.fold_in(key, num_updates)
-    signs = jax.random.rademacher(key, columns[0].shape[:2])
-    return [
-        x * signs.reshape(*x.shape[:2], *([1] * (x.ndim - 2))).astype(x.dtype)
-        for x in columns
-    ]
-
-
-def _at_least_float32(x: Array) -> jnp.dtype:
-    return jnp.promote_types(x.dtype, jnp.float32)

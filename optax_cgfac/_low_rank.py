@@ -180,9 +180,7 @@ def refresh(
     ]
 
 
-def _leading_eigenpairs(
-    matrices: Array, start: Array | None
-) -> tuple[Array, Array]:
+def _leading_eigenpairs(matrices: Array, start: Array | None) -> tuple[Array, Array]:
     """Eigenvalues ``(k, r)``, ascending, and eigenvectors of a batch ``(k, n, n)``.
 
     Args:

@@ -109,7 +109,9 @@ def precondition(
         for problem in problems:
             if problem.spectra is not None:
                 blocks, is_finite = solve_low_rank(
-                    problem.spectra, gamma, blocks_from_leaves(problem.tag, problem.leaves)
+                    problem.spectra,
+                    gamma,
+                    blocks_from_leaves(problem.tag, problem.leaves),
                 )
                 solutions |= leaves_from_blocks(problem.tag, blocks, problem.leaves)
                 exact = exact_info(problem.tag.dtype)

@@ -28,7 +28,6 @@ from optax_cgfac._quadratic_model import (
 from optax_cgfac._transform import ScalarOrSchedule
 from optax_cgfac._types import Array, PyTree
 
-
 # Updates at the beginning, where the step size changes most, that all fit the model.
 _FIT_ALWAYS = 10
 

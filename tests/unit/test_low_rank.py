@@ -179,9 +179,7 @@ def test_a_large_rank_gives_the_step_of_all_rows():
         estimator = steps.make_problem(rank=rank).estimator
         curvature, _ = run(estimator, p.params, p.batch, 1)
         tx = cgfac(learning_rate=1.0)
-        updates, _ = tx.update(
-            grads, tx.init(p.params), p.params, curvature=curvature
-        )
+        updates, _ = tx.update(grads, tx.init(p.params), p.params, curvature=curvature)
         solutions.append(updates)
     for x, y in zip(*map(jax.tree.leaves, solutions), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)

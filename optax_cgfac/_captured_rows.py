@@ -1,0 +1,169 @@
+"""One update's rows: a few examples forward and backward through the model."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_cgfac._capture import run_captured
+from optax_cgfac._criterion import Criterion, Kind, cotangents
+from optax_cgfac._curvature import Curvature
+from optax_cgfac._discovery import Discovery, discover
+from optax_cgfac._example_rows import Draw, example_rows, merge_columns
+from optax_cgfac._examples import num_kept, slice_examples, strided_indices
+from optax_cgfac._probes import probe_calls
+from optax_cgfac._tagging import calls_of
+from optax_cgfac._types import Array, LayerRows, PyTree, user_inputs
+
+
+class CaptureOptions(NamedTuple):
+    """What `fisher_estimator` was told about captures; see there."""
+
+    criterion: Criterion
+    kind: Kind
+    rows: int
+    samples: int
+    whole_batch: bool
+
+
+def captured_rows(
+    options: CaptureOptions,
+    curvature: Curvature,
+    function: Callable[..., PyTree],
+    params: PyTree,
+    inputs: PyTree,
+    rng: Array | None,
+    targets: PyTree,
+) -> Curvature:
+    """Adds rows of a few of the examples to a curvature.
+
+    Args:
+      options: The options.
+      curvature: The curvature.
+      function: The model.
+      params: Its parameters.
+      inputs: The batch.
+      rng: A key, or None to take turns.
+      targets: The targets of the batch, for the empirical Fisher.
+
+    Returns:
+      The curvature with one update more.
+    """
+    criterion = options.criterion
+    batched = curvature.spec.batched
+    num_examples = num_kept(inputs, batched)
+    if rng is None:
+        # Without randomness the choice of examples and positions cycles.
+        start, sample_rng, position_rng = curvature.num_updates, None, None
+    else:
+        start_rng, sample_rng, position_rng = jax.random.split(rng, 3)
+        start = jax.random.randint(start_rng, (), 0, num_examples)
+    indices = strided_indices(start, options.rows, num_examples)
+    few_targets = jax.tree.map(lambda t: jnp.asarray(t)[indices], targets)
+    seen, captured, examples = inputs, num_examples, indices
+    if not options.whole_batch:
+        seen, captured = slice_examples(inputs, batched, indices), options.rows
+        examples = None
+
+    cycle = curvature.num_updates // (num_examples // options.rows)
+    discovery = discover_few(function, params, seen, captured)
+
+    def forward(probes):
+        capture = run_captured(
+            function, (params, seen), probes, lifted=discovery.lifted
+        )
+        return capture.outputs, [root.calls for root in capture.roots]
+
+    outputs, backward, calls = jax.vjp(forward, discovery.probes, has_aux=True)
+    all_heads = criterion.heads(outputs)
+    draw = Draw(position_rng, indices + cycle, examples)
+    heads = [draw.pick(head, 0) for head in all_heads]
+    precise = [head.astype(_at_least_float32(head)) for head in heads]
+
+    def rows_of(tangents: Sequence[Array]) -> dict[str, LayerRows]:
+        cast = [
+            draw.place(t.astype(head.dtype), head)
+            for t, head in zip(tangents, all_heads, strict=True)
+        ]
+        cotangent = jax.tree.unflatten(jax.tree.structure(outputs), cast)
+        by_call = probe_calls(*backward(cotangent))
+        return {
+            tag.name: example_rows(tag, calls_of(tag, calls, by_call), captured, draw)
+            for tag in curvature.tags
+        }
+
+    columns = cotangents(
+        criterion,
+        options.kind,
+        precise,
+        criterion.scales(user_inputs(inputs), heads, indices),
+        factor=criterion.factor(num_examples),
+        samples=options.samples,
+        rng=sample_rng,
+        targets=few_targets,
+    )
+    if options.kind != "mc" and any(tag.sharing > 1 for tag in curvature.tags):
+        columns = _with_random_signs(columns, rng, curvature.num_updates)
+    if columns[0].shape[0] == 1:
+        new = rows_of([column[0] for column in columns])
+    else:
+        by_column = jax.vmap(rows_of)(list(columns))
+        new = {name: merge_columns(x) for name, x in by_column.items()}
+    kept = num_kept(curvature.model_inputs, batched)
+    model_indices = strided_indices(start + 1, kept, num_examples)
+    model_inputs = slice_examples(inputs, batched, model_indices)
+    return curvature.push_rows(new, model_inputs)
+
+
+def discover_few(
+    function: Callable[..., PyTree], params: PyTree, few: PyTree, count: int
+) -> Discovery:
+    """Finds the layers in a run on ``count`` examples.
+
+    Args:
+      function: The model.
+      params: Its parameters.
+      few: Its inputs, cut to ``count`` examples.
+      count: Their number.
+
+    Returns:
+      What was found.
+
+    Raises:
+      ValueError: If the outputs are of another number of examples.
+    """
+    discovery = discover(function, params, few)
+    got = jax.tree.leaves(discovery.outputs)[0].shape
+    if got[:1] != (count,):
+        raise ValueError(
+            f"With {count} examples sliced from inputs the outputs have shape "
+            f"{got}. Say which leaves of inputs have an axis of examples: "
+            "fisher_estimator(..., input_axes=...)."
+        )
+    return discovery
+
+
+def _with_random_signs(
+    columns: Sequence[Array], rng: Array | None, num_updates: Array
+) -> list[Array]:
+    """Gives the cotangents of every example and column a random sign.
+
+    In a layer whose input all examples share, their cotangents arrive added up; with
+    independent signs, as with independent draws, the cross terms of squares vanish in
+    the mean. Squares of a single example do not see its sign.
+
+    Returns:
+      Arrays like ``columns``.
+    """
+    key = jax.random.key(0) if rng is None else rng
+    key = jax.random.fold_in(key, num_updates)
+    signs = jax.random.rademacher(key, columns[0].shape[:2])
+    return [
+        x * signs.reshape(*x.shape[:2], *([1] * (x.ndim - 2))).astype(x.dtype)
+        for x in columns
+    ]
+
+
+def _at_least_float32(x: Array) -> jnp.dtype:
+    return jnp.promote_types(x.dtype, jnp.float32)
