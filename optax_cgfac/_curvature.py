@@ -318,6 +318,7 @@ class Curvature:
             self.layers,
             config,
             sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.model_inputs)),
+            {name: x.ranks for name, x in self.spectra.items()},
         )
 
     def _tag(self, name: str) -> LayerTag:

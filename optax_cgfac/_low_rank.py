@@ -59,6 +59,11 @@ class LayerSpectra(NamedTuple):
     a: Spectrum
     g: Spectrum
 
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """How many there are of either."""
+        return self.a.values.shape[-1], self.g.values.shape[-1]
+
 
 def empty_spectrum(
     stack: tuple[int, ...], rows: int, n: int, rank: int, dtype: str

@@ -20,6 +20,7 @@ def format_report(
     layers: Mapping[str, LayerRows],
     config: SolveConfig,
     model_bytes: int = 0,
+    ranks: Mapping[str, tuple[int, int]] | None = None,
 ) -> str:
     """Formats the report of `Curvature.report`.
 
@@ -30,6 +31,7 @@ def format_report(
       layers: The rows, of which the sizes are read.
       config: The options of the solve.
       model_bytes: Bytes of the examples kept for the quadratic model.
+      ranks: Eigenpairs kept of the factors, by layer.
 
     Returns:
       The text.
@@ -40,7 +42,8 @@ def format_report(
         rows = layers[tag.name]
         layer_bytes = num_bytes(rows.a) + num_bytes(rows.g)
         total += layer_bytes
-        plan = make_plan(config, num_rows(rows.a), tag.n_in, tag.n_out)
+        pair = (ranks or {}).get(tag.name)
+        plan = make_plan(config, num_rows(rows.a), tag.n_in, tag.n_out, pair)
         table.append(
             (
                 tag.name,
@@ -49,7 +52,7 @@ def format_report(
                 str(tag.rows_per_step),
                 f"{window} x {tag.rows_per_step}",
                 human_bytes(layer_bytes),
-                f"{_space(plan, config, rows)}, {plan.solver}",
+                f"{_space(plan, config, rows, pair)}, {plan.solver}",
                 plan.reason,
             )
         )
@@ -82,8 +85,12 @@ def human_bytes(num_bytes: int) -> str:
     return f"{num_bytes / 1024**power:.1f} {('', 'K', 'M', 'G', 'T')[power]}iB"
 
 
-def _space(plan: Plan, config: SolveConfig, rows: LayerRows) -> str:
+def _space(
+    plan: Plan, config: SolveConfig, rows: LayerRows, ranks: tuple[int, int] | None
+) -> str:
     """Returns the space of the solve; that of each side where they separate."""
+    if plan.solver == "eigenpairs" and ranks is not None:
+        return " | ".join(f"rank {rank}" for rank in ranks)
     if plan.space != "sample" or config.damping_form != "factored":
         return plan.space
     sizes = num_features(rows.a), num_features(rows.g)

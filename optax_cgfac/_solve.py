@@ -120,7 +120,7 @@ class Plan(NamedTuple):
 
     Attributes:
       space: ``"parameter"``, ``"sample"`` or ``"factors"``.
-      solver: ``"cg"``, ``"cholesky"`` or ``"eigendecomposition"``.
+      solver: ``"cg"``, ``"cholesky"``, ``"eigenpairs"`` or ``"eigendecomposition"``.
       flops: Estimated floating-point operations of one solve.
       reason: The comparison behind the choice, for the report.
     """
@@ -131,7 +131,13 @@ class Plan(NamedTuple):
     reason: str
 
 
-def make_plan(config: SolveConfig, rows: int, n_in: int, n_out: int) -> Plan:
+def make_plan(
+    config: SolveConfig,
+    rows: int,
+    n_in: int,
+    n_out: int,
+    ranks: tuple[int, int] | None = None,
+) -> Plan:
     """Chooses the space and the solver of a layer by counting operations.
 
     Args:
@@ -139,6 +145,7 @@ def make_plan(config: SolveConfig, rows: int, n_in: int, n_out: int) -> Plan:
       rows: Rows ``R`` that the window holds.
       n_in: Rows of the layer's matrix.
       n_out: Columns of the layer's matrix.
+      ranks: Eigenpairs that are kept of its factors, if any are.
 
     Returns:
       The `Plan`.
@@ -171,6 +178,10 @@ def make_plan(config: SolveConfig, rows: int, n_in: int, n_out: int) -> Plan:
         sample = grams + outside + 4.0 * rows**3 * (steps + 1)
     else:
         sample = _factored_flops(solver, steps, rows, n_in, n_out)
+    if ranks is not None and config.takes_spectra:
+        flops = 4.0 * n * sum(ranks)
+        why = f"eigenpairs {_human(flops)}F, all rows {_human(sample)}F"
+        return Plan("factors", "eigenpairs", flops, why)
     space = config.space
     if space == "auto":
         # A factored system separates, and each side is solved where it is smaller.

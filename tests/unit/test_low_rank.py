@@ -232,3 +232,30 @@ def test_step_size_and_momentum_stay_between_two_fits(interval, fits):
     assert changed[0]
     # All of the first ten are fitted, and then updates 12 and 16.
     assert any(changed[i] for i in (10, 12, 13, 14)) == fits
+
+
+def test_the_report_says_where_eigenpairs_take_the_place_of_rows():
+    p = steps.make_problem(rank=4)
+    curvature = p.estimator.init(p.params, p.batch["x"])
+    assert "rank 4 | rank 4, eigenpairs" in curvature.report()
+    assert "eigenpairs" not in curvature.report(solver="cholesky")
+    assert "eigenpairs" not in curvature.report(damping_form="tikhonov")
+
+
+def test_masked_parameters_are_solved_with_rows():
+    """The eigenpairs are those of kernel and bias together."""
+    estimator = steps.make_problem(rank=4).estimator
+    p = steps.make_problem(rank=4)
+    curvature, _ = run(estimator, p.params, p.batch, 2)
+    _, grads = jax.value_and_grad(p.loss)(p.params, p.batch)
+    mask = jax.tree_util.tree_map_with_path(
+        lambda path, _: "kernel" in str(path), grads
+    )
+    solutions = []
+    for solver in ("auto", "cholesky"):
+        inner = cgfac(learning_rate=1.0, solver=solver)
+        tx = steps.optax.masked(inner, mask)
+        updates, _ = tx.update(grads, tx.init(p.params), p.params, curvature=curvature)
+        solutions.append(updates)
+    for x, y in zip(*map(jax.tree.leaves, solutions), strict=True):
+        np.testing.assert_array_equal(x, y)
