@@ -17,6 +17,7 @@ on the smaller of the Gram matrix ``a aᵀ`` and the factor ``aᵀ a``.
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ from optax_cgfac._numerics import matmul, safe_divide, scaled
 from optax_cgfac._operators import KroneckerOperator
 from optax_cgfac._types import Array
 
-# Sides are padded to twice this, four times, ... , so that most of them share a batch.
+# Features are padded to this, twice this, four times, ... so that sides share a batch.
 _BLOCK = 32
 # Products with the factor per refresh; warm-started, one would nearly do.
 _POWER_STEPS = 1
@@ -93,40 +94,14 @@ class _Side(NamedTuple):
     scale: Array
     old: Spectrum
 
-    @property
-    def is_wide(self) -> bool:
-        """Whether the Gram matrix of the rows is smaller than the factor."""
-        return self.rows.shape[-2] < self.rows.shape[-1]
-
-    def matrix(self) -> Array:
-        """The smaller of the Gram matrix and the factor."""
-        rows = self.rows
-        product = matmul(rows, rows.mT) if self.is_wide else matmul(rows.mT, rows)
-        return scaled(product, self.scale)
-
-    def start(self) -> Array:
-        """The old eigenvectors in the space of `matrix`."""
-        old = self.old.vectors
-        if self.is_wide:
-            old = matmul(self.rows, old)
-        return jnp.where(jnp.isfinite(old), old, 0)
-
-    def lift(self, values: Array, vectors: Array) -> Array:
-        """Eigenvectors of the factor from those of `matrix`."""
-        # Directions below rounding are no eigenvectors: they count as zero.
-        rounding = jnp.finfo(values.dtype).eps * 10 * self.rows.shape[-2]
-        good = values > rounding * values[..., -1:]
-        if self.is_wide:
-            root = jnp.sqrt(jnp.where(good, values, 1))[..., None, :]
-            rows = scaled(self.rows, jnp.sqrt(self.scale))
-            vectors = matmul(rows.mT, vectors) / root
-        return jnp.where(good[..., None, :], vectors, 0)
-
 
 def refresh(
     operators: Sequence[KroneckerOperator], old: Sequence[LayerSpectra]
 ) -> list[LayerSpectra]:
     """Computes the leading eigenpairs of many layers' factors.
+
+    Factors of about the same size are one batch: a program of few large products
+    compiles faster than one of many.
 
     Args:
       operators: The layers' ``A ⊗ G`` with dense rows.
@@ -143,46 +118,72 @@ def refresh(
             (operator.g, operator.g_scale, spectra.g),
         )
     ]
-    matrices = [side.matrix() for side in sides]
     groups: dict[tuple[int, int, jnp.dtype], list[int]] = {}
-    for index, (side, matrix) in enumerate(zip(sides, matrices, strict=True)):
-        size = _BLOCK
-        while size < matrix.shape[-1]:
-            size *= 2
-        rank = side.old.values.shape[-1]
-        if rank == matrix.shape[-1]:
-            rank = size  # padded too, and cut off again
-        groups.setdefault((size, rank, matrix.dtype), []).append(index)
+    for index, side in enumerate(sides):
+        count, width = side.rows.shape[-2], _BLOCK
+        while width < side.rows.shape[-1]:
+            width *= 2
+        groups.setdefault((count, width, side.rows.dtype), []).append(index)
     found: dict[int, Spectrum] = {}
     token = jnp.zeros(())
-    for (size, rank, _), members in groups.items():
-        batch = jnp.concatenate([_padded(matrices[i], size, size) for i in members])
-        start = None
-        if rank < size:
-            starts = [_padded(sides[i].start(), size, rank) for i in members]
-            start = jnp.concatenate(starts)
+    for (_, width, _), members in groups.items():
         # One after the other, by a dependence that is there for nothing else: XLA's CPU
         # backend runs two batches of LAPACK calls at once, which then wait for each
         # other's threads for ever (seen with jaxlib 0.10.2 on two cores).
-        batch = batch + token.astype(batch.dtype)
-        values, vectors = _leading_eigenpairs(batch, start)
-        token = jnp.minimum(jnp.abs(values[0, 0]), 0)
-        token = jnp.where(jnp.isnan(token), 0, token)
+        batch = _group_spectrum([sides[i] for i in members], width, token)
+        token = jnp.minimum(jnp.abs(batch.trace[0]), 0) * batch.values[0, 0]
+        token = jnp.where(jnp.isfinite(token), token, 0)
         first = 0
         for i in members:
-            side, stack = sides[i], matrices[i].shape[:-2]
-            kept, dim = side.old.values.shape[-1], matrices[i].shape[-1]
-            last = first + _count(matrices[i])
-            own_values = values[first:last, -kept:].reshape(*stack, kept)
-            own = vectors[first:last, :dim, -kept:].reshape(*stack, dim, kept)
-            lifted = side.lift(own_values, own)
-            trace = jnp.trace(matrices[i], axis1=-2, axis2=-1)
-            found[i] = Spectrum(lifted, own_values, trace)
+            (*stack, n, rank), side = sides[i].old.vectors.shape, sides[i]
+            last = first + math.prod(stack)
+            found[i] = Spectrum(
+                batch.vectors[first:last, :n, -rank:].reshape(side.old.vectors.shape),
+                batch.values[first:last, -rank:].reshape(*stack, rank),
+                batch.trace[first:last].reshape(stack),
+            )
             first = last
     return [
         LayerSpectra(found[2 * index], found[2 * index + 1])
         for index in range(len(operators))
     ]
+
+
+def _group_spectrum(sides: Sequence[_Side], width: int, token: Array) -> Spectrum:
+    """The eigenpairs of sides with equally many rows, features padded to ``width``.
+
+    Args:
+      sides: The sides.
+      width: At least the features of each.
+      token: Zero, from what is to be computed before.
+
+    Returns:
+      A `Spectrum` of the batch, eigenvalues ascending.
+    """
+    count, dtype = sides[0].rows.shape[-2], sides[0].rows.dtype
+    rank = max(side.old.values.shape[-1] for side in sides)
+    roots = [jnp.sqrt(side.scale) + token.astype(dtype) for side in sides]
+    rows = jnp.concatenate(
+        [
+            _padded(scaled(side.rows, root), count, width)
+            for side, root in zip(sides, roots, strict=True)
+        ]
+    )
+    is_wide = count < width
+    matrix = matmul(rows, rows.mT) if is_wide else matmul(rows.mT, rows)
+    start = None
+    if rank < matrix.shape[-1]:
+        old = jnp.concatenate([_padded(s.old.vectors, width, rank) for s in sides])
+        start = matmul(rows, old) if is_wide else old
+        start = jnp.where(jnp.isfinite(start), start, 0)
+    values, vectors = _leading_eigenpairs(matrix, start)
+    # Directions below rounding are no eigenvectors: they count as zero.
+    good = values > jnp.finfo(dtype).eps * 10 * count * values[:, -1:]
+    if is_wide:
+        lifted = matmul(rows.mT, vectors)
+        vectors = lifted * jax.lax.rsqrt(jnp.where(good, values, 1))[:, None, :]
+    vectors = jnp.where(good[:, None, :], vectors, 0)
+    return Spectrum(vectors, values, jnp.trace(matrix, axis1=1, axis2=2))
 
 
 def _leading_eigenpairs(matrices: Array, start: Array | None) -> tuple[Array, Array]:
@@ -252,14 +253,6 @@ def solve_low_rank(
         safe = jnp.where(jnp.isfinite(safe), safe, 0)
         solution.append(jnp.where(finite, x, safe))
     return solution, finite
-
-
-def _count(x: Array) -> int:
-    """The matrices in a stack."""
-    count = 1
-    for size in x.shape[:-2]:
-        count *= size
-    return count
 
 
 def _padded(x: Array, rows: int, columns: int) -> Array:
