@@ -75,11 +75,11 @@ def test_damping_and_l2_enter_the_model_where_they_should(x64):
     damping, l2 = 0.3, 0.02
     curvature, params, directions, dense, vectors = setup("squared_error", "float64")
     grads = jax.tree.map(jnp.cos, params)
+    slope = vectors @ jax.flatten_util.ravel_pytree(grads)[0]
     model = quadratic_model(
-        curvature, params, grads, directions, damping=damping, l2=l2
+        curvature, params, slope, directions, damping=damping, l2=l2
     )
     identity = np.eye(len(dense))
-    slope = vectors @ jax.flatten_util.ravel_pytree(grads)[0]
     for actual, expected in (
         (model.undamped, vectors @ (dense + l2 * identity) @ vectors.T),
         (model.curvature, vectors @ (dense + (damping + l2) * identity) @ vectors.T),
