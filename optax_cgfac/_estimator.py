@@ -88,7 +88,7 @@ def fisher_estimator(
     weight_sharing: WeightSharing = "expand",
     positions: int | None = 1,
     rows_dtype: Any = None,
-    rank: int | None = 64,
+    rank: int | Literal["auto"] | None = "auto",
     refresh_every: int = 8,
     capture_every: int | None = None,
     reduction: Reduction = "mean",
@@ -150,7 +150,8 @@ def fisher_estimator(
       rows_dtype: The dtype in which rows are kept, such as ``jnp.bfloat16`` to halve
         the window; None for the parameters' own, at least float32.
       rank: Eigenpairs kept of each Kronecker factor of a layer, with which `cgfac`
-        solves its systems where a factor has more; None to solve with all rows.
+        solves its systems where a factor has more: ``"auto"`` for a quarter of the
+        batch, from 16 to 64; None to solve with all rows.
       refresh_every: Captures between two computations of the eigenpairs, once the
         window is full.
       capture_every: Updates between two that capture rows, once the window is full;
@@ -225,7 +226,7 @@ def fisher_estimator(
     check_options(model_fn, criterion, kind, samples, weight_sharing, where)
     counts = {"window": window, "rows": rows, "model_rows": model_rows}
     counts |= {"samples": samples, "refresh_every": refresh_every}
-    counts |= {} if rank is None else {"rank": rank}
+    counts |= {} if rank in (None, "auto") else {"rank": rank}
     counts |= {} if capture_every is None else {"capture_every": capture_every}
     counts |= {} if positions is None else {"positions": positions}
     for name, value in counts.items():
@@ -289,7 +290,7 @@ def fisher_estimator(
             batched,
             criterion.factor(num_examples),
             rows,
-            rank,
+            _rank(num_examples) if rank == "auto" else rank,
             refresh_every,
             num_examples,
             capture_every or _capture_every(captured, num_examples),
@@ -327,6 +328,11 @@ def fisher_estimator(
         return dataclasses.replace(curvature, num_calls=curvature.num_calls + 1)
 
     return CurvatureEstimator(init, update)
+
+
+def _rank(num_examples: int) -> int:
+    """Eigenpairs whose products are a small part of a gradient of so many examples."""
+    return max(16, min(num_examples // 4, 64))
 
 
 def _capture_every(captured: int, num_examples: int) -> int:
