@@ -201,8 +201,8 @@ def _leading_eigenpairs(matrices: Array, start: Array | None) -> tuple[Array, Ar
     if start is None:
         values, vectors = jnp.linalg.eigh(scaled_down)
     else:
-        # Random directions beside the old ones find what is new.
-        noise = jax.random.normal(jax.random.key(0), start.shape[1:], start.dtype)
+        # Other directions beside the old ones find what is new.
+        noise = _scattered(*start.shape[1:]).astype(start.dtype)
         norm = jnp.sqrt(jnp.sum(start**2, (-2, -1), keepdims=True))
         basis = safe_divide(start, norm) + 0.1 / noise.size**0.5 * noise
         for _ in range(_POWER_STEPS):
@@ -253,6 +253,16 @@ def solve_low_rank(
         safe = jnp.where(jnp.isfinite(safe), safe, 0)
         solution.append(jnp.where(finite, x, safe))
     return solution, finite
+
+
+def _scattered(rows: int, columns: int) -> Array:
+    """A fixed matrix of full rank with entries in ``(-1, 1)``.
+
+    A generator of random numbers would do, and takes as long to compile as all else.
+    """
+    i, j = jnp.arange(rows)[:, None], jnp.arange(columns)
+    # Sines whose frequency and phase change from column to column.
+    return jnp.sin(2.399963 * (i + 1) * (j + 1) + 0.7 * j**2 + i)
 
 
 def _padded(x: Array, rows: int, columns: int) -> Array:

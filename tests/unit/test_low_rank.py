@@ -9,6 +9,7 @@ import steps
 from optax_cgfac import KroneckerOperator, cgfac
 from optax_cgfac._low_rank import (
     LayerSpectra,
+    _scattered,
     empty_spectrum,
     refresh,
     solve_low_rank,
@@ -259,3 +260,9 @@ def test_masked_parameters_are_solved_with_rows():
         solutions.append(updates)
     for x, y in zip(*map(jax.tree.leaves, solutions), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("shape", [(32, 16), (256, 64), (1024, 64), (4096, 128)])
+def test_the_scattered_directions_are_independent(shape):
+    singular = np.linalg.svd(np.asarray(_scattered(*shape)), compute_uv=False)
+    assert singular[-1] > singular[0] / 100
