@@ -259,6 +259,9 @@ def _scattered(rows: int, columns: int) -> Array:
     """A fixed matrix of full rank with entries in ``(-1, 1)``.
 
     A generator of random numbers would do, and takes as long to compile as all else.
+
+    Returns:
+      Shape ``(rows, columns)``, float32.
     """
     i, j = jnp.arange(rows)[:, None], jnp.arange(columns)
     # Sines whose frequency and phase change from column to column.
