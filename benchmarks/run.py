@@ -231,15 +231,25 @@ def probe_all(
     }
 
 
-def run_tune(names: list[str], out: pathlib.Path, budget: float, smoke: bool) -> None:
-    """Tunes the rivals on workloads; keeps what the file has of the others."""
+def run_tune(
+    names: list[str],
+    methods: tuple[str, ...],
+    out: pathlib.Path,
+    budget: float,
+    smoke: bool,
+) -> None:
+    """Tunes rivals on workloads; keeps what the file has of the others."""
     path = out / "tuned.json"
     for name in names:
         tuned = read(path)
         workload = workloads.get(name, smoke)
+        known = tuned.get(name, {}).get("methods", {})
         tuned[name] = with_environment(
-            lambda workload=workload: tune(workload, budget=budget, smoke=smoke)
+            lambda workload=workload: tune(
+                workload, budget=budget, smoke=smoke, methods=methods
+            )
         )
+        tuned[name]["methods"] = {**known, **tuned[name]["methods"]}
         write(path, tuned)
 
 
@@ -268,7 +278,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--smoke", action="store_true", help="tiny, to see it work")
     parser.add_argument(
-        "--only", nargs="+", help="tune: these workloads; races: these contestants"
+        "--only",
+        nargs="+",
+        help="tune: these workloads, rivals; races: these contestants",
     )
     parser.add_argument("--widths", type=int, nargs="+", help=f"{WIDTHS}")
     parser.add_argument(
@@ -285,7 +297,9 @@ def main(argv: list[str] | None = None) -> None:
     budget = args.budget or (1.0 if args.smoke else 100.0)
     if "tune" in parts:
         wanted = [n for n in args.only or () if n in workloads.WORKLOADS]
-        run_tune(wanted or list(workloads.WORKLOADS), out, budget, args.smoke)
+        methods = tuple(m for m in RIVALS if not args.only or m in args.only)
+        names = wanted or list(workloads.WORKLOADS)
+        run_tune(names, methods or RIVALS, out, budget, args.smoke)
     for name in (name for part in RACES if part in parts for name in RACES[part]):
         workload = workloads.get(name, args.smoke)
         result = with_environment(

@@ -150,13 +150,20 @@ def tune_method(
     return {"best": best, "loss": best_score[1], "grid": rows}
 
 
-def tune(workload: Workload, *, budget: float, smoke: bool = False) -> dict[str, Any]:
+def tune(
+    workload: Workload,
+    *,
+    budget: float,
+    smoke: bool = False,
+    methods: tuple[str, ...] = RIVALS,
+) -> dict[str, Any]:
     """Tunes every rival on a workload.
 
     Args:
       workload: What they train on.
       budget: The most seconds of a configuration.
       smoke: Whether to try two configurations of each alone.
+      methods: The rivals; Adam first where its best loss is the others' threshold.
 
     Returns:
       The threshold, and the result of `tune_method` by the method's name.
@@ -164,7 +171,7 @@ def tune(workload: Workload, *, budget: float, smoke: bool = False) -> dict[str,
     evaluate = workload.evaluator()
     threshold = workload.thresholds[-1] if workload.thresholds else None
     found: dict[str, Any] = {}
-    for method in RIVALS:
+    for method in methods:
         found[method] = tune_method(
             method,
             workload,
