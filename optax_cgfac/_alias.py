@@ -1,5 +1,6 @@
 """The ready-made optimizer."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from optax_cgfac._step import (
     is_scalar,
     scheduled_step,
     settle,
+    with_initial_damping,
 )
 from optax_cgfac._transform import (
     Missing,
@@ -33,10 +35,12 @@ from optax_cgfac._transform import (
 )
 from optax_cgfac._types import Array, PyTree
 
-# Initial damping and its floor. The first pair is that of benchmarks/curves.py. The
-# exact Fisher of few rows has γ alone outside of their span; there, training of small
-# MNIST models turned up without a higher floor.
-_DEFAULT_DAMPING = {"kronecker": (0.1, 1e-3), "block": (1.0, 0.1), "full": (1.0, 0.1)}
+# Initial damping and floor of the structures without factors. The exact Fisher of few
+# rows has γ alone outside of their span; training of small MNIST models turned up
+# without a higher floor. Those of "kronecker" come from the data.
+_DAMPING_OF_BLOCKS = (1.0, 0.1)
+# With a fixed rate nothing shortens the step that a low damping makes long.
+_DAMPING_WITH_RATE = 0.1
 
 
 def cgfac(
@@ -57,10 +61,10 @@ def cgfac(
     warm_start: bool = True,
     preconditioner: Literal["jacobi"] | None = None,
     damping_decay: float = 0.9,
-    damping_interval: int = 10,
+    damping_interval: int | None = None,
     model_interval: int | None = None,
     min_damping: float | None = None,
-    max_damping: float = 1e4,
+    max_damping: float | None = None,
     missing: Missing = "raise",
 ) -> optax.GradientTransformationExtraArgs:
     r"""CG-FAC with step size, momentum and damping chosen for you.
@@ -81,8 +85,10 @@ def cgfac(
     Args:
       learning_rate: None, a float or a schedule.
       damping: ``λ``: the initial value without a learning rate, otherwise the
-        value or its schedule. None for 0.1, or for 1 where the structure has no
-        factors: the exact Fisher of a few examples knows few directions.
+        value or its schedule. None for ten times the mean curvature of the first
+        update, which makes the training independent of the scale of the loss, or 0.1
+        with a learning rate; for 1 where the structure has no factors: the exact
+        Fisher of a few examples knows few directions.
       momentum: A constant ``μ``; None lets the quadratic model choose it, and is
         0 with a learning rate.
       l2: ``η`` of a regularizer ``½ η ‖θ‖²`` that is part of ``h``; the ``value``
@@ -104,15 +110,15 @@ def cgfac(
       preconditioner: As in `scale_by_cgfac`.
       damping_decay: ``ω`` per update of the Levenberg-Marquardt rule.
       damping_interval: Updates between two adaptations, each of which evaluates
-        ``value_fn`` once.
+        ``value_fn`` once. None for 5, or 10 for batches of 512 examples and more.
       model_interval: Updates between two evaluations of the quadratic model, all of the
         first ten aside; step size and momentum stay in between. None for as many as
         keep its share of the gradient's work below about 12 %, at most 10.
       min_damping: Lower end of the adapted damping. On small batches a good
         reduction ratio rewards fitting the batch, and without a floor the damping
-        falls until the loss turns up. None for 1e-3, or for 0.1 where the structure has
-        no factors, but never above the initial damping.
-      max_damping: Upper end of the adapted damping.
+        falls until the loss turns up. None for a hundredth of the initial damping; for
+        0.1 where the structure has no factors, or the initial damping if that is less.
+      max_damping: Upper end of the adapted damping; None for 1e5 times the initial one.
       missing: As in `scale_by_cgfac`.
 
     Returns:
@@ -166,14 +172,14 @@ def cgfac(
         rtol=rtol,
         preconditioner=preconditioner,
     )
-    default_damping, default_floor = _DEFAULT_DAMPING[structure]
-    damping = default_damping if damping is None else damping
-    if min_damping is None:
-        # An initial value below the floor asks for a lower one.
-        low = (
-            default_damping if callable(damping) or not is_number(damping) else damping
-        )
-        min_damping = min(default_floor, low)
+    if damping is None and learning_rate is not None and structure == "kronecker":
+        damping = _DAMPING_WITH_RATE
+    if structure != "kronecker":
+        default, floor = _DAMPING_OF_BLOCKS
+        damping = default if damping is None else damping
+        if min_damping is None:
+            # An initial value below the floor asks for a lower one.
+            min_damping = min(floor, damping if is_number(damping) else default)
     options = StepOptions(
         momentum,
         l2,
@@ -184,7 +190,8 @@ def cgfac(
         min_damping,
         max_damping,
     )
-    check_damping(damping)
+    if damping is not None:
+        check_damping(damping)
     check_missing(missing)
     _check_options(options)
     _check_modes(options, learning_rate, damping)
@@ -197,9 +204,11 @@ def cgfac(
 
         zeros = jax.tree.map(jnp.zeros_like, params)
         start = jax.tree.map(jnp.zeros_like, params) if keeps_start else None
+        start_damping = 0.0 if callable(damping) or damping is None else damping
         return CGFACState(
             cgfac_count=scalar(0, jnp.int32),
-            damping=scalar(0.0 if callable(damping) else damping),
+            damping=scalar(start_damping),
+            initial_damping=scalar(start_damping),
             step_size=scalar(0.0),
             momentum=scalar(0.0),
             reduction_ratio=scalar(1.0),
@@ -233,7 +242,12 @@ def cgfac(
         if has_l2(options):
             grads = jax.tree.map(lambda g, p: g + l2 * p, grads, params)
         grads = rest.split(grads, jax.tree.map(jnp.zeros_like, grads))
-        gamma = state.damping if learning_rate is None else current(damping, state)
+        if damping is None:
+            state = with_initial_damping(state, curvature)
+        if learning_rate is None or damping is None:
+            gamma = state.damping
+        else:
+            gamma = current(damping, state)
         solution, info = precondition(
             # The regularizer's own curvature: Martens & Grosse (2015), section 6.
             config,
@@ -256,7 +270,9 @@ def cgfac(
             )
         if fallback is not None:
             finite &= tree_is_finite(updates)
-        delta, state, good = settle(options, old, state, direction, step, finite, value)
+        delta, state, good = settle(
+            options, old, state, direction, step, finite, value, curvature
+        )
         state = state._replace(
             cgfac_count=count,
             warm_start=_like(old.warm_start, solution),
@@ -292,9 +308,9 @@ def _like(old: PyTree | None, new: PyTree) -> PyTree | None:
 
 
 def _check_options(options: StepOptions) -> None:
-    check_positive("damping_interval", options.damping_interval, may_be_array=True)
-    if options.model_interval is not None:
-        check_positive("model_interval", options.model_interval, may_be_array=True)
+    for name in ("damping_interval", "model_interval"):
+        if getattr(options, name) is not None:
+            check_positive(name, getattr(options, name), may_be_array=True)
     for name in ("l2", "momentum", "kl_clip"):
         number = getattr(options, name)
         if is_number(number) and not 0 <= number < float("inf"):
@@ -302,7 +318,9 @@ def _check_options(options: StepOptions) -> None:
     decay, low, high = options.damping_decay, options.min_damping, options.max_damping
     if is_number(decay) and not 0 < decay < 1:
         raise ValueError(f"damping_decay must lie in (0, 1), got {decay}.")
-    if is_number(low) and is_number(high) and not 0 <= low <= high:
+    least = low if is_number(low) else 0.0
+    most = high if is_number(high) else math.inf
+    if not 0 <= least <= most:
         raise ValueError(
             "Dampings must satisfy 0 <= min_damping <= max_damping, got "
             f"{low} and {high}."
@@ -312,7 +330,7 @@ def _check_options(options: StepOptions) -> None:
 def _check_modes(
     options: StepOptions,
     learning_rate: ScalarOrSchedule | None,
-    damping: ScalarOrSchedule,
+    damping: ScalarOrSchedule | None,
 ) -> None:
     low, high = options.min_damping, options.max_damping
     if is_number(learning_rate) and not 0 <= learning_rate < float("inf"):
@@ -326,8 +344,12 @@ def _check_modes(
         )
     if learning_rate is not None:
         return
-    if is_number(low) and is_number(high) and is_number(damping):
-        _check_initial_damping(damping, low, high)
+    if is_number(damping):
+        _check_initial_damping(
+            damping,
+            low if is_number(low) else 0.0,
+            high if is_number(high) else math.inf,
+        )
     if callable(damping):
         raise ValueError(
             "Without a learning_rate the damping adapts itself: pass its initial "

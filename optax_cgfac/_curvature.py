@@ -241,9 +241,7 @@ class Curvature:
             )
         return self.push_rows(other.layers)
 
-    def push_rows(
-        self, rows: dict[str, LayerRows], model_inputs: PyTree = None
-    ) -> "Curvature":
+    def push_rows(self, rows: dict[str, LayerRows]) -> "Curvature":
         """Adds one update's rows by layer name, dropping the oldest ones."""
         slot = self.num_updates % self.spec.window
         layers = {}
@@ -258,13 +256,8 @@ class Curvature:
             share = jnp.maximum(jnp.mean(finite, -1, dtype=g.dtype), 1 / g.shape[-2])
             new = LayerRows(keep_where(new.a, good), scaled(g, jax.lax.rsqrt(share)))
             layers[tag.name] = _update_slot(self.layers[tag.name], new, slot)
-        if model_inputs is None:
-            model_inputs = self.model_inputs
         pushed = dataclasses.replace(
-            self,
-            layers=layers,
-            num_updates=self.num_updates + 1,
-            model_inputs=model_inputs,
+            self, layers=layers, num_updates=self.num_updates + 1
         )
         if not self.spectra:
             return pushed

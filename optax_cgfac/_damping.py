@@ -33,7 +33,12 @@ def reduction_ratio(actual: Array, predicted: Array) -> Array:
 
 
 def levenberg_marquardt(
-    damping: Array, ratio: Array, *, decay: float, minimum: float, maximum: float
+    damping: Array,
+    ratio: Array,
+    *,
+    decay: float,
+    minimum: Array | float,
+    maximum: Array | float,
 ) -> Array:
     """Lowers the damping after good predictions and raises it after bad ones.
 

@@ -33,7 +33,7 @@ def diagnostics(opt_state: Any, params: PyTree = None) -> dict[str, Any]:
 
     Example:
       >>> import jax.numpy as jnp, optax_cgfac
-      >>> tx = optax_cgfac.cgfac()
+      >>> tx = optax_cgfac.cgfac(damping=0.1)
       >>> state = tx.init({"Dense_0": {"kernel": jnp.ones((2, 3))}})
       >>> print(diagnostics(state)["damping"])
       0.1

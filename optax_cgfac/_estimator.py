@@ -25,12 +25,16 @@ from optax_cgfac._examples import (
     batched_leaves,
     check_examples,
     check_targets,
+    num_kept,
     slice_examples,
+    strided_indices,
 )
 from optax_cgfac._losses import Loss
 from optax_cgfac._modules import bind
 from optax_cgfac._tagging import RowOptions, Where, make_tags
 from optax_cgfac._types import Array, PyTree
+
+_FEW_OUTPUTS = 32
 
 WeightSharing = Literal["expand", "reduce"]
 
@@ -151,7 +155,8 @@ def fisher_estimator(
         the window; None for the parameters' own, at least float32.
       rank: Eigenpairs kept of each Kronecker factor of a layer, with which `cgfac`
         solves its systems where a factor has more: ``"auto"`` for a quarter of the
-        batch, from 16 to 64; None to solve with all rows.
+        batch, or an eighth for at most 32 outputs, from 16 to 64; None to solve with
+        all rows.
       refresh_every: Captures between two computations of the eigenpairs, once the
         window is full.
       capture_every: Updates between two that capture rows, once the window is full;
@@ -265,6 +270,7 @@ def fisher_estimator(
                 lambda x: slice_examples(x, batched, jnp.arange(count)), inputs
             )
 
+        num_outputs = sum(head.shape[-1] for head in heads)
         captured = num_examples if whole_batch else rows
         discovery = discover_few(function, params, shapes(captured), captured)
         wider = discover_wider(function, params, shapes(2 * captured), found=discovery)
@@ -290,7 +296,7 @@ def fisher_estimator(
             batched,
             criterion.factor(num_examples),
             rows,
-            _rank(num_examples) if rank == "auto" else rank,
+            _rank(num_examples, num_outputs) if rank == "auto" else rank,
             refresh_every,
             num_examples,
             capture_every or _capture_every(captured, num_examples),
@@ -325,14 +331,30 @@ def fisher_estimator(
             curvature = jax.lax.cond(due, capture, lambda: curvature)
         else:
             curvature = capture()
-        return dataclasses.replace(curvature, num_calls=curvature.num_calls + 1)
+        # Of this batch, whose gradient the quadratic model is to be the model of:
+        # examples of an older one are fitted already, and promise too much.
+        kept = num_kept(curvature.model_inputs, batched)
+        indices = strided_indices(curvature.num_calls + 1, kept, num_examples)
+        return dataclasses.replace(
+            curvature,
+            num_calls=curvature.num_calls + 1,
+            model_inputs=slice_examples(inputs, batched, indices),
+        )
 
     return CurvatureEstimator(init, update)
 
 
-def _rank(num_examples: int) -> int:
-    """Eigenpairs whose products are a small part of a gradient of so many examples."""
-    return max(16, min(num_examples // 4, 64))
+def _rank(num_examples: int, num_outputs: int) -> int:
+    """Eigenpairs whose products are a part of a gradient of so many examples.
+
+    Every example adds as many directions to the curvature as there are outputs:
+    classifiers of few classes need less (benchmarks/LOG.md).
+
+    Returns:
+      Their number.
+    """
+    share = 4 if num_outputs > _FEW_OUTPUTS else 8
+    return max(16, min(num_examples // share, 64))
 
 
 def _capture_every(captured: int, num_examples: int) -> int:

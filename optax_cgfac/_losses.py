@@ -80,6 +80,15 @@ def _softmax_value(logits: Array, targets: Array) -> Array:
     return -jnp.take_along_axis(log_probs, targets[..., None], -1)[..., 0]
 
 
+def _softmax_sample(rng: Array, logits: Array) -> Array:
+    # The inverse of the distribution function: one random number for each prediction,
+    # and a tenth of the compilation of one for each class (the Gumbel trick).
+    cumulative = jnp.cumsum(jax.nn.softmax(logits), -1)
+    shape, last = logits.shape[:-1], logits.shape[-1] - 1
+    draw = jax.random.uniform(rng, shape, logits.dtype) * cumulative[..., -1]
+    return jnp.minimum(jnp.sum(draw[..., None] >= cumulative, -1), last)
+
+
 def _softmax_hessian_product(logits: Array, tangents: Array) -> Array:
     probs = jax.nn.softmax(logits)
     centred = tangents - jnp.sum(probs * tangents, -1, keepdims=True)
@@ -120,7 +129,7 @@ def _sigmoid_variance(logits: Array) -> Array:
 _SOFTMAX = Loss(
     name="softmax_cross_entropy",
     value=_softmax_value,
-    sample=jax.random.categorical,
+    sample=_softmax_sample,
     hessian_product=_softmax_hessian_product,
     hessian_columns=_softmax_hessian_columns,
     lower_bound=0.0,

@@ -16,6 +16,7 @@ from optax_cgfac._damping import (
     reduction_ratio,
 )
 from optax_cgfac._examples import num_kept
+from optax_cgfac._initial_damping import initial_damping
 from optax_cgfac._numerics import tree_dot, tree_is_finite
 from optax_cgfac._precondition import SolveInfo
 from optax_cgfac._quadratic_model import (
@@ -30,6 +31,12 @@ from optax_cgfac._types import Array, PyTree
 
 # Updates at the beginning, where the step size changes most, that all fit the model.
 _FIT_ALWAYS = 10
+# Below this many examples the loss is noisy, and a single look at it worth little.
+_MANY_EXAMPLES = 512
+# Damping is adapted within these multiples of the first one. Without a lower end a
+# good reduction ratio on small batches, which rewards fitting the batch, lowers it
+# until the loss turns up.
+_BOUNDS = (1e-2, 1e5)
 
 
 class CGFACState(NamedTuple):
@@ -37,7 +44,8 @@ class CGFACState(NamedTuple):
 
     Attributes:
       cgfac_count: Updates so far, int32.
-      damping: The damping ``λ`` of the next update.
+      damping: The damping ``λ`` of the next update; 0 until the data tell it.
+      initial_damping: The first one; 0 until the data tell it.
       step_size: The last step size ``α``.
       momentum: The last momentum ``μ``.
       reduction_ratio: The last reduction ratio ``ρ``.
@@ -50,6 +58,7 @@ class CGFACState(NamedTuple):
 
     cgfac_count: Array
     damping: Array
+    initial_damping: Array
     step_size: Array
     momentum: Array
     reduction_ratio: Array
@@ -68,10 +77,10 @@ class StepOptions:
     l2: float
     kl_clip: float | None
     damping_decay: float
-    damping_interval: int
+    damping_interval: int | None
     model_interval: int | None
-    min_damping: float
-    max_damping: float
+    min_damping: float | None
+    max_damping: float | None
 
 
 class Objective(NamedTuple):
@@ -89,6 +98,16 @@ class Objective(NamedTuple):
 def is_scalar(value: Any) -> bool:
     """Whether a loss is one number, and no pair with auxiliary outputs."""
     return jax.tree.structure(value) == jax.tree.structure(0) and jnp.shape(value) == ()
+
+
+def with_initial_damping(state: CGFACState, curvature: Curvature) -> CGFACState:
+    """Returns the state with a damping from the data, where it has none yet."""
+    is_new = state.initial_damping == 0
+    first = initial_damping(curvature).astype(state.damping.dtype)
+    return state._replace(
+        damping=jnp.where(is_new, first, state.damping),
+        initial_damping=jnp.where(is_new, first, state.initial_damping),
+    )
 
 
 def has_l2(options: StepOptions) -> bool:
@@ -127,29 +146,34 @@ def adaptive_step(
       the new scalars.
     """
     directions = (direction, state.velocity)
-    slope = jnp.array([tree_dot(grads, v) for v in directions])
+    descent = tree_dot(grads, direction)
+    dtype = descent.dtype
     fixed = options.momentum
     box = {} if fixed is None else {"min_momentum": fixed, "max_momentum": fixed}
 
-    def fit() -> tuple[Array, Array]:
+    def fit() -> tuple[Array, Array, Array]:
+        slope = jnp.stack([descent, tree_dot(grads, state.velocity).astype(dtype)])
         model = quadratic_model(
             curvature, params, slope, directions, damping=state.damping, l2=options.l2
         )
         best = jnp.stack(minimize_in_box(model, **box))
-        return best.astype(slope.dtype), model.undamped.astype(slope.dtype)
+        return best.astype(dtype), slope, model.undamped.astype(dtype)
 
-    def keep() -> tuple[Array, Array]:
-        last = jnp.stack([state.step_size, state.momentum])
-        return last.astype(slope.dtype), jnp.zeros((2, 2), slope.dtype)
+    def keep() -> tuple[Array, Array, Array]:
+        last = jnp.stack([state.step_size, state.momentum]).astype(dtype)
+        # What the old velocity promises is a pass over the parameters to know.
+        slope = jnp.stack([descent, jnp.zeros_like(descent)])
+        return last, slope, jnp.zeros((2, 2), dtype)
 
     count = state.cgfac_count + 1
-    due = count % options.damping_interval == 0
+    every = damping_interval(options, curvature)
+    due = count % every == 0
     interval = options.model_interval or _model_interval(curvature)
     if isinstance(interval, int) and interval == 1:
-        coefficients, undamped = fit()
+        coefficients, slope, undamped = fit()
     else:
         fits = due | (count <= _FIT_ALWAYS) | (count % interval == 0)
-        coefficients, undamped = jax.lax.cond(fits, fit, keep)
+        coefficients, slope, undamped = jax.lax.cond(fits, fit, keep)
     model = QuadraticModel(undamped, undamped, slope)
     step = Step(coefficients[0], coefficients[1])
     criterion = curvature.spec.criterion
@@ -177,12 +201,13 @@ def adaptive_step(
 
     def adapt() -> tuple[Array, Array, Array]:
         ratio = reduction_ratio(objective_change(), predicted)
+        low, high = _damping_bounds(options, state)
         damping = levenberg_marquardt(
             state.damping,
             ratio,
-            decay=options.damping_decay**options.damping_interval,
-            minimum=options.min_damping,
-            maximum=options.max_damping,
+            decay=options.damping_decay**every,
+            minimum=low,
+            maximum=high,
         )
         ratio = ratio.astype(state.reduction_ratio.dtype)
         # A step after which the same batch has a larger loss, or one that is not
@@ -202,6 +227,24 @@ def adaptive_step(
     # Not finite where a gradient or a direction is not: no further pass over them.
     finite = jnp.all(jnp.isfinite(slope)) & jnp.all(jnp.isfinite(coefficients))
     return Step(*(jnp.where(taken, x, 0) for x in step)), finite, state
+
+
+def damping_interval(options: StepOptions, curvature: Curvature) -> int:
+    """Returns the updates between two adaptations of the damping."""
+    if options.damping_interval is not None:
+        return options.damping_interval
+    return 10 if curvature.spec.batch_size >= _MANY_EXAMPLES else 5
+
+
+def _damping_bounds(
+    options: StepOptions, state: CGFACState
+) -> tuple[Array | float, Array | float]:
+    """Returns the ends between which the damping is adapted."""
+    low, high = (factor * state.initial_damping for factor in _BOUNDS)
+    return (
+        low if options.min_damping is None else options.min_damping,
+        high if options.max_damping is None else options.max_damping,
+    )
 
 
 def _model_interval(curvature: Curvature) -> int:
@@ -228,6 +271,7 @@ def settle(
     step: Step,
     finite: Array,
     value: Array | None,
+    curvature: Curvature,
 ) -> tuple[PyTree, CGFACState, Array]:
     """Takes the step, or where a number is not finite a safe one in its place.
 
@@ -243,6 +287,7 @@ def settle(
       step: ``α`` and ``μ``.
       finite: Whether gradients and direction are finite.
       value: The loss, if the user gave it.
+      curvature: The curvature.
 
     Returns:
       The update, the state with the velocity, and whether all numbers were finite.
@@ -250,22 +295,21 @@ def settle(
     blown_up = jnp.array(False) if value is None else ~jnp.all(jnp.isfinite(value))
     finite = finite & ~blown_up
 
-    def choose(d: Array, v: Array) -> tuple[Array, Array]:
+    def choose(d: Array, v: Array) -> Array:
         taken = jnp.where(finite, combine(step, d, v), 0).astype(v.dtype)
-        return jnp.where(blown_up, -v, taken), taken
+        return jnp.where(blown_up, -v, taken)
 
-    pairs = jax.tree.map(choose, direction, old.velocity)
-    update, velocity = jax.tree.transpose(
-        jax.tree.structure(old.velocity), jax.tree.structure((0, 0)), pairs
-    )
-    more = old.damping * options.damping_decay**-options.damping_interval
+    update = jax.tree.map(choose, direction, old.velocity)
+    velocity = jax.tree.map(lambda u: jnp.where(finite, u, 0).astype(u.dtype), update)
+    more = old.damping * options.damping_decay ** -damping_interval(options, curvature)
+    _, high = _damping_bounds(options, old)
     state = state._replace(
         damping=jnp.where(
             finite,
             state.damping,
-            jnp.where(
-                blown_up, jnp.minimum(more, options.max_damping), old.damping
-            ).astype(old.damping.dtype),
+            jnp.where(blown_up, jnp.minimum(more, high), old.damping).astype(
+                old.damping.dtype
+            ),
         ),
         reduction_ratio=jnp.where(finite, state.reduction_ratio, old.reduction_ratio),
         # A step that was not taken before is not counted once more.

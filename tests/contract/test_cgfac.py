@@ -1,5 +1,7 @@
 """The ready-made optimizer: its two modes, and each of its options."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,7 +107,7 @@ def test_l2_adds_to_the_gradient_and_to_the_damping():
 # ---------------------------------------------------------------- without one
 
 
-@pytest.mark.parametrize("l2", [0.0, 0.5])
+@pytest.mark.parametrize("l2", [0.0, 0.05])
 def test_the_step_minimizes_the_damped_gauss_newton_model(l2):
     damping = 0.2
     grads = with_l2(l2)
@@ -237,7 +239,7 @@ def test_a_rejected_step_rejects_the_fallbacks_part_too():
 
 def test_the_default_damping_accounts_for_the_structure():
     params = ingredients().params
-    assert float(cgfac().init(params).damping) == pytest.approx(0.1)
+    assert float(cgfac(0.1).init(params).damping) == pytest.approx(0.1)
     for structure in ("block", "full"):
         assert float(cgfac(structure=structure).init(params).damping) == 1
     # An initial damping below the default floor lowers the floor.
@@ -246,8 +248,56 @@ def test_the_default_damping_accounts_for_the_structure():
         cgfac(damping=1e-5, min_damping=1e-3)
 
 
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_the_first_damping_has_the_scale_of_the_curvature(scale):
+    """``F`` and ``∇h`` times a number, and the training stays the same."""
+    given = ingredients()
+    root = scale**0.5
+    layers = {k: x._replace(g=root * x.g) for k, x in given.curvature.layers.items()}
+    curvature = dataclasses.replace(given.curvature, layers=layers)
+    sizes, traces = 0, 0.0
+    for tag in curvature.tags:
+        a, g = (np.asarray(x) for x in curvature.operator(tag.name).factors())
+        traces += np.trace(a) * np.trace(g)
+        sizes += len(a) * len(g)
+    _, state = first(cgfac(), curvature=curvature)
+    assert float(state.damping) == pytest.approx(10 * traces / sizes, rel=1e-5)
+    assert float(state.initial_damping) == float(state.damping)
+
+
+def test_the_first_damping_waits_for_data():
+    tx = cgfac()
+    assert float(tx.init(ingredients().params).damping) == 0
+    _, state = first(tx, curvature=problem().curvature())  # no rows yet
+    assert float(state.damping) == pytest.approx(0.1)
+    _, after = update(tx, state)
+    assert float(after.initial_damping) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("examples", "interval"), [(500, 5), (512, 10)])
+def test_the_damping_is_looked_at_more_often_with_small_batches(examples, interval):
+    given = ingredients()
+    spec = dataclasses.replace(given.curvature.spec, batch_size=examples)
+    curvature = dataclasses.replace(given.curvature, spec=spec)
+    tx, seen = cgfac(damping=0.1), []
+    state = tx.init(given.params)
+    for _ in range(10):
+        _, state = tx.update(
+            given.grads,
+            state,
+            given.params,
+            curvature=curvature,
+            value=given.value,
+            value_fn=lambda params: jnp.asarray(jnp.nan),
+        )
+        seen.append(float(state.damping))
+    assert len({x for x in seen if x > 0.1 + 1e-6}) == 10 // interval
+    assert seen[interval - 2] == pytest.approx(0.1)
+    assert seen[interval - 1] > 0.1
+
+
 def test_a_fixed_momentum_is_used_as_it_is():
-    tx = cgfac(momentum=0.5)
+    tx = cgfac(momentum=0.5, damping=0.1)
     before, state = first(tx)
     updates, state = update(tx, state)
     assert float(state.momentum) == 0.5
@@ -270,7 +320,7 @@ def test_a_chosen_momentum_stays_in_its_box():
 
 @pytest.mark.parametrize("wrap", [False, True], ids=["alone", "in a chain"])
 def test_diagnostics_are_arrays_under_jit(wrap):
-    tx = cgfac(solver="cg", max_steps=3)
+    tx = cgfac(solver="cg", max_steps=3, damping=0.1)
     tx = optax.chain(optax.clip(1e6), tx) if wrap else tx
     _, state = first(tx)
     result = jax.jit(diagnostics)(state)

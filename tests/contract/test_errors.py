@@ -113,7 +113,7 @@ def test_the_single_pass_has_no_model_to_choose_a_step_with():
         (lambda: cgfac(damping_decay=1.0), r"damping_decay must lie in \(0, 1\)"),
         (lambda: cgfac(damping_interval=0), "damping_interval must be an int"),
         (lambda: cgfac(min_damping=2.0, max_damping=1.0), "min_damping <= max_damping"),
-        (lambda: cgfac(damping=1e9), "initial damping must lie in"),
+        (lambda: cgfac(damping=1e9, max_damping=1e4), "initial damping must lie in"),
         (lambda: cgfac(fallback=optax.sgd(0.1)), "fallback needs where="),
         (lambda: cgfac(missing="ignore"), "missing must be 'raise' or 'gradient'"),
         (lambda: scale_by_cgfac(-0.1), "damping must be finite and not negative"),

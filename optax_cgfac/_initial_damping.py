@@ -1,0 +1,69 @@
+r"""The first damping, from the curvature of the first update.
+
+A damping has the unit of the curvature: a loss that is ten times larger has ten times
+the Fisher matrix and needs ten times the damping. Measured in the mean curvature
+
+.. math:: \bar F = \frac{\sum_l \mathrm{tr} A_l \, \mathrm{tr} G_l}{\sum_l n_l},
+
+with ``n`` the entries of a layer's parameters, one number serves all losses and models.
+"""
+
+import jax.numpy as jnp
+
+from optax_cgfac._curvature import Curvature
+from optax_cgfac._types import Array
+
+# Of the mean curvature, and where there is none: both give 0.1 for the autoencoder on
+# CURVES, and a tenth or ten times that is worse there (benchmarks/LOG.md).
+_MULTIPLE, _WITHOUT_DATA = 10.0, 0.1
+
+
+def mean_curvature(curvature: Curvature) -> Array:
+    """Returns the mean of the Fisher matrix's diagonal over all tagged parameters.
+
+    Args:
+      curvature: The curvature.
+
+    Returns:
+      A scalar, float32 or the layers' precision if higher; 0 without rows.
+    """
+    traces, size = [], 0
+    for tag in curvature.tags:
+        spectra = curvature.spectra.get(tag.name)
+        if spectra is None:
+            rows = curvature.layers[tag.name]
+            trace = curvature.kronecker_operator(tag, rows).trace()
+        else:
+            trace = spectra.a.trace * spectra.g.trace
+        traces.append(jnp.sum(trace))
+        size += max(trace.size, 1) * tag.n_in * tag.n_out
+    return sum(traces, start=jnp.zeros((), jnp.float32)) / size
+
+
+def initial_damping(curvature: Curvature) -> Array:
+    """Returns a damping to start from.
+
+    Args:
+      curvature: The curvature.
+
+    Returns:
+      Ten times the mean curvature, a positive scalar.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import linen as nn
+      >>> from optax_cgfac import fisher_estimator
+      >>> model, x = nn.Dense(2, use_bias=False), jnp.ones((4, 3))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> estimator = fisher_estimator(
+      ...     lambda p, x: model.apply({"params": p}, x),
+      ...     "squared_error",
+      ...     kind="exact",
+      ...     rows=4,
+      ... )
+      >>> curvature = estimator.update(estimator.init(params, x), params, x)
+      >>> print(initial_damping(curvature))  # the Hessian is 2 I
+      20.0
+    """
+    mean = mean_curvature(curvature)
+    return jnp.where(jnp.isfinite(mean) & (mean > 0), _MULTIPLE * mean, _WITHOUT_DATA)
