@@ -25,7 +25,7 @@ MIB = 2**20
 
 def load(folder: pathlib.Path) -> Results:
     """Returns the results in a folder by name, those that are there."""
-    names = (*WORKLOADS, "widths", "tuned")
+    names = (*WORKLOADS, "widths", "robustness", "tuned")
     paths = {name: folder / f"{name}.json" for name in names}
     return {k: json.loads(p.read_text()) for k, p in paths.items() if p.exists()}
 
@@ -141,6 +141,26 @@ def width_table(result: Mapping[str, Any]) -> str:
     return markdown(header, body)
 
 
+def robustness_table(result: Mapping[str, Any]) -> str:
+    """Returns the last loss of each training, and what became of it."""
+    rows = {(r["workload"], r["batch_size"]): r for r in result["rows"]}
+    sizes = sorted({size for _, size in rows})
+    body = []
+    for name in (n for n in WORKLOADS if any(n == key[0] for key in rows)):
+        cells = []
+        for size in sizes:
+            row = rows.get((name, size))
+            if row is None:
+                cells.append("-")
+                continue
+            last = "" if row["last"] is None else number(row["last"])
+            falls = row["verdict"] == "falls"
+            cells.append(last if falls else f"{last} {row['verdict']}".strip())
+        body.append([name, *cells])
+    header = [f"loss after {result['steps']:,} steps, batch", *map(str, sizes)]
+    return markdown(header, body)
+
+
 def environment_line(results: Results) -> str:
     """Returns where the figures come from, in a sentence."""
     for name in WORKLOADS:
@@ -165,7 +185,9 @@ def section(results: Results) -> str:
     Raises:
       ValueError: If there is no result, or one of a smoke run.
     """
-    measured = [name for name in (*WORKLOADS, "widths") if name in results]
+    measured = [
+        name for name in (*WORKLOADS, "widths", "robustness") if name in results
+    ]
     if not measured:
         raise ValueError("There are no results: run `benchmarks/run.py all` first.")
     smoke = [name for name in measured if results[name].get("smoke")]
@@ -179,6 +201,8 @@ def section(results: Results) -> str:
     parts += [race_table(results[name]) for name in races]
     if "widths" in results:
         parts.append(width_table(results["widths"]))
+    if "robustness" in results:
+        parts.append(robustness_table(results["robustness"]))
     return "\n\n".join(parts)
 
 
@@ -219,6 +243,8 @@ def details(results: Results) -> str:
         parts.append(paired_table(result))
     if "widths" in results:
         parts += ["# Widths", width_table(results["widths"])]
+    if "robustness" in results:
+        parts += ["# Every default", robustness_table(results["robustness"])]
     for name, result in results.items():
         if "environment" in result:
             facts = [f"{key} {value}" for key, value in result["environment"].items()]

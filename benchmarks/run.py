@@ -21,6 +21,7 @@ import contestants
 import jax
 import probe
 import report
+import robustness
 import workloads
 from contestants import UNTUNED, Contestant
 from curves import environment, others_seconds
@@ -38,7 +39,7 @@ RACES = {
     "classifiers": ("mnist_mlp", "mnist_cnn"),
     "transformer": ("transformer",),
 }
-PARTS = ("tune", *RACES, "widths", "report")
+PARTS = ("tune", *RACES, "robustness", "widths", "report")
 PAIRS = 40  # timed pairs of steps for each seed, a multiple of cgfac's periods
 
 
@@ -253,6 +254,19 @@ def run_tune(
         write(path, tuned)
 
 
+def run_robustness(names: list[str], out: pathlib.Path, smoke: bool) -> None:
+    """Trains on workloads at many batch sizes; keeps what the file has of others."""
+    path = out / "robustness.json"
+    for name in names:
+        known = read(path)
+        result = with_environment(
+            lambda name=name: robustness.benchmark((name,), smoke=smoke)
+        )
+        others = [r for r in known.get("rows", []) if r["workload"] != name]
+        result["rows"] = others + result["rows"]
+        write(path, result)
+
+
 def read(path: pathlib.Path) -> dict[str, Any]:
     """Returns the content of a JSON file, empty if there is none."""
     return json.loads(path.read_text()) if path.exists() else {}
@@ -280,7 +294,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--only",
         nargs="+",
-        help="tune: these workloads, rivals; races: these contestants",
+        help="tune: these workloads, rivals; robustness: these workloads; races: "
+        "these contestants",
     )
     parser.add_argument("--widths", type=int, nargs="+", help=f"{WIDTHS}")
     parser.add_argument(
@@ -314,6 +329,9 @@ def main(argv: list[str] | None = None) -> None:
             )
         )
         write(out / f"{name}.json", result)
+    if "robustness" in parts:
+        names = [n for n in args.only or () if n in workloads.WORKLOADS]
+        run_robustness(names or list(workloads.WORKLOADS), out, args.smoke)
     if "widths" in parts:
         chosen = args.widths or ((64, 128) if args.smoke else WIDTHS)
         result = with_environment(lambda: benchmark_widths(chosen, smoke=args.smoke))

@@ -51,6 +51,8 @@ class Target(NamedTuple):
         word = "met" if self.met else "missed"
         if not math.isfinite(self.measured):
             return f"{word}, not reached in the budget"
+        if not self.limit:
+            return word
         off = 100 * (self.measured / self.limit - 1)
         return f"{word}, {abs(off):.0f} % {'above' if off > 0 else 'below'}"
 
@@ -148,6 +150,11 @@ def targets(results: Results) -> list[Target]:
             Target("width 4096: scale_by_kfac's step / ours", 20.0, at_most=False),
             _kfac_step,
         ),
+        (
+            "robustness",
+            Target("trainings of 1,000 steps that turned up or diverged", 0.0),
+            _turned_up,
+        ),
     ]
     found = []
     for file, target, make in makers:
@@ -220,6 +227,12 @@ def _wide(result: Any, target: Target) -> Target:
 def _kfac_step(result: Any, target: Target) -> Target:
     slow, ours = (_step_at(result, name, 4096) for name in ("scale_by_kfac", "cgfac"))
     return target._replace(values=(slow / ours,))
+
+
+def _turned_up(result: Any, target: Target) -> Target:
+    bad = [row for row in result["rows"] if row["verdict"] != "falls"]
+    what = f"{target.what}, of {len(result['rows'])}"
+    return target._replace(what=what, values=(float(len(bad)),))
 
 
 def _exponent(result: Any, target: Target) -> Target:

@@ -122,3 +122,37 @@ def test_the_exponent_is_the_slope_of_the_largest_widths(suite):
     seconds = np.where(sizes == 1, 1.0, 1e-9 * sizes**2.5)
     assert widths.exponent(sizes, seconds) == pytest.approx(2.5)
     assert math.isnan(widths.exponent([256], [1.0]))
+
+
+@pytest.mark.parametrize(
+    ("losses", "word"),
+    [
+        ([10.0, 5.0, 3.0, 2.0, 1.0, 1.0], "falls"),
+        # One bad batch is no verdict, and neither is less than a fiftieth of the way.
+        ([10.0, 5.0, 3.0, 1.0, 1.0, 1.0, 9.0], "falls"),
+        ([10.0, 1.0, 1.0, 1.0, 1.1, 1.1, 1.1], "falls"),
+        ([10.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0], "turned up"),
+        ([10.0, 1.0, 1.0, 1.0, 11.0, 11.0, 11.0], "diverged"),
+        ([10.0, 11.0, 12.0, 13.0], "diverged"),
+        ([10.0, 1.0, None], "diverged"),
+    ],
+)
+def test_a_training_that_rises_again_is_found(suite, losses, word):
+    import robustness
+
+    assert robustness.verdict(losses)["verdict"] == word
+
+
+def test_robustness_is_measured_and_reported(suite):
+    import report
+    import robustness
+
+    result = robustness.benchmark(("mnist_mlp",), (50,), smoke=True)
+    (row,) = result["rows"]
+    assert row["steps"] == 60
+    assert row["losses"][-1] < row["losses"][0] / 2
+    assert row["dampings"][0] > 0
+    table = report.robustness_table(result)
+    assert table.count("|") > 6
+    row["verdict"] = "turned up"
+    assert "turned up" in report.robustness_table(result)
