@@ -23,6 +23,9 @@ GRID = 0.04  # the grid's distance, of the clock: the error of the times to thre
 SPARING = 0.5  # of an evaluation's own seconds: the least distance, against waiting
 HOPELESS = 1.25  # so many times the loss of the best so far, in tuning
 WARM_UP = 3  # steps that do not count for step times
+# In pairs: while cgfac's window of 8 captures fills, it works more than later. Races
+# count those steps.
+PAIRED_WARM_UP = 40
 
 
 class Rules(NamedTuple):
@@ -245,7 +248,7 @@ def paired_step_times(
       workload: What they train on.
       ours: The numerator.
       other: The denominator, with the same batch size.
-      pairs: How many steps of each are timed, after `WARM_UP` ones.
+      pairs: How many steps of each are timed, after `PAIRED_WARM_UP` ones.
       seed: Of parameters, batches and sampling.
 
     Returns:
@@ -262,11 +265,12 @@ def paired_step_times(
         )
     params = workload.init(seed)
     runners = [Runner(c.method, c, workload, params, seed) for c in (ours, other)]
-    for i in tqdm(range(WARM_UP + pairs), desc=f"{workload.name} paired steps"):
+    total = PAIRED_WARM_UP + pairs
+    for i in tqdm(range(total), desc=f"{workload.name} paired steps"):
         # Who goes first alternates, so that neither always has the warmer caches.
         for runner in runners if i % 2 else reversed(runners):
             runner.step()
-    slow, fast = (np.array(runner.times[WARM_UP:]) for runner in runners)
+    slow, fast = (np.array(runner.times[PAIRED_WARM_UP:]) for runner in runners)
     return {
         "batch_size": ours.batch_size,
         "pairs": pairs,

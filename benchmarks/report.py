@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from contestants import LABELS
 from plots import draw_race, draw_widths, label
-from targets import Results, crossings, number, targets
+from targets import Results, Target, crossings, number, targets
 from workloads import WORKLOADS
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -36,9 +36,9 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def target_table(results: Results) -> str:
-    """Returns every target with what was measured."""
-    rows = [[t.what, t.goal(), t.figure(), t.verdict()] for t in targets(results)]
+def target_table(found: Sequence[Target]) -> str:
+    """Returns targets with what was measured."""
+    rows = [[t.what, t.goal(), t.figure(), t.verdict()] for t in found]
     return markdown(["target", "wanted", "measured", ""], rows)
 
 
@@ -193,7 +193,7 @@ def section(results: Results) -> str:
     smoke = [name for name in measured if results[name].get("smoke")]
     if smoke:
         raise ValueError(f"Smoke runs are no results: {', '.join(smoke)}.")
-    parts = [environment_line(results), target_table(results)]
+    parts = [environment_line(results)]
     races = [name for name in WORKLOADS if name in results]
     untuned = [name for name in races if not results[name]["tuned"]]
     if untuned:
@@ -203,6 +203,11 @@ def section(results: Results) -> str:
         parts.append(width_table(results["widths"]))
     if "robustness" in results:
         parts.append(robustness_table(results["robustness"]))
+    found = targets(results)
+    parts.append("What the project wants to reach, and has or has not:")
+    parts.append(target_table([t for t in found if t.measured is not None]))
+    rest = "; ".join(t.what for t in found if t.measured is None)
+    parts += [f"Not measured yet: {rest}."] if rest else []
     return "\n\n".join(parts)
 
 
@@ -230,7 +235,7 @@ def replace_section(text: str, new: str) -> str:
 
 def details(results: Results) -> str:
     """Returns everything as text: targets, and tables of each workload."""
-    parts = ["# Targets", target_table(results)]
+    parts = ["# Targets", target_table(targets(results))]
     if any(result.get("smoke") for result in results.values()):
         parts.insert(0, "A SMOKE RUN: tiny models, batches and data; no figure counts.")
     for name in WORKLOADS:

@@ -261,9 +261,11 @@ class Curvature:
         )
         if not self.spectra:
             return pushed
-        # Every update is news until the window is full.
-        due = self.num_updates < self.spec.window
-        due |= pushed.num_updates % self.spec.refresh_every == 0
+        # While the window fills, whenever it holds twice as much as before.
+        count = pushed.num_updates
+        due = (count & (count - 1) == 0) | (count == self.spec.window)
+        due &= count <= self.spec.window
+        due |= count % self.spec.refresh_every == 0
         spectra = jax.lax.cond(due, pushed._new_spectra, lambda: self.spectra)
         return dataclasses.replace(pushed, spectra=spectra)
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from optax_cgfac._cg import CGInfo, cg_loop
 from optax_cgfac._numerics import (
@@ -77,14 +78,17 @@ def factored_damping(
 
 
 def split_damping(
-    a_trace: Array, g_trace: Array, sizes: tuple[int, ...], damping: Array | float
+    a_trace: Array,
+    g_trace: Array,
+    sizes: tuple[int, ...] | tuple[np.ndarray, ...],
+    damping: Array | float,
 ) -> tuple[Array, Array]:
     """Returns ``α`` and ``β`` from the factors' traces; see `factored_damping`.
 
     Args:
       a_trace: ``tr A``, shape ``stack``.
       g_trace: ``tr G``, shape ``stack``.
-      sizes: ``n_A`` and ``n_G``.
+      sizes: ``n_A`` and ``n_G``, or arrays of them like the traces.
       damping: The scalar ``γ``.
 
     Returns:

@@ -17,19 +17,20 @@ on the smaller of the Gram matrix ``a aᵀ`` and the factor ``aᵀ a``.
 
 import functools
 import itertools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_cgfac._factored import split_damping
 from optax_cgfac._numerics import matmul, safe_divide, scaled
 from optax_cgfac._operators import KroneckerOperator
 from optax_cgfac._types import Array
 
-# Features are padded to this, twice this, four times, ... so that sides share a batch.
+# Features of small factors are padded to this, twice this, four times, ... so that
+# they share a batch.
 _BLOCK = 32
 # Products with the factor per refresh; warm-started, one would nearly do.
 _POWER_STEPS = 1
@@ -120,9 +121,10 @@ def refresh(
     ]
     groups: dict[tuple[int, int, jnp.dtype], list[int]] = {}
     for index, side in enumerate(sides):
-        count, width = side.rows.shape[-2], _BLOCK
-        while width < side.rows.shape[-1]:
-            width *= 2
+        (count, n), rank = side.rows.shape[-2:], side.old.values.shape[-1]
+        width = 0  # of no matter where the Gram matrix has the size of the rows
+        while rank == n > width:
+            width = 2 * width or _BLOCK
         groups.setdefault((count, width, side.rows.dtype), []).append(index)
     found: dict[int, Spectrum] = {}
     token = jnp.zeros(())
@@ -130,60 +132,83 @@ def refresh(
         # One after the other, by a dependence that is there for nothing else: XLA's CPU
         # backend runs two batches of LAPACK calls at once, which then wait for each
         # other's threads for ever (seen with jaxlib 0.10.2 on two cores).
-        batch = _group_spectrum([sides[i] for i in members], width, token)
-        token = jnp.minimum(jnp.abs(batch.trace[0]), 0) * batch.values[0, 0]
+        rows = [
+            _flat(scaled(sides[i].rows, jnp.sqrt(sides[i].scale)))
+            + token.astype(sides[i].rows.dtype)
+            for i in members
+        ]
+        starts = [_flat(sides[i].old.vectors) for i in members]
+        spectra = _all_pairs(rows, width) if width else _leading_pairs(rows, starts)
+        for i, spectrum in zip(members, spectra, strict=True):
+            shapes = zip(spectrum, sides[i].old, strict=True)
+            found[i] = Spectrum(*(new.reshape(old.shape) for new, old in shapes))
+        first = spectra[0]
+        token = jnp.minimum(jnp.abs(first.trace[0]), 0) * first.values[0, 0]
         token = jnp.where(jnp.isfinite(token), token, 0)
-        first = 0
-        for i in members:
-            (*stack, n, rank), side = sides[i].old.vectors.shape, sides[i]
-            last = first + math.prod(stack)
-            found[i] = Spectrum(
-                batch.vectors[first:last, :n, -rank:].reshape(side.old.vectors.shape),
-                batch.values[first:last, -rank:].reshape(*stack, rank),
-                batch.trace[first:last].reshape(stack),
-            )
-            first = last
     return [
         LayerSpectra(found[2 * index], found[2 * index + 1])
         for index in range(len(operators))
     ]
 
 
-def _group_spectrum(sides: Sequence[_Side], width: int, token: Array) -> Spectrum:
-    """The eigenpairs of sides with equally many rows, features padded to ``width``.
+def _leading_pairs(rows: Sequence[Array], starts: Sequence[Array]) -> list[Spectrum]:
+    """Some of the eigenpairs of ``rᵀr`` from the Gram matrices ``r rᵀ``.
 
     Args:
-      sides: The sides.
-      width: At least the features of each.
-      token: Zero, from what is to be computed before.
+      rows: Shapes ``(k, R, n)``, with any ``k`` and ``n``.
+      starts: About the eigenvectors, shapes ``(k, n, r)``.
 
     Returns:
-      A `Spectrum` of the batch, eigenvalues ascending.
+      A `Spectrum` of ``k`` factors for each, eigenvalues ascending.
     """
-    count, dtype = sides[0].rows.shape[-2], sides[0].rows.dtype
-    rank = max(side.old.values.shape[-1] for side in sides)
-    roots = [jnp.sqrt(side.scale) + token.astype(dtype) for side in sides]
-    rows = jnp.concatenate(
-        [
-            _padded(scaled(side.rows, root), count, width)
-            for side, root in zip(sides, roots, strict=True)
-        ]
-    )
-    is_wide = count < width
-    matrix = matmul(rows, rows.mT) if is_wide else matmul(rows.mT, rows)
+    count, rank = rows[0].shape[1], starts[0].shape[2]
+    matrices = jnp.concatenate([matmul(r, r.mT) for r in rows])
     start = None
-    if rank < matrix.shape[-1]:
-        old = jnp.concatenate([_padded(s.old.vectors, width, rank) for s in sides])
-        start = matmul(rows, old) if is_wide else old
+    if rank < count:
+        products = [matmul(r, v) for r, v in zip(rows, starts, strict=True)]
+        start = jnp.concatenate(products)
         start = jnp.where(jnp.isfinite(start), start, 0)
-    values, vectors = _leading_eigenpairs(matrix, start)
-    # Directions below rounding are no eigenvectors: they count as zero.
-    good = values > jnp.finfo(dtype).eps * 10 * count * values[:, -1:]
-    if is_wide:
-        lifted = matmul(rows.mT, vectors)
-        vectors = lifted * jax.lax.rsqrt(jnp.where(good, values, 1))[:, None, :]
+    values, vectors = _leading_eigenpairs(matrices, start)
+    good = _above_rounding(values, count)
+    vectors = vectors * jnp.where(good, jax.lax.rsqrt(values), 0)[:, None, :]
+    traces = jnp.trace(matrices, axis1=1, axis2=2)
+    spectra, first = [], 0
+    for r in rows:
+        of_side = slice(first, first + len(r))
+        lifted = matmul(r.mT, vectors[of_side])
+        spectra.append(Spectrum(lifted, values[of_side], traces[of_side]))
+        first += len(r)
+    return spectra
+
+
+def _all_pairs(rows: Sequence[Array], width: int) -> list[Spectrum]:
+    """All eigenpairs of ``rᵀr``, with features padded to ``width``.
+
+    Args:
+      rows: Shapes ``(k, R, n)``, with any ``k`` and ``n <= width``.
+      width: The common size.
+
+    Returns:
+      A `Spectrum` of ``k`` factors for each, eigenvalues ascending.
+    """
+    padded = [jnp.pad(r, ((0, 0), (0, 0), (0, width - r.shape[-1]))) for r in rows]
+    matrices = jnp.concatenate([matmul(r.mT, r) for r in padded])
+    values, vectors = _leading_eigenpairs(matrices, None)
+    good = _above_rounding(values, rows[0].shape[1])
     vectors = jnp.where(good[:, None, :], vectors, 0)
-    return Spectrum(vectors, values, jnp.trace(matrix, axis1=1, axis2=2))
+    traces = jnp.trace(matrices, axis1=1, axis2=2)
+    spectra, first = [], 0
+    for r in rows:
+        of_side, n = slice(first, first + len(r)), r.shape[-1]
+        pairs = vectors[of_side, :n, -n:], values[of_side, -n:]
+        spectra.append(Spectrum(*pairs, traces[of_side]))
+        first += len(r)
+    return spectra
+
+
+def _above_rounding(values: Array, count: int) -> Array:
+    """Whether ascending eigenvalues are more than rounding: others count as zero."""
+    return values > jnp.finfo(values.dtype).eps * 10 * count * values[:, -1:]
 
 
 def _leading_eigenpairs(matrices: Array, start: Array | None) -> tuple[Array, Array]:
@@ -213,14 +238,52 @@ def _leading_eigenpairs(matrices: Array, start: Array | None) -> tuple[Array, Ar
     return jnp.maximum(values, 0) * trace[..., 0], vectors
 
 
+class SplitDamping(NamedTuple):
+    """``α`` and ``β`` of a layer, with ``αβ = γ``; shape ``stack``."""
+
+    a: Array
+    g: Array
+
+
+def split_dampings(
+    spectra: Sequence[LayerSpectra], damping: Array
+) -> list[SplitDamping]:
+    """Returns every layer's `SplitDamping`, all in one pass over short vectors.
+
+    Args:
+      spectra: The layers' eigenpairs.
+      damping: The scalar ``γ``.
+
+    Returns:
+      One for each layer.
+    """
+    traces = [jnp.concatenate([x[i].trace.ravel() for x in spectra]) for i in (0, 1)]
+    counts = [x.a.trace.size for x in spectra]
+    sizes = [
+        np.repeat([x[i].vectors.shape[-2] for x in spectra], counts).astype(t.dtype)
+        for i, t in enumerate(traces)
+    ]
+    alphas, betas = split_damping(traces[0], traces[1], (sizes[0], sizes[1]), damping)
+    ends = np.cumsum(counts)[:-1]
+    return [
+        SplitDamping(
+            alpha.reshape(x.a.trace.shape).astype(x.a.trace.dtype),
+            beta.reshape(x.g.trace.shape).astype(x.g.trace.dtype),
+        )
+        for alpha, beta, x in zip(
+            jnp.split(alphas, ends), jnp.split(betas, ends), spectra, strict=True
+        )
+    ]
+
+
 def solve_low_rank(
-    spectra: LayerSpectra, damping: Array, blocks: Sequence[Array]
+    spectra: LayerSpectra, damping: SplitDamping, blocks: Sequence[Array]
 ) -> tuple[list[Array], Array]:
     r"""Returns ``(A + αI)⁻¹ b (G + βI)⁻¹`` with the kept eigenpairs.
 
     Args:
       spectra: The eigenpairs.
-      damping: The scalar ``γ = αβ``.
+      damping: The layer's ``α`` and ``β``.
       blocks: The right-hand side, one above the other, shapes ``(*stack, n, n_out)``:
         a kernel and a bias need not be copied into one matrix.
 
@@ -230,7 +293,7 @@ def solve_low_rank(
     """
     a, g = spectra
     sizes = a.vectors.shape[-2], g.vectors.shape[-2]
-    alpha, beta = split_damping(a.trace, g.trace, sizes, damping)
+    alpha, beta = damping
     a_share = a.values / (a.values + alpha[..., None])
     g_share = (g.values / (g.values + beta[..., None]))[..., None, :]
     ends = list(itertools.accumulate(block.shape[-2] for block in blocks))
@@ -241,10 +304,11 @@ def solve_low_rank(
     both = matmul(matmul(left, g.vectors) * g_share, g.vectors.mT)
     left = a_share[..., None] * (left - both)
     rows = jnp.concatenate([left, g.vectors.mT], -2)
-    # What is not finite in b is not finite here either, nor in the solution.
+    # What is not finite in b is not finite in these products either: their squares
+    # are one product more, where a look at every entry is several passes.
     scale = 1 / (alpha * beta)
-    finite = jnp.all(jnp.isfinite(rows)) & jnp.all(jnp.isfinite(scale))
-    mean_curvature = a.trace * g.trace / (sizes[0] * sizes[1]) + damping
+    finite = jnp.isfinite(jnp.vdot(left, left)) & jnp.all(jnp.isfinite(scale))
+    mean_curvature = a.trace * g.trace / (sizes[0] * sizes[1]) + alpha * beta
     solution = []
     for v, b in zip(parts, blocks, strict=True):
         columns = jnp.concatenate([v, matmul(b, g.vectors) * g_share], -1)
@@ -268,8 +332,6 @@ def _scattered(rows: int, columns: int) -> Array:
     return jnp.sin(2.399963 * (i + 1) * (j + 1) + 0.7 * j**2 + i)
 
 
-def _padded(x: Array, rows: int, columns: int) -> Array:
-    """Returns ``(k, rows, columns)``, zero beyond the matrices."""
-    flat = x.reshape(-1, *x.shape[-2:])
-    pad = (rows - x.shape[-2], columns - x.shape[-1])
-    return jnp.pad(flat, ((0, 0), (0, pad[0]), (0, pad[1])))
+def _flat(x: Array) -> Array:
+    """Returns a matrix, or a stack of any dimensions, as a batch of matrices."""
+    return x.reshape(-1, *x.shape[-2:])

@@ -16,7 +16,7 @@ from optax_cgfac._layers import (
     matrix_from_leaves,
     rows_for_leaves,
 )
-from optax_cgfac._low_rank import LayerSpectra, solve_low_rank
+from optax_cgfac._low_rank import LayerSpectra, solve_low_rank, split_dampings
 from optax_cgfac._numerics import safe_divide
 from optax_cgfac._paths import Path, leaves_by_path, map_with_path, text
 from optax_cgfac._solve import SolveConfig, exact_info, solve_layers
@@ -106,17 +106,18 @@ def precondition(
     solutions: dict[Path, Array] = {}
     infos: dict[Path, tuple[CGInfo, Array]] = {}
     if config.takes_spectra:
-        for problem in problems:
-            if problem.spectra is not None:
-                blocks, is_finite = solve_low_rank(
-                    problem.spectra,
-                    gamma,
-                    blocks_from_leaves(problem.tag, problem.leaves),
-                )
-                solutions |= leaves_from_blocks(problem.tag, blocks, problem.leaves)
-                exact = exact_info(problem.tag.dtype)
-                infos |= dict.fromkeys(problem.leaves, (exact, ~is_finite))
+        known_pairs = [problem for problem in problems if problem.spectra is not None]
         problems = [problem for problem in problems if problem.spectra is None]
+        all_spectra = [p.spectra for p in known_pairs if p.spectra is not None]
+        dampings = split_dampings(all_spectra, gamma) if all_spectra else []
+        for problem, spectra, split in zip(
+            known_pairs, all_spectra, dampings, strict=True
+        ):
+            blocks = blocks_from_leaves(problem.tag, problem.leaves)
+            blocks, is_finite = solve_low_rank(spectra, split, blocks)
+            solutions |= leaves_from_blocks(problem.tag, blocks, problem.leaves)
+            exact = exact_info(problem.tag.dtype)
+            infos |= dict.fromkeys(problem.leaves, (exact, ~is_finite))
     results = solve_layers(
         config,
         [problem.operator for problem in problems],
@@ -180,15 +181,17 @@ def _replace_non_finite(
 def _merge_info(
     info: SolveInfo, paths: Iterable[Path], infos: dict[Path, tuple[CGInfo, Array]]
 ) -> SolveInfo:
-    num_steps, residual, num_fallbacks = info
+    columns = []
     for index, path in enumerate(paths):
+        steps, residual, failed = (x[index] for x in info)
         if path in infos:
-            cg_info, failed = infos[path]
-            steps, norm = jnp.max(cg_info.num_steps), jnp.max(cg_info.residual_norm)
-            num_steps = num_steps.at[index].set(steps)
-            residual = residual.at[index].set(norm.astype(residual.dtype))
-            num_fallbacks = num_fallbacks.at[index].add(failed)
-    return SolveInfo(num_steps, residual, num_fallbacks)
+            cg_info, has_failed = infos[path]
+            steps = jnp.max(cg_info.num_steps)
+            residual = jnp.max(cg_info.residual_norm)
+            failed = failed + has_failed
+        columns.append((steps, residual, failed))
+    stacked = [jnp.stack(x) for x in zip(*columns, strict=True)]
+    return SolveInfo(*(x.astype(y.dtype) for x, y in zip(stacked, info, strict=True)))
 
 
 def _check_shapes(tag: LayerTag, leaves: dict[Path, Array]) -> None:

@@ -241,6 +241,7 @@ def _damping_bounds(
 ) -> tuple[Array | float, Array | float]:
     """Returns the ends between which the damping is adapted."""
     low, high = (factor * state.initial_damping for factor in _BOUNDS)
+    high = jnp.where(state.initial_damping > 0, high, jnp.inf)
     return (
         low if options.min_damping is None else options.min_damping,
         high if options.max_damping is None else options.max_damping,

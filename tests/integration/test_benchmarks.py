@@ -72,6 +72,12 @@ def test_a_race_of_two_is_measured_and_reported(suite, tmp_path, capsys):
     assert readme.read_text().endswith(f"{report.END}\n\nThe end.\n")
 
 
+def test_the_section_of_the_readme_is_what_the_results_give(suite):
+    import report
+
+    assert report.report(report.RESULTS, ROOT / "README.md", check=True)
+
+
 def test_kfac_jax_takes_the_steps_it_is_set_to(suite):
     pytest.importorskip("kfac_jax")
     import contestants

@@ -13,6 +13,7 @@ from optax_cgfac._low_rank import (
     empty_spectrum,
     refresh,
     solve_low_rank,
+    split_dampings,
 )
 
 DAMPING = 0.1
@@ -43,6 +44,11 @@ def refreshed(operator, old):
     for _ in range(6):
         [old] = refresh([operator], [old])
     return old
+
+
+def solve(spectra, blocks, damping=DAMPING):
+    [split] = split_dampings([spectra], jnp.asarray(damping))
+    return solve_low_rank(spectra, split, blocks)
 
 
 def truncated(rows, rank):
@@ -79,7 +85,7 @@ def test_the_solution_is_that_of_the_truncated_factors(rank, dtype):
     problem = decaying(dtype=dtype)
     spectra = refreshed(operator(problem), empty(problem, rank))
     blocks = [problem.b[:-1], problem.b[-1:]]
-    solution, is_finite = jax.jit(solve_low_rank)(spectra, DAMPING, blocks)
+    solution, is_finite = jax.jit(solve)(spectra, blocks)
     assert is_finite
     expected = expected_solution(problem, min(rank, ROWS))
     error = oracles.relative_error(jnp.concatenate(solution), expected)
@@ -102,7 +108,7 @@ def test_stacked_layers_are_those_one_by_one():
     layers = [decaying(seed) for seed in (0, 1)]
     stacked = problems.stack_problems(layers)
     spectra = refreshed(operator(stacked), empty(stacked, 6))
-    [solution], _ = solve_low_rank(spectra, DAMPING, [stacked.b])
+    [solution], _ = solve(spectra, [stacked.b])
     for layer, x in zip(layers, solution, strict=True):
         assert oracles.relative_error(x, expected_solution(layer, 6)) < 2e-3
 
@@ -125,7 +131,7 @@ def test_without_rows_it_is_the_damped_gradient():
     problem = decaying()
     empty_rows = problem._replace(a=0 * problem.a, g=0 * problem.g)
     spectra = refreshed(operator(empty_rows), empty(problem, 4))
-    [solution], is_finite = solve_low_rank(spectra, DAMPING, [problem.b])
+    [solution], is_finite = solve(spectra, [problem.b])
     assert is_finite
     np.testing.assert_allclose(solution, problem.b / DAMPING, rtol=1e-6)
 
@@ -136,7 +142,7 @@ def test_what_is_not_finite_falls_back_to_the_mean_curvature(bad):
     problem = decaying()
     spectra = refreshed(operator(problem), empty(problem, 4))
     b = problem.b.at[2, 3].set(bad)
-    [solution], is_finite = solve_low_rank(spectra, DAMPING, [b])
+    [solution], is_finite = solve(spectra, [b])
     assert not is_finite
     traces = spectra.a.trace * spectra.g.trace
     expected = problem.b / (traces / problem.b.size + DAMPING)
@@ -266,3 +272,24 @@ def test_masked_parameters_are_solved_with_rows():
 def test_the_scattered_directions_are_independent(shape):
     singular = np.linalg.svd(np.asarray(_scattered(*shape)), compute_uv=False)
     assert singular[-1] > singular[0] / 100
+
+
+def test_layers_of_different_sizes_and_stacks_split_their_damping_apart():
+    """Each as if it were alone, whatever the others' sizes and stacks are."""
+    small = decaying(dtype="float32")
+    stacked = small._replace(
+        a=jnp.stack([small.a, 3 * small.a]), g=jnp.stack([small.g, small.g])
+    )
+    wide = problems.layer_problem(ROWS, 90, 7, seed=2, dtype="float32")
+    spectra = [refreshed(operator(p), empty(p, 5)) for p in (small, stacked, wide)]
+    together = split_dampings(spectra, jnp.asarray(DAMPING))
+    for split, one in zip(together, spectra, strict=True):
+        [alone] = split_dampings([one], jnp.asarray(DAMPING))
+        for x, y in zip(split, alone, strict=True):
+            assert x.shape == one.a.trace.shape
+            np.testing.assert_allclose(x, y, rtol=1e-6)
+        pi = split.a / split.g
+        means = one.a.trace / one.a.vectors.shape[-2]
+        means = means / (one.g.trace / one.g.vectors.shape[-2])
+        np.testing.assert_allclose(pi, means, rtol=1e-5)
+        np.testing.assert_allclose(split.a * split.g, DAMPING, rtol=1e-6)
