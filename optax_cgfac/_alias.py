@@ -86,8 +86,8 @@ def cgfac(
       learning_rate: None, a float or a schedule.
       damping: ``λ``: the initial value without a learning rate, otherwise the
         value or its schedule. None for ten times the mean curvature of the first
-        update, which makes the training independent of the scale of the loss, or 0.1
-        with a learning rate; for 1 where the structure has no factors: the exact
+        update (less for fewer than a thousand parameters), which makes the training
+        independent of the scale of the loss, or 0.1 with a learning rate; for 1 where the structure has no factors: the exact
         Fisher of a few examples knows few directions.
       momentum: A constant ``μ``; None lets the quadratic model choose it, and is
         0 with a learning rate.

@@ -5,8 +5,12 @@ the Fisher matrix and needs ten times the damping. Measured in the mean curvatur
 
 .. math:: \bar F = \frac{\sum_l \mathrm{tr} A_l \, \mathrm{tr} G_l}{\sum_l n_l},
 
-with ``n`` the entries of a layer's parameters, one number serves all losses and models.
+with ``n`` the entries of a layer's parameters, one number serves all losses and models
+but the smallest: of a few parameters all directions are about as curved as their mean,
+and are known from a few examples.
 """
+
+import math
 
 import jax.numpy as jnp
 
@@ -16,6 +20,7 @@ from optax_cgfac._types import Array
 # Of the mean curvature, and where there is none: both give 0.1 for the autoencoder on
 # CURVES, and a tenth or ten times that is worse there (benchmarks/LOG.md).
 _MULTIPLE, _WITHOUT_DATA = 10.0, 0.1
+_FEW_PARAMETERS = 1000
 
 
 def mean_curvature(curvature: Curvature) -> Array:
@@ -47,7 +52,8 @@ def initial_damping(curvature: Curvature) -> Array:
       curvature: The curvature.
 
     Returns:
-      Ten times the mean curvature, a positive scalar.
+      Ten times the mean curvature, for fewer than a thousand parameters less in
+      proportion; a positive scalar.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -62,8 +68,10 @@ def initial_damping(curvature: Curvature) -> Array:
       ...     rows=4,
       ... )
       >>> curvature = estimator.update(estimator.init(params, x), params, x)
-      >>> print(initial_damping(curvature))  # the Hessian is 2 I
-      20.0
+      >>> print(f"{initial_damping(curvature):.3f}")  # the Hessian is 2 I
+      0.120
     """
     mean = mean_curvature(curvature)
-    return jnp.where(jnp.isfinite(mean) & (mean > 0), _MULTIPLE * mean, _WITHOUT_DATA)
+    size = sum(math.prod(shape) for tag in curvature.tags for shape in tag.shapes)
+    multiple = _MULTIPLE * min(size / _FEW_PARAMETERS, 1.0)
+    return jnp.where(jnp.isfinite(mean) & (mean > 0), multiple * mean, _WITHOUT_DATA)

@@ -113,9 +113,13 @@ def precondition(
         for problem, spectra, split in zip(
             known_pairs, all_spectra, dampings, strict=True
         ):
-            blocks = blocks_from_leaves(problem.tag, problem.leaves)
-            blocks, is_finite = solve_low_rank(spectra, split, blocks)
-            solutions |= leaves_from_blocks(problem.tag, blocks, problem.leaves)
+            if problem.tag.is_elementwise:  # its leaves lie side by side
+                [x], is_finite = solve_low_rank(spectra, split, [problem.b])
+                solutions |= leaves_from_matrix(problem.tag, x, problem.leaves)
+            else:
+                blocks = blocks_from_leaves(problem.tag, problem.leaves)
+                blocks, is_finite = solve_low_rank(spectra, split, blocks)
+                solutions |= leaves_from_blocks(problem.tag, blocks, problem.leaves)
             exact = exact_info(problem.tag.dtype)
             infos |= dict.fromkeys(problem.leaves, (exact, ~is_finite))
     results = solve_layers(

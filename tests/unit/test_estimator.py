@@ -168,7 +168,7 @@ def test_without_rng_every_position_of_every_example_is_met(num_examples):
 
 
 def test_the_same_rng_takes_the_same_rows_and_another_one_others():
-    first, again, other = (estimate(rng=seed) for seed in (3, 3, 11))
+    first, again, other = (estimate(rng=seed) for seed in (3, 3, 4))
     for name in first.layers:
         for x, y, z in zip(
             first.layers[name], again.layers[name], other.layers[name], strict=True

@@ -2,11 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import oracles
 import problems
 import steps
-from optax_cgfac import KroneckerOperator, cgfac
+from optax_cgfac import KroneckerOperator, cgfac, fisher_estimator, scale_by_cgfac
 from optax_cgfac._low_rank import (
     LayerSpectra,
     _scattered,
@@ -293,3 +294,38 @@ def test_layers_of_different_sizes_and_stacks_split_their_damping_apart():
         means = means / (one.g.trace / one.g.vectors.shape[-2])
         np.testing.assert_allclose(pi, means, rtol=1e-5)
         np.testing.assert_allclose(split.a * split.g, DAMPING, rtol=1e-6)
+
+
+class Normed(nn.Module):
+    """A norm between layers, wide enough for eigenpairs of its own."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.LayerNorm()(nn.Dense(20)(x)))
+
+
+def test_scale_and_bias_of_a_norm_lie_side_by_side():
+    """With every eigenvalue that is not zero kept it is the solve with all rows."""
+    model, few = Normed(), jax.random.normal(jax.random.key(0), (8, 6))
+    x = jnp.tile(few, (4, 1))  # cotangents of rank 8 * 3
+    params = model.init(jax.random.key(1), x)["params"]
+    grads = jax.tree.map(lambda p: jnp.cos(3 * p + 1), params)
+    solutions = []
+    for rank in (26, None):
+        estimator = fisher_estimator(
+            lambda p, x: model.apply({"params": p}, x),
+            "squared_error",
+            kind="exact",
+            rows=32,
+            window=1,
+            rank=rank,
+        )
+        curvature = estimator.init(params, x)
+        curvature = estimator.update(curvature, params, x)
+        assert ("LayerNorm_0" in curvature.spectra) == (rank is not None)
+        tx = scale_by_cgfac(0.1, damping_form="factored")
+        solved, _ = tx.update(grads, tx.init(params), params, curvature=curvature)
+        solutions.append(solved)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), *solutions
+    )
