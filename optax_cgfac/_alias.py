@@ -87,8 +87,9 @@ def cgfac(
       damping: ``λ``: the initial value without a learning rate, otherwise the
         value or its schedule. None for ten times the mean curvature of the first
         update (less for fewer than a thousand parameters), which makes the training
-        independent of the scale of the loss, or 0.1 with a learning rate; for 1 where the structure has no factors: the exact
-        Fisher of a few examples knows few directions.
+        independent of the scale of the loss, or 0.1 with a learning rate; for 1 where
+        the structure has no factors: the exact Fisher of a few examples knows few
+        directions.
       momentum: A constant ``μ``; None lets the quadratic model choose it, and is
         0 with a learning rate.
       l2: ``η`` of a regularizer ``½ η ‖θ‖²`` that is part of ``h``; the ``value``
