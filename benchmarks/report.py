@@ -163,13 +163,12 @@ def robustness_table(result: Mapping[str, Any]) -> str:
 
 def environment_line(results: Results) -> str:
     """Returns where the figures come from, in a sentence."""
-    for name in WORKLOADS:
-        if name in results:
-            facts = results[name]["environment"]
-            seeds = results[name]["settings"]["seeds"]
-            break
-    else:
-        facts, seeds = results["widths"]["environment"], 1
+    # Of the first file; `details` ends with those of all.
+    names = [n for n in (*WORKLOADS, "widths", "robustness") if n in results]
+    facts = results[names[0]]["environment"]
+    races = [results[name] for name in WORKLOADS if name in results]
+    counts = {race["settings"]["seeds"] for race in races} or {1}
+    seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
     packages = ("jax", "flax", "optax", "kfac-jax")
     versions = ", ".join(f"{name} {facts[name]}" for name in packages)
     return (

@@ -26,7 +26,7 @@ RATES = {
     "shampoo": (1e-3, 3e-3, 3e-4, 1e-2),
 }
 # 150 is that of kfac-jax's own example.
-DAMPINGS = (10.0, 30.0, 3.0, 150.0, 1.0, 0.1)
+DAMPINGS = (10.0, 30.0, 3.0, 150.0, 1.0, 0.1, 0.03, 0.01)
 BATCH_SIZES = {
     "adam": (256, 128, 500, 1000),
     "sgd": (256, 128, 1000),

@@ -34,6 +34,7 @@ from optax_cgfac._modules import bind
 from optax_cgfac._tagging import RowOptions, Where, make_tags
 from optax_cgfac._types import Array, PyTree
 
+# Models of at most so many outputs need half the eigenpairs (benchmarks/LOG.md, 10).
 _FEW_OUTPUTS = 32
 
 WeightSharing = Literal["expand", "reduce"]

@@ -81,8 +81,8 @@ def _softmax_value(logits: Array, targets: Array) -> Array:
 
 
 def _softmax_sample(rng: Array, logits: Array) -> Array:
-    # The inverse of the distribution function: one random number for each prediction,
-    # and a tenth of the compilation of one for each class (the Gumbel trick).
+    # The inverse of the distribution function: one random number for each prediction
+    # and not, as the Gumbel trick of `jax.random.categorical`, one for each class.
     cumulative = jnp.cumsum(jax.nn.softmax(logits), -1)
     shape, last = logits.shape[:-1], logits.shape[-1] - 1
     draw = jax.random.uniform(rng, shape, logits.dtype) * cumulative[..., -1]

@@ -12,7 +12,8 @@ a factorisation, and may be a few updates old.
 
 The eigenpairs come from subspace iteration, warm-started with the previous ones
 (Halko, Martinsson & Tropp 2011, "Finding structure with randomness", algorithm 4.4),
-on the smaller of the Gram matrix ``a aᵀ`` and the factor ``aᵀ a``.
+on the Gram matrix ``a aᵀ``, whose size is the window's whatever the features are. Of a
+factor with no more features than pairs are kept all come from ``aᵀ a`` itself.
 """
 
 import functools
@@ -101,8 +102,9 @@ def refresh(
 ) -> list[LayerSpectra]:
     """Computes the leading eigenpairs of many layers' factors.
 
-    Factors of about the same size are one batch: a program of few large products
-    compiles faster than one of many.
+    All Gram matrices of equally many rows are one batch, and so are all small factors
+    of about the same size: a program of few large products compiles faster than one of
+    many.
 
     Args:
       operators: The layers' ``A ⊗ G`` with dense rows.
@@ -257,6 +259,8 @@ def split_dampings(
     Returns:
       One for each layer.
     """
+    if not spectra:
+        return []
     traces = [jnp.concatenate([x[i].trace.ravel() for x in spectra]) for i in (0, 1)]
     counts = [x.a.trace.size for x in spectra]
     sizes = [

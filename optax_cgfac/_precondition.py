@@ -106,13 +106,10 @@ def precondition(
     solutions: dict[Path, Array] = {}
     infos: dict[Path, tuple[CGInfo, Array]] = {}
     if config.takes_spectra:
-        known_pairs = [problem for problem in problems if problem.spectra is not None]
+        pairs = [(p, p.spectra) for p in problems if p.spectra is not None]
         problems = [problem for problem in problems if problem.spectra is None]
-        all_spectra = [p.spectra for p in known_pairs if p.spectra is not None]
-        dampings = split_dampings(all_spectra, gamma) if all_spectra else []
-        for problem, spectra, split in zip(
-            known_pairs, all_spectra, dampings, strict=True
-        ):
+        dampings = split_dampings([spectra for _, spectra in pairs], gamma)
+        for (problem, spectra), split in zip(pairs, dampings, strict=True):
             if problem.tag.is_elementwise:  # its leaves lie side by side
                 [x], is_finite = solve_low_rank(spectra, split, [problem.b])
                 solutions |= leaves_from_matrix(problem.tag, x, problem.leaves)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from optax_cgfac import cgfac, diagnostics, scale_by_cgfac
+from optax_cgfac import Loss, cgfac, diagnostics, fisher_estimator, scale_by_cgfac
 from steps import ingredients, model_fn, problem, update, value_fn
 
 
@@ -250,7 +250,6 @@ def test_the_default_damping_accounts_for_the_structure():
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
 def test_the_first_damping_has_the_scale_of_the_curvature(scale):
-    """``F`` and ``∇h`` times a number, and the training stays the same."""
     given = ingredients()
     root = scale**0.5
     layers = {k: x._replace(g=root * x.g) for k, x in given.curvature.layers.items()}
@@ -265,6 +264,45 @@ def test_the_first_damping_has_the_scale_of_the_curvature(scale):
     expected = 10 * sizes / 1000 * traces / sizes
     assert float(state.damping) == pytest.approx(expected, rel=1e-5)
     assert float(state.initial_damping) == float(state.damping)
+
+
+@pytest.mark.parametrize("weight", [1e-3, 1e3])
+def test_a_loss_in_other_units_trains_the_same(weight):
+    """Ten steps with the loss, and ten with the loss times a number."""
+    given = problem()
+    trained = []
+    for factor in (1.0, weight):
+        estimator = fisher_estimator(
+            model_fn,
+            Loss.named("squared_error", weight=factor),
+            rows=4,
+            window=2,
+        )
+        tx, params = cgfac(), given.params
+
+        def loss_fn(params, factor=factor):
+            return factor * given.loss(params, given.batch)
+
+        curvature, state = estimator.init(params, given.batch["x"]), tx.init(params)
+        for i in range(10):
+            value, grads = jax.value_and_grad(loss_fn)(params)
+            curvature = estimator.update(
+                curvature, params, given.batch["x"], rng=jax.random.key(i)
+            )
+            updates, state = tx.update(
+                grads,
+                state,
+                params,
+                curvature=curvature,
+                value=value,
+                value_fn=loss_fn,
+            )
+            params = optax.apply_updates(params, updates)
+        trained.append((params, loss_fn(params) / factor))
+    (expected, first_loss), (params, loss) = trained
+    assert_trees_close(params, expected, rtol=1e-2, atol=1e-3)
+    assert float(loss) == pytest.approx(float(first_loss), rel=1e-2)
+    assert float(loss) < float(given.loss(given.params, given.batch))
 
 
 def test_the_first_damping_waits_for_data():

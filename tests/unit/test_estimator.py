@@ -203,6 +203,21 @@ def test_model_inputs_are_kept_and_replaced_by_every_update():
     assert len(set(kept)) == 4
 
 
+def test_the_models_examples_are_of_this_batch_also_where_no_rows_are_captured():
+    """Those of an older batch are fitted already: the quadratic model would be flat."""
+    estimator = fisher_estimator(
+        model_fn, "squared_error", rows=2, model_rows=4, window=1, capture_every=3
+    )
+    curvature = estimator.init(PARAMS, X)
+    for i in range(3):
+        batch = X + 100 * i
+        old = curvature
+        curvature = jax.jit(estimator.update)(old, PARAMS, batch, rng=jax.random.key(i))
+        for x in curvature.model_inputs:
+            assert np.isclose(batch, x).all(1).any()
+    assert int(curvature.num_updates) == 1
+
+
 def with_scale(params, inputs):
     return model_fn(params, inputs["x"] * inputs["scale"])
 

@@ -207,6 +207,30 @@ def test_eigenpairs_are_renewed_every_few_updates_once_the_window_is_full():
     assert changed == [True, True, True, False, False, True, False, False, True]
 
 
+def test_a_filling_window_renews_them_when_it_holds_twice_as_much():
+    p = steps.make_problem(window=6, rank=4, refresh_every=100)
+    curvature = p.estimator.init(p.params, p.batch["x"])
+    renewed = []
+    for i in range(1, 9):
+        old = curvature
+        rng = jax.random.key(i)
+        curvature = jax.jit(p.estimator.update)(old, p.params, p.batch["x"], rng=rng)
+        same = jax.tree.map(jnp.array_equal, old.spectra, curvature.spectra)
+        renewed += [] if all(jax.tree.leaves(same)) else [i]
+    assert renewed == [1, 2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "outputs", "rank"),
+    [(32, 40, 16), (128, 40, 32), (128, 10, 16), (256, 32, 32), (1000, 10, 64)],
+)
+def test_the_rank_follows_the_batch_and_the_outputs(batch_size, outputs, rank):
+    model = problems.MLP((outputs,), dtype="float32")
+    model_fn, params, x = problems.model_problem(model, (batch_size, 4))
+    estimator = fisher_estimator(model_fn, "squared_error")
+    assert estimator.init(params, x).spec.rank == rank
+
+
 @pytest.mark.parametrize(
     ("every", "expected"), [(1, [1, 2, 3, 4, 5, 6]), (3, [1, 2, 2, 3, 3, 3])]
 )
