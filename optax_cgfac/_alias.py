@@ -111,7 +111,8 @@ def cgfac(
       preconditioner: As in `scale_by_cgfac`.
       damping_decay: ``ω`` per update of the Levenberg-Marquardt rule.
       damping_interval: Updates between two adaptations, each of which evaluates
-        ``value_fn`` once. None for 5, or 10 for batches of 512 examples and more.
+        ``value_fn`` once. None for the first ten updates and every fifth, or every
+        tenth with batches of 512 examples and more.
       model_interval: Updates between two evaluations of the quadratic model, all of the
         first ten aside; step size and momentum stay in between. None for as many as
         keep its share of the gradient's work below about 12 %, at most 10.

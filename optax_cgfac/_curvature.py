@@ -343,20 +343,25 @@ def check_units(
             )
 
 
+def has_spectra(tag: LayerTag, window: int, rank: int) -> bool:
+    """Whether ``rank`` eigenpairs are fewer than a layer's factors have."""
+    is_dense = not any(use.form == "index" or use.sampled for use in tag.uses)
+    most = min(max(tag.n_in, tag.n_out), window * tag.rows_per_step)
+    return is_dense and most > rank
+
+
 def empty_curvature(spec: CurvatureSpec, model_inputs: PyTree = None) -> Curvature:
     """Returns a curvature whose window holds no rows yet."""
     layers = {tag.name: _empty_rows(tag, spec.window) for tag in spec.tags}
     spectra = {}
     for tag in spec.tags:
-        rows = layers[tag.name]
-        if spec.rank is not None and isinstance(rows.a, Array):
-            count = num_rows(rows.a)
-            if min(max(tag.n_in, tag.n_out), count) > spec.rank:
-                a, g = (
-                    empty_spectrum(tag.stack, count, n, spec.rank, tag.dtype)
-                    for n in (tag.n_in, tag.n_out)
-                )
-                spectra[tag.name] = LayerSpectra(a, g)
+        if spec.rank is not None and has_spectra(tag, spec.window, spec.rank):
+            count = spec.window * tag.rows_per_step
+            a, g = (
+                empty_spectrum(tag.stack, count, n, spec.rank, tag.dtype)
+                for n in (tag.n_in, tag.n_out)
+            )
+            spectra[tag.name] = LayerSpectra(a, g)
     zero = jnp.zeros((), jnp.int32)
     # Two arrays, so that the curvature can be donated.
     return Curvature(spec, layers, zero, jnp.zeros_like(zero), model_inputs, spectra)

@@ -14,7 +14,12 @@ from optax_cgfac._criterion import (
     Reduction,
     make_criterion,
 )
-from optax_cgfac._curvature import Curvature, CurvatureSpec, empty_curvature
+from optax_cgfac._curvature import (
+    Curvature,
+    CurvatureSpec,
+    empty_curvature,
+    has_spectra,
+)
 from optax_cgfac._discovery import discover_wider
 from optax_cgfac._estimator_checks import (
     check_options,
@@ -29,6 +34,7 @@ from optax_cgfac._examples import (
     slice_examples,
     strided_indices,
 )
+from optax_cgfac._layers import LayerTag
 from optax_cgfac._losses import Loss
 from optax_cgfac._modules import bind
 from optax_cgfac._tagging import RowOptions, Where, make_tags
@@ -152,8 +158,11 @@ def fisher_estimator(
         ``"full"`` need. Unless it is None, a row of the transposed use of a long table
         (`attend`, more than 2,048 entries) keeps one entry of the vocabulary's side,
         which stands for the diagonal of that factor.
-      rows_dtype: The dtype in which rows are kept, such as ``jnp.bfloat16`` to halve
-        the window; None for the parameters' own, at least float32.
+      rows_dtype: The dtype in which rows are kept. None for bfloat16 where there are
+        eigenpairs of them (float32 parameters and ``positions=1``): `cgfac` needs
+        the rows for nothing else. Elsewhere the parameters' own, at least float32.
+        Name it where you solve with the rows themselves, by `scale_by_cgfac` or
+        another structure, and three digits are too few.
       rank: Eigenpairs kept of each Kronecker factor of a layer, with which `cgfac`
         solves its systems where a factor has more: ``"auto"`` for a quarter of the
         batch, or an eighth for at most 32 outputs, from 16 to 64; None to solve with
@@ -287,6 +296,9 @@ def fisher_estimator(
         tags, uncovered = make_tags(
             discovery, params, row_options, where=where, fallback=fallback, wider=wider
         )
+        pairs = _rank(num_examples, num_outputs) if rank == "auto" else rank
+        if rows_dtype is None and pairs is not None and positions == 1:
+            tags = tuple(_kept_in_half(tag, window, pairs) for tag in tags)
         spec = CurvatureSpec(
             tags,
             uncovered,
@@ -297,7 +309,7 @@ def fisher_estimator(
             batched,
             criterion.factor(num_examples),
             rows,
-            _rank(num_examples, num_outputs) if rank == "auto" else rank,
+            pairs,
             refresh_every,
             num_examples,
             capture_every or _capture_every(captured, num_examples),
@@ -356,6 +368,20 @@ def _rank(num_examples: int, num_outputs: int) -> int:
     """
     share = 4 if num_outputs > _FEW_OUTPUTS else 8
     return max(16, min(num_examples // share, 64))
+
+
+def _kept_in_half(tag: LayerTag, window: int, rank: int) -> LayerTag:
+    """Returns the tag with bfloat16 rows where they are there for eigenpairs only.
+
+    The leading eigenpairs of a few sampled rows are far more uncertain than an eighth
+    binary digit (benchmarks/LOG.md, 16).
+
+    Returns:
+      The tag, or the tag as it was.
+    """
+    if tag.dtype != "float32" or not has_spectra(tag, window, rank):
+        return tag
+    return dataclasses.replace(tag, rows_dtype="bfloat16")
 
 
 def _capture_every(captured: int, num_examples: int) -> int:

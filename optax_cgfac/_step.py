@@ -29,8 +29,9 @@ from optax_cgfac._quadratic_model import (
 from optax_cgfac._transform import ScalarOrSchedule
 from optax_cgfac._types import Array, PyTree
 
-# Updates at the beginning, where the step size changes most, that all fit the model.
-_FIT_ALWAYS = 10
+# Updates at the beginning, where step size and damping change most, that all fit the
+# model and look at the loss.
+_FIRST = 10
 # Below this many examples the loss is noisy, and a single look at it worth little.
 _MANY_EXAMPLES = 512
 # Damping is adapted within these multiples of the first one. Without a lower end a
@@ -49,7 +50,8 @@ class CGFACState(NamedTuple):
       step_size: The last step size ``α``.
       momentum: The last momentum ``μ``.
       reduction_ratio: The last reduction ratio ``ρ``.
-      num_rejected: Updates so far that were not finite and became zero, int32.
+      num_rejected: Updates so far that were not finite, or raised the loss of their
+        batch, and became zero; int32.
       velocity: The previous update, like the parameters.
       warm_start: The previous solution, like the parameters; None if unused.
       info: How the last solves went.
@@ -167,12 +169,13 @@ def adaptive_step(
 
     count = state.cgfac_count + 1
     every = damping_interval(options, curvature)
-    due = count % every == 0
+    is_early = count <= _FIRST if options.damping_interval is None else False
+    due = is_early | (count % every == 0)
     interval = options.model_interval or _model_interval(curvature)
     if isinstance(interval, int) and interval == 1:
         coefficients, slope, undamped = fit()
     else:
-        fits = due | (count <= _FIT_ALWAYS) | (count % interval == 0)
+        fits = due | (count <= _FIRST) | (count % interval == 0)
         coefficients, slope, undamped = jax.lax.cond(fits, fit, keep)
     model = QuadraticModel(undamped, undamped, slope)
     step = Step(coefficients[0], coefficients[1])
@@ -205,7 +208,7 @@ def adaptive_step(
         damping = levenberg_marquardt(
             state.damping,
             ratio,
-            decay=options.damping_decay**every,
+            decay=options.damping_decay ** jnp.where(is_early, 1, every),
             minimum=low,
             maximum=high,
         )
@@ -255,7 +258,7 @@ def _model_interval(curvature: Curvature) -> int:
     # A forward pass and two tangents are five products with every kernel, a gradient
     # three.
     share = 5 / 3 * kept / spec.batch_size
-    return max(1, min(math.ceil(share / 0.12), _FIT_ALWAYS))
+    return max(1, min(math.ceil(share / 0.12), _FIRST))
 
 
 def combine(step: Step, direction: Array, velocity: Array) -> Array:

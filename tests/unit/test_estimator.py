@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from models import BATCH, Compact, init, normal
 from optax_cgfac import Loss, fisher_estimator, value_and_grad
@@ -458,3 +459,49 @@ def test_the_curvature_is_a_pytree_of_arrays_only():
     assert all(isinstance(leaf, jax.Array) for leaf in leaves)
     assert BATCH.dtype == leaves[0].dtype
     assert dataclasses.is_dataclass(curvature)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {"Dense_0": "bfloat16", "Dense_1": "float32"}),
+        ({"rows_dtype": "float32"}, {"Dense_0": "float32", "Dense_1": "float32"}),
+        ({"rows_dtype": "float16"}, {"Dense_0": "float16", "Dense_1": "float16"}),
+        ({"rank": None}, {"Dense_0": "float32", "Dense_1": "float32"}),
+        ({"positions": None}, {"Dense_0": "float32", "Dense_1": "float32"}),
+    ],
+)
+def test_rows_with_eigenpairs_are_kept_in_half_precision(options, expected):
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2)(nn.Dense(8)(x))
+
+    model, x = Two(), jax.random.normal(jax.random.key(0), (8, 20))
+    params = model.init(jax.random.key(1), x)
+    estimator = fisher_estimator(model.apply, "squared_error", rows=8, **options)
+    curvature = estimator.init(params, x)
+    curvature = estimator.update(curvature, params, x, rng=jax.random.key(2))
+    found = {name: str(rows.a.dtype) for name, rows in curvature.layers.items()}
+    assert found == expected
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(curvature.spectra))
+    exact = fisher_estimator(
+        model.apply,
+        "squared_error",
+        rows=8,
+        rows_dtype="float32",
+        **options_of(options),
+    )
+    same = exact.update(exact.init(params, x), params, x, rng=jax.random.key(2))
+    for name, rows in curvature.layers.items():
+        expect = same.layers[name]
+        digits = float(jnp.finfo(rows.a.dtype).eps)
+        for one, other in zip(rows, expect, strict=True):
+            np.testing.assert_allclose(
+                np.asarray(one, np.float32), other, rtol=digits, atol=1e-6
+            )
+
+
+def options_of(options):
+    """The options aside from the dtype."""
+    return {k: v for k, v in options.items() if k != "rows_dtype"}

@@ -343,6 +343,7 @@ def test_scale_and_bias_of_a_norm_lie_side_by_side():
             rows=32,
             window=1,
             rank=rank,
+            rows_dtype="float32",
         )
         curvature = estimator.init(params, x)
         curvature = estimator.update(curvature, params, x)
