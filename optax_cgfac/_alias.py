@@ -115,7 +115,8 @@ def cgfac(
         tenth with batches of 512 examples and more.
       model_interval: Updates between two evaluations of the quadratic model, all of the
         first ten aside; step size and momentum stay in between. None for as many as
-        keep its share of the gradient's work below about 12 %, at most 10.
+        keep its share of the gradient's work below about 12 %, or half of that for
+        models of at most 32 outputs; at most 10.
       min_damping: Lower end of the adapted damping. On small batches a good
         reduction ratio rewards fitting the batch, and without a floor the damping
         falls until the loss turns up. None for a hundredth of the initial damping; for

@@ -67,6 +67,8 @@ class CurvatureSpec:
       refresh_every: Captures between two computations of eigenpairs.
       batch_size: Examples of the user's batch.
       capture_every: Updates between two that capture rows.
+      few_outputs: Whether the model's outputs are so few that the curvature changes
+        slowly: what is known of it may be a little older.
     """
 
     tags: tuple[LayerTag, ...]
@@ -82,6 +84,7 @@ class CurvatureSpec:
     refresh_every: int = 8
     batch_size: int = 1
     capture_every: int = 1
+    few_outputs: bool = False
 
 
 @jax.tree_util.register_dataclass

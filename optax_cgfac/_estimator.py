@@ -40,7 +40,8 @@ from optax_cgfac._modules import bind
 from optax_cgfac._tagging import RowOptions, Where, make_tags
 from optax_cgfac._types import Array, PyTree
 
-# Models of at most so many outputs need half the eigenpairs (benchmarks/LOG.md, 10).
+# Models of at most so many outputs need half the eigenpairs, and rows and quadratic
+# models half as often (benchmarks/LOG.md, 10 and 17).
 _FEW_OUTPUTS = 32
 
 WeightSharing = Literal["expand", "reduce"]
@@ -171,7 +172,7 @@ def fisher_estimator(
         window is full.
       capture_every: Updates between two that capture rows, once the window is full;
         None for as many as keep the captures' share of the gradient's work near a
-        sixteenth, at most 8.
+        sixteenth, or half of that for at most 32 outputs; at most 8.
       reduction: How the loss joins predictions: their ``"mean"``, their ``"sum"``, or
         ``"mean_of_sums"``, summed over the positions of an example and averaged over
         examples.
@@ -296,7 +297,8 @@ def fisher_estimator(
         tags, uncovered = make_tags(
             discovery, params, row_options, where=where, fallback=fallback, wider=wider
         )
-        pairs = _rank(num_examples, num_outputs) if rank == "auto" else rank
+        few_outputs = num_outputs <= _FEW_OUTPUTS
+        pairs = _rank(num_examples, few_outputs) if rank == "auto" else rank
         if rows_dtype is None and pairs is not None and positions == 1:
             tags = tuple(_kept_in_half(tag, window, pairs) for tag in tags)
         spec = CurvatureSpec(
@@ -312,7 +314,8 @@ def fisher_estimator(
             pairs,
             refresh_every,
             num_examples,
-            capture_every or _capture_every(captured, num_examples),
+            capture_every or _capture_every(captured, num_examples, few_outputs),
+            few_outputs,
         )
         kept = num_examples if whole_batch else min(model_rows, num_examples)
         return empty_curvature(spec, slice_examples(inputs, batched, jnp.arange(kept)))
@@ -357,7 +360,7 @@ def fisher_estimator(
     return CurvatureEstimator(init, update)
 
 
-def _rank(num_examples: int, num_outputs: int) -> int:
+def _rank(num_examples: int, few_outputs: bool) -> int:
     """Eigenpairs whose products are a part of a gradient of so many examples.
 
     Every example adds as many directions to the curvature as there are outputs:
@@ -366,7 +369,7 @@ def _rank(num_examples: int, num_outputs: int) -> int:
     Returns:
       Their number.
     """
-    share = 4 if num_outputs > _FEW_OUTPUTS else 8
+    share = 8 if few_outputs else 4
     return max(16, min(num_examples // share, 64))
 
 
@@ -384,9 +387,10 @@ def _kept_in_half(tag: LayerTag, window: int, rank: int) -> LayerTag:
     return dataclasses.replace(tag, rows_dtype="bfloat16")
 
 
-def _capture_every(captured: int, num_examples: int) -> int:
+def _capture_every(captured: int, num_examples: int, few_outputs: bool) -> int:
     """Updates between captures such that they cost about a sixteenth of the gradient.
 
+    A 32nd part of it where the outputs are few.
     Batches of less than 64 examples are not worth it: their steps take the time that
     it takes to start them.
 
@@ -395,4 +399,4 @@ def _capture_every(captured: int, num_examples: int) -> int:
     """
     if num_examples < 64:
         return 1
-    return min(-(-16 * captured // num_examples), 8)
+    return min(-(-(32 if few_outputs else 16) * captured // num_examples), 8)

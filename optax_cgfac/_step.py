@@ -258,7 +258,8 @@ def _model_interval(curvature: Curvature) -> int:
     # A forward pass and two tangents are five products with every kernel, a gradient
     # three.
     share = 5 / 3 * kept / spec.batch_size
-    return max(1, min(math.ceil(share / 0.12), _FIRST))
+    most = 0.06 if spec.few_outputs else 0.12
+    return max(1, min(math.ceil(share / most), 10))
 
 
 def combine(step: Step, direction: Array, velocity: Array) -> Array:

@@ -241,9 +241,12 @@ def test_rows_are_captured_every_few_updates_once_the_window_is_full(every, expe
     assert int(curvature.num_calls) == 6
 
 
-@pytest.mark.parametrize(("batch_size", "every"), [(8, 1), (64, 8), (256, 2), (512, 1)])
-def test_small_batches_capture_less_often(batch_size, every):
-    model = problems.MLP((3,), dtype="float32")
+@pytest.mark.parametrize(
+    ("batch_size", "outputs", "every"),
+    [(8, 3, 1), (64, 3, 8), (256, 33, 2), (256, 32, 4), (512, 33, 1), (512, 3, 2)],
+)
+def test_small_batches_and_few_outputs_capture_less_often(batch_size, outputs, every):
+    model = problems.MLP((outputs,), dtype="float32")
     model_fn, params, x = problems.model_problem(model, (batch_size, 4))
     estimator = steps.optax_cgfac.fisher_estimator(
         model_fn, "squared_error", rows=min(32, batch_size)
