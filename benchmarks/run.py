@@ -40,7 +40,9 @@ RACES = {
     "transformer": ("transformer",),
 }
 PARTS = ("tune", *RACES, "robustness", "widths", "report")
-PAIRS = 40  # timed pairs of steps for each seed, a multiple of cgfac's periods
+# Timed pairs of steps for each seed: one renewal of eigenpairs at small batches, eight
+# at large ones.
+PAIRS = 64
 
 
 def describe_environment() -> dict[str, Any]:
