@@ -3,7 +3,7 @@
 from optax_cgfac._alias import cgfac
 from optax_cgfac._cg import CGInfo, conjugate_gradient
 from optax_cgfac._curvature import Curvature
-from optax_cgfac._diagnostics import diagnostics
+from optax_cgfac._diagnostics import diagnostics, scalars
 from optax_cgfac._estimator import CurvatureEstimator, fisher_estimator
 from optax_cgfac._fisher_blocks import BlockFisherOperator, FullFisherOperator
 from optax_cgfac._gradient_check import GradientCheck, check_gradients
@@ -19,6 +19,7 @@ from optax_cgfac._operators import (
 )
 from optax_cgfac._step import CGFACState
 from optax_cgfac._tag_layer import tag_layer
+from optax_cgfac._train_state import TrainState
 from optax_cgfac._transform import ScaleByCGFACState, scale_by_cgfac, scale_by_kfac
 from optax_cgfac._types import LayerRows, LinearOperator
 from optax_cgfac._value_and_grad import value_and_grad
@@ -40,6 +41,7 @@ __all__ = [
     "LinearOperator",
     "Loss",
     "ScaleByCGFACState",
+    "TrainState",
     "capture_axes",
     "cgfac",
     "check_gradients",
@@ -47,6 +49,7 @@ __all__ = [
     "diagnostics",
     "fisher_estimator",
     "jacobi_preconditioner",
+    "scalars",
     "scale_by_cgfac",
     "scale_by_kfac",
     "tag_layer",

@@ -65,6 +65,7 @@ def cgfac(
     model_interval: int | None = None,
     min_damping: float | None = None,
     max_damping: float | None = None,
+    solve_axis: str | None = None,
     missing: Missing = "raise",
 ) -> optax.GradientTransformationExtraArgs:
     r"""CG-FAC with step size, momentum and damping chosen for you.
@@ -122,6 +123,7 @@ def cgfac(
         falls until the loss turns up. None for a hundredth of the initial damping; for
         0.1 where the structure has no factors, or the initial damping if that is less.
       max_damping: Upper end of the adapted damping; None for 1e5 times the initial one.
+      solve_axis: As in `scale_by_cgfac`.
       missing: As in `scale_by_cgfac`.
 
     Returns:
@@ -174,6 +176,7 @@ def cgfac(
         max_steps=max_steps,
         rtol=rtol,
         preconditioner=preconditioner,
+        axis=solve_axis,
     )
     if damping is None and learning_rate is not None and structure == "kronecker":
         damping = _DAMPING_WITH_RATE

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optax_cgfac._axis import axis_size, gathered, own_key, share
 from optax_cgfac._capture import run_captured
 from optax_cgfac._criterion import Criterion, Kind, cotangents
 from optax_cgfac._curvature import Curvature
@@ -51,6 +52,9 @@ def captured_rows(
       The curvature with one update more.
     """
     criterion = options.criterion
+    axis_name = criterion.axis_name
+    rows = share("rows", options.rows, axis_name)
+    rng = own_key(rng, axis_name)
     batched = curvature.spec.batched
     num_examples = num_kept(inputs, batched)
     if rng is None:
@@ -60,14 +64,14 @@ def captured_rows(
         start_rng, sample_rng, position_rng = jax.random.split(rng, 3)
         # One draw where `randint` takes three, and as good as uniform.
         start = (jax.random.bits(start_rng) % num_examples).astype(jnp.int32)
-    indices = strided_indices(start, options.rows, num_examples)
+    indices = strided_indices(start, rows, num_examples)
     few_targets = jax.tree.map(lambda t: jnp.asarray(t)[indices], targets)
     seen, captured, examples = inputs, num_examples, indices
     if not options.whole_batch:
-        seen, captured = slice_examples(inputs, batched, indices), options.rows
+        seen, captured = slice_examples(inputs, batched, indices), rows
         examples = None
 
-    cycle = curvature.num_updates // (num_examples // options.rows)
+    cycle = curvature.num_updates // (num_examples // rows)
     discovery = discover_few(function, params, seen, captured)
 
     def forward(probes):
@@ -99,7 +103,7 @@ def captured_rows(
         options.kind,
         precise,
         criterion.scales(user_inputs(inputs), heads, indices),
-        factor=criterion.factor(num_examples),
+        factor=criterion.factor(num_examples * axis_size(axis_name)),
         samples=options.samples,
         rng=sample_rng,
         targets=few_targets,
@@ -111,6 +115,10 @@ def captured_rows(
     else:
         by_column = jax.vmap(rows_of)(list(columns))
         new = {name: merge_columns(x) for name, x in by_column.items()}
+    new = {
+        tag.name: gathered(new[tag.name], tag.rows_dtype, axis_name)
+        for tag in curvature.tags
+    }
     return curvature.push_rows(new)
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from optax_cgfac._axis import mean_over
 from optax_cgfac._losses import Loss, get_loss
 from optax_cgfac._types import Array, PyTree
 
@@ -31,12 +32,14 @@ class Criterion:
       reduction: ``"mean"`` over all predictions, ``"sum"``, or ``"mean_of_sums"``:
         predictions of an example are summed, examples averaged.
       weights: ``weights(inputs)`` gives each prediction a weight; None for 1.
+      axis_name: The axis of devices over which the examples are split, if any.
     """
 
     losses: tuple[Loss, ...]
     is_tuple: bool = False
     reduction: Reduction = "mean"
     weights: Callable[[PyTree], PyTree] | None = None
+    axis_name: str | None = None
 
     def heads(self, outputs: PyTree) -> tuple[Array, ...]:
         """Returns the model's outputs as a tuple.
@@ -112,7 +115,7 @@ class Criterion:
                     "for each prediction."
                 ) from None
             if self.reduction == "mean":
-                total = jnp.sum(weights) / shape[0]
+                total = mean_over(jnp.sum(weights) / shape[0], self.axis_name)
                 weights = weights / jnp.where(total > 0, total, 1)
             scales.append(weights if picked is None else weights[picked])
         return scales
@@ -158,6 +161,7 @@ def make_criterion(
     loss: str | Loss | Sequence[str | Loss],
     reduction: Reduction = "mean",
     weights: Callable[[PyTree], PyTree] | None = None,
+    axis_name: str | None = None,
 ) -> Criterion:
     """Returns the criterion of the user's options.
 
@@ -181,7 +185,7 @@ def make_criterion(
         losses, is_tuple = (get_loss(loss),), False  # pyright: ignore[reportArgumentType]
     if not losses:
         raise ValueError("loss is an empty tuple: pass a loss for each output.")
-    return Criterion(losses, is_tuple, reduction, weights)
+    return Criterion(losses, is_tuple, reduction, weights, axis_name)
 
 
 def cotangents(

@@ -6,13 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from optax_cgfac._checks import check_damping, check_positive
 from optax_cgfac._criterion import Criterion
 from optax_cgfac._fisher_blocks import BlockFisherOperator, FullFisherOperator
 from optax_cgfac._layers import LayerTag
 from optax_cgfac._low_rank import LayerSpectra, empty_spectrum, refresh
-from optax_cgfac._numerics import scaled
 from optax_cgfac._operators import (
     DampedOperator,
     FactoredDampedOperator,
@@ -21,14 +21,8 @@ from optax_cgfac._operators import (
 from optax_cgfac._paths import Path, text
 from optax_cgfac._report import format_report
 from optax_cgfac._rows import (
-    IndexRows,
-    StackedRows,
-    all_finite,
     as_dtype,
-    keep_where,
     num_rows,
-    split_rows,
-    update_slot,
 )
 from optax_cgfac._solve import (
     DampingForm,
@@ -38,6 +32,12 @@ from optax_cgfac._solve import (
     default_damping_form,
 )
 from optax_cgfac._types import Array, LayerRows, PyTree
+from optax_cgfac._window import (
+    empty_rows,
+    has_spectra,
+    put_into_slot,
+    without_bad_rows,
+)
 
 AnyOperator = (
     KroneckerOperator
@@ -249,16 +249,8 @@ class Curvature:
         slot = self.num_updates % self.spec.window
         layers = {}
         for tag in self.tags:
-            new = rows[tag.name]
-            # A row with a NaN or an infinity would poison the layer for a whole
-            # window: it is dropped, in both factors. So is one without a cotangent.
-            finite = all_finite(new.a) & all_finite(new.g)
-            good = finite & jnp.any(new.g != 0, -1)
-            g = keep_where(new.g, good)
-            # Those that are left stand for the dropped ones in the mean of g gᵀ.
-            share = jnp.maximum(jnp.mean(finite, -1, dtype=g.dtype), 1 / g.shape[-2])
-            new = LayerRows(keep_where(new.a, good), scaled(g, jax.lax.rsqrt(share)))
-            layers[tag.name] = _update_slot(self.layers[tag.name], new, slot)
+            new = without_bad_rows(rows[tag.name])
+            layers[tag.name] = put_into_slot(self.layers[tag.name], new, slot)
         pushed = dataclasses.replace(
             self, layers=layers, num_updates=self.num_updates + 1
         )
@@ -293,6 +285,27 @@ class Curvature:
         check_positive("window", window)
         spec = dataclasses.replace(self.spec, window=window)
         return empty_curvature(spec, self.model_inputs)
+
+    def partition_specs(self, axis_name: str) -> "Curvature":
+        """Returns the specs with which `jax.shard_map` takes and returns a curvature.
+
+        Args:
+          axis_name: The axis over which the batch is split.
+
+        Returns:
+          A curvature of `jax.sharding.PartitionSpec`: all is replicated but the
+          examples of the quadratic model, of which every device has its own.
+        """
+        specs = jax.tree.map(lambda _: PartitionSpec(), self)
+        leaves, structure = jax.tree.flatten(self.model_inputs)
+        # Without an estimator there are no examples, and nothing in `batched`.
+        of_inputs = [
+            PartitionSpec(axis_name) if is_batched else PartitionSpec()
+            for _, is_batched in zip(leaves, self.spec.batched, strict=True)
+        ]
+        return dataclasses.replace(
+            specs, model_inputs=jax.tree.unflatten(structure, of_inputs)
+        )
 
     def report(self, damping_form: DampingForm | None = None, **options: Any) -> str:
         """Returns a table of what is preconditioned, how, and what is not.
@@ -346,16 +359,9 @@ def check_units(
             )
 
 
-def has_spectra(tag: LayerTag, window: int, rank: int) -> bool:
-    """Whether ``rank`` eigenpairs are fewer than a layer's factors have."""
-    is_dense = not any(use.form == "index" or use.sampled for use in tag.uses)
-    most = min(max(tag.n_in, tag.n_out), window * tag.rows_per_step)
-    return is_dense and most > rank
-
-
 def empty_curvature(spec: CurvatureSpec, model_inputs: PyTree = None) -> Curvature:
     """Returns a curvature whose window holds no rows yet."""
-    layers = {tag.name: _empty_rows(tag, spec.window) for tag in spec.tags}
+    layers = {tag.name: empty_rows(tag, spec.window) for tag in spec.tags}
     spectra = {}
     for tag in spec.tags:
         if spec.rank is not None and has_spectra(tag, spec.window, spec.rank):
@@ -368,35 +374,6 @@ def empty_curvature(spec: CurvatureSpec, model_inputs: PyTree = None) -> Curvatu
     zero = jnp.zeros((), jnp.int32)
     # Two arrays, so that the curvature can be donated.
     return Curvature(spec, layers, zero, jnp.zeros_like(zero), model_inputs, spectra)
-
-
-def _empty_rows(tag: LayerTag, window: int) -> LayerRows:
-    num_rows = window * tag.rows_per_step
-    g = jnp.zeros((*tag.stack, num_rows, tag.n_out), tag.rows_dtype)
-    per_example = sum(use.kept for use in tag.uses)
-    of_indices = (u.kept for u in tag.uses if u.form == "index" or u.sampled)
-    num_indices = num_rows * sum(of_indices) // per_example
-    dense = jnp.zeros((*tag.stack, num_rows - num_indices, tag.n_in), tag.rows_dtype)
-    if not num_indices:
-        return LayerRows(dense, g)
-    shape = (*tag.stack, num_indices)
-    indices = IndexRows(
-        jnp.zeros(shape, jnp.int32), jnp.zeros(shape, tag.rows_dtype), tag.n_in
-    )
-    a = indices if num_indices == num_rows else StackedRows(indices, dense)
-    return LayerRows(a, g)
-
-
-def _update_slot(buffer: LayerRows, new: LayerRows, slot: Array) -> LayerRows:
-    """Puts one update's rows into a slot of the window."""
-    g = [
-        update_slot(old, part, slot)
-        for old, part in zip(
-            split_rows(buffer.a, buffer.g), split_rows(new.a, new.g), strict=True
-        )
-    ]
-    a = update_slot(buffer.a, new.a, slot)
-    return LayerRows(a, g[0] if len(g) == 1 else jnp.concatenate(g, -2))
 
 
 def _describe(curvature: Curvature) -> str:

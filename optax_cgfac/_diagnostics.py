@@ -7,7 +7,7 @@ import jax
 from optax_cgfac._paths import leaves_by_path, text
 from optax_cgfac._step import CGFACState
 from optax_cgfac._transform import ScaleByCGFACState
-from optax_cgfac._types import PyTree
+from optax_cgfac._types import Array, PyTree
 
 
 def diagnostics(opt_state: Any, params: PyTree = None) -> dict[str, Any]:
@@ -60,6 +60,45 @@ def diagnostics(opt_state: Any, params: PyTree = None) -> dict[str, Any]:
             "num_rejected": state.num_rejected,
         }
     return result
+
+
+def scalars(
+    opt_state: Any, params: PyTree = None, *, prefix: str = "cgfac"
+) -> dict[str, Array]:
+    """Returns `diagnostics` as a flat dict, as loggers take it.
+
+    The values are arrays on the device: nothing waits for them until the logger, such
+    as those of ``clu.metric_writers`` or TensorBoard, reads them. Return them from the
+    compiled step and hand them on.
+
+    Args:
+      opt_state: As in `diagnostics`.
+      params: As in `diagnostics`.
+      prefix: The beginning of every name.
+
+    Returns:
+      Scalars by name, such as ``"cgfac/damping"`` and
+      ``"cgfac/layers/encoder/Dense_0/residual"``.
+
+    Raises:
+      ValueError: As `diagnostics`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_cgfac
+      >>> tx = optax_cgfac.cgfac(damping=0.1)
+      >>> state = tx.init({"Dense_0": {"kernel": jnp.ones((2, 3))}})
+      >>> for name, value in sorted(scalars(state).items())[:3]:
+      ...     print(name, value)
+      cgfac/damping 0.1
+      cgfac/layers/Dense_0/cg_steps 0
+      cgfac/layers/Dense_0/num_fallbacks 0
+    """
+    result = diagnostics(opt_state, params)
+    layers = result.pop("layers")
+    flat = {f"{prefix}/{name}": value for name, value in result.items()}
+    for layer, values in layers.items():
+        flat |= {f"{prefix}/layers/{layer}/{k}": v for k, v in values.items()}
+    return flat
 
 
 def _layers(

@@ -7,6 +7,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from optax_cgfac._auto_axes import with_auto_axes, without_shardings
+from optax_cgfac._axis import share
 from optax_cgfac._captured_rows import CaptureOptions, captured_rows, discover_few
 from optax_cgfac._checks import check_positive
 from optax_cgfac._criterion import (
@@ -18,13 +20,19 @@ from optax_cgfac._curvature import (
     Curvature,
     CurvatureSpec,
     empty_curvature,
-    has_spectra,
+)
+from optax_cgfac._defaults import (
+    FEW_OUTPUTS,
+    default_capture_every,
+    default_rank,
+    kept_in_half,
 )
 from optax_cgfac._discovery import discover_wider
 from optax_cgfac._estimator_checks import (
     check_options,
     check_update,
     rows_dtype_name,
+    warn_of_hanging_lapack,
 )
 from optax_cgfac._examples import (
     batched_leaves,
@@ -34,15 +42,10 @@ from optax_cgfac._examples import (
     slice_examples,
     strided_indices,
 )
-from optax_cgfac._layers import LayerTag
 from optax_cgfac._losses import Loss
 from optax_cgfac._modules import bind
 from optax_cgfac._tagging import RowOptions, Where, make_tags
 from optax_cgfac._types import Array, PyTree
-
-# Models of at most so many outputs need half the eigenpairs, and rows and quadratic
-# models half as often (benchmarks/LOG.md, 10 and 17).
-_FEW_OUTPUTS = 32
 
 WeightSharing = Literal["expand", "reduce"]
 
@@ -105,6 +108,7 @@ def fisher_estimator(
     capture_every: int | None = None,
     reduction: Reduction = "mean",
     weights: Callable[[PyTree], PyTree] | None = None,
+    axis_name: str | None = None,
 ) -> CurvatureEstimator:
     r"""Estimates the Fisher information of every layer from a few examples a step.
 
@@ -179,6 +183,11 @@ def fisher_estimator(
       weights: ``weights(inputs)`` returns a weight for each prediction, of shape
         ``(N, ...)``: 0 for padding. A mean divides by their sum. A tuple for a tuple
         of outputs.
+      axis_name: Inside `jax.shard_map`, the axis of devices over which the batch is
+        split. ``update`` gets a device's own examples and gathers the new rows;
+        ``rows`` and ``model_rows`` count those of all devices. ``init`` runs outside,
+        on a whole batch, and `Curvature.partition_specs` are its specs. Under
+        `jax.jit` alone, whose arrays are those of all devices, leave it out.
 
     Returns:
       A `CurvatureEstimator`.
@@ -238,7 +247,7 @@ def fisher_estimator(
     References:
       Martens & Grosse (2015), sections 2 and 5; Chen (2021).
     """
-    criterion = make_criterion(loss, reduction, weights)
+    criterion = make_criterion(loss, reduction, weights, axis_name)
     check_options(model_fn, criterion, kind, samples, weight_sharing, where)
     counts = {"window": window, "rows": rows, "model_rows": model_rows}
     counts |= {"samples": samples, "refresh_every": refresh_every}
@@ -278,7 +287,8 @@ def fisher_estimator(
 
         def shapes(count: int) -> PyTree:
             return jax.eval_shape(
-                lambda x: slice_examples(x, batched, jnp.arange(count)), inputs
+                lambda x: slice_examples(x, batched, jnp.arange(count)),
+                without_shardings(inputs),
             )
 
         num_outputs = sum(head.shape[-1] for head in heads)
@@ -297,10 +307,10 @@ def fisher_estimator(
         tags, uncovered = make_tags(
             discovery, params, row_options, where=where, fallback=fallback, wider=wider
         )
-        few_outputs = num_outputs <= _FEW_OUTPUTS
-        pairs = _rank(num_examples, few_outputs) if rank == "auto" else rank
+        few_outputs = num_outputs <= FEW_OUTPUTS
+        pairs = default_rank(num_examples, few_outputs) if rank == "auto" else rank
         if rows_dtype is None and pairs is not None and positions == 1:
-            tags = tuple(_kept_in_half(tag, window, pairs) for tag in tags)
+            tags = tuple(kept_in_half(tag, window, pairs) for tag in tags)
         spec = CurvatureSpec(
             tags,
             uncovered,
@@ -314,11 +324,15 @@ def fisher_estimator(
             pairs,
             refresh_every,
             num_examples,
-            capture_every or _capture_every(captured, num_examples, few_outputs),
+            capture_every or default_capture_every(captured, num_examples, few_outputs),
             few_outputs,
         )
         kept = num_examples if whole_batch else min(model_rows, num_examples)
-        return empty_curvature(spec, slice_examples(inputs, batched, jnp.arange(kept)))
+        warn_of_hanging_lapack()
+        few = with_auto_axes(
+            lambda x: slice_examples(x, batched, jnp.arange(kept)), inputs
+        )
+        return empty_curvature(spec, few)
 
     def update(
         curvature: Curvature,
@@ -330,73 +344,49 @@ def fisher_estimator(
     ) -> Curvature:
         function, params, (inputs,) = bind(model_fn, params, inputs)
         check_update(curvature, (function, criterion, options), kind, rng, targets)
+        own_rows = share("rows", rows, axis_name)
+        kept_inputs = curvature.model_inputs
         batched = curvature.spec.batched
-        num_examples = check_examples(inputs, batched, curvature.model_inputs, rows)
+        num_examples = check_examples(inputs, batched, kept_inputs, own_rows)
         check_targets(targets, num_examples)
-        every = curvature.spec.capture_every
 
-        def capture() -> Curvature:
-            return captured_rows(
-                capture_options, curvature, function, params, inputs, rng, targets
-            )
+        def run(*given: Any) -> Curvature:
+            return _updated(capture_options, function, num_examples, *given)
 
-        if every > 1:
-            # Every update counts until the window is full.
-            due = curvature.num_updates < window
-            due |= curvature.num_calls % every == 0
-            curvature = jax.lax.cond(due, capture, lambda: curvature)
-        else:
-            curvature = capture()
-        # Of this batch, whose gradient the quadratic model is to be the model of:
-        # examples of an older one are fitted already, and promise too much.
-        kept = num_kept(curvature.model_inputs, batched)
-        indices = strided_indices(curvature.num_calls + 1, kept, num_examples)
-        return dataclasses.replace(
-            curvature,
-            num_calls=curvature.num_calls + 1,
-            model_inputs=slice_examples(inputs, batched, indices),
-        )
+        return with_auto_axes(run, curvature, params, inputs, rng, targets)
 
     return CurvatureEstimator(init, update)
 
 
-def _rank(num_examples: int, few_outputs: bool) -> int:
-    """Eigenpairs whose products are a part of a gradient of so many examples.
+def _updated(
+    options: CaptureOptions,
+    function: Callable[..., PyTree],
+    num_examples: int,
+    curvature: Curvature,
+    params: PyTree,
+    inputs: PyTree,
+    rng: Array | None,
+    targets: PyTree,
+) -> Curvature:
+    """Returns the curvature after one update, whether or not it captures rows."""
+    spec = curvature.spec
 
-    Every example adds as many directions to the curvature as there are outputs:
-    classifiers of few classes need less (benchmarks/LOG.md).
+    def capture() -> Curvature:
+        return captured_rows(options, curvature, function, params, inputs, rng, targets)
 
-    Returns:
-      Their number.
-    """
-    share = 8 if few_outputs else 4
-    return max(16, min(num_examples // share, 64))
-
-
-def _kept_in_half(tag: LayerTag, window: int, rank: int) -> LayerTag:
-    """Returns the tag with bfloat16 rows where they are there for eigenpairs only.
-
-    The leading eigenpairs of a few sampled rows are far more uncertain than an eighth
-    binary digit (benchmarks/LOG.md, 16).
-
-    Returns:
-      The tag, or the tag as it was.
-    """
-    if tag.dtype != "float32" or not has_spectra(tag, window, rank):
-        return tag
-    return dataclasses.replace(tag, rows_dtype="bfloat16")
-
-
-def _capture_every(captured: int, num_examples: int, few_outputs: bool) -> int:
-    """Updates between captures such that they cost about a sixteenth of the gradient.
-
-    A 32nd part of it where the outputs are few.
-    Batches of less than 64 examples are not worth it: their steps take the time that
-    it takes to start them.
-
-    Returns:
-      Their number.
-    """
-    if num_examples < 64:
-        return 1
-    return min(-(-(32 if few_outputs else 16) * captured // num_examples), 8)
+    if spec.capture_every > 1:
+        # Every update counts until the window is full.
+        due = curvature.num_updates < spec.window
+        due |= curvature.num_calls % spec.capture_every == 0
+        updated = jax.lax.cond(due, capture, lambda: curvature)
+    else:
+        updated = capture()
+    # Of this batch, whose gradient the quadratic model is to be the model of:
+    # examples of an older one are fitted already, and promise too much.
+    kept = num_kept(curvature.model_inputs, spec.batched)
+    indices = strided_indices(curvature.num_calls + 1, kept, num_examples)
+    return dataclasses.replace(
+        updated,
+        num_calls=curvature.num_calls + 1,
+        model_inputs=slice_examples(inputs, spec.batched, indices),
+    )

@@ -1,7 +1,10 @@
 """What `fisher_estimator` and its ``update`` refuse, and what they say."""
 
+import os
+import warnings
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
@@ -97,4 +100,22 @@ def check_update(
         raise ValueError(
             "kind='mc' draws targets from the model: pass rng=jax.random.fold_in(key, "
             "step), a new key for every update."
+        )
+
+
+def warn_of_hanging_lapack() -> None:
+    """Warns where several CPU devices of one process would call LAPACK at once.
+
+    JAX takes LAPACK from SciPy's OpenBLAS, whose threads, called from several devices
+    at once, may wait for each other for ever (seen with 8 devices on 2 cores, jaxlib
+    0.10.2, `jnp.linalg.eigh` of 64 x 64 matrices).
+    """
+    is_cpu = jax.default_backend() == "cpu" and jax.local_device_count() > 1
+    if is_cpu and os.environ.get("OPENBLAS_NUM_THREADS") != "1":
+        warnings.warn(
+            f"{jax.local_device_count()} CPU devices in one process call LAPACK at "
+            "once, and OpenBLAS may then hang. Set OPENBLAS_NUM_THREADS=1 in the "
+            "environment before Python starts, or use a process for each device.",
+            RuntimeWarning,
+            stacklevel=3,
         )

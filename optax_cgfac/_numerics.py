@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from optax_cgfac._auto_axes import with_auto_axes
 from optax_cgfac._types import Array, PyTree
 
 # Accelerators round the operands of float32 products to tf32 or bfloat16 by
@@ -30,10 +31,14 @@ def tree_dot(x: PyTree, y: PyTree) -> Array:
       >>> print(tree_dot({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, 4.0])}))
       11.0
     """
-    products = jax.tree.map(
-        lambda u, v: jnp.vdot(u, v, precision=jax.lax.Precision.HIGHEST), x, y
-    )
-    return sum(jax.tree.leaves(products), start=jnp.zeros((), tree_dtype(x)))
+
+    def dot(x: PyTree, y: PyTree) -> Array:
+        products = jax.tree.map(
+            lambda u, v: jnp.vdot(u, v, precision=jax.lax.Precision.HIGHEST), x, y
+        )
+        return sum(jax.tree.leaves(products), start=jnp.zeros((), tree_dtype(x)))
+
+    return with_auto_axes(dot, x, y)
 
 
 def tree_dtype(tree: PyTree) -> jnp.dtype:

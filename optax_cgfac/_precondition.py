@@ -1,12 +1,14 @@
 """Applies the damped inverse curvature to a gradient tree, layer by layer."""
 
-from collections.abc import Iterable
+import itertools
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._cg import CGInfo
+from optax_cgfac._auto_axes import with_auto_axes
 from optax_cgfac._curvature import Curvature, check_units
 from optax_cgfac._layers import (
     LayerTag,
@@ -19,7 +21,9 @@ from optax_cgfac._layers import (
 from optax_cgfac._low_rank import LayerSpectra, solve_low_rank, split_dampings
 from optax_cgfac._numerics import safe_divide
 from optax_cgfac._paths import Path, leaves_by_path, map_with_path, text
-from optax_cgfac._solve import SolveConfig, exact_info, solve_layers
+from optax_cgfac._rows import num_rows
+from optax_cgfac._solve import SolveConfig, exact_info, make_plan, solve_layers
+from optax_cgfac._spread import spread, spread_size
 from optax_cgfac._types import Array, PyTree
 
 
@@ -79,6 +83,22 @@ def precondition(
     Raises:
       ValueError: If ``grads`` and the curvature belong to different models.
     """
+
+    def solve(*given: Any) -> tuple[PyTree, SolveInfo]:
+        return _precondition(config, *given)
+
+    given = curvature, grads, warm_start, damping, info
+    return with_auto_axes(solve, *given, like=(grads, info))
+
+
+def _precondition(
+    config: SolveConfig,
+    curvature: Curvature,
+    grads: PyTree,
+    warm_start: PyTree | None,
+    damping: Array,
+    info: SolveInfo,
+) -> tuple[PyTree, SolveInfo]:
     leaves = leaves_by_path(grads)
     starts = None if warm_start is None else leaves_by_path(warm_start)
     gamma = jnp.asarray(damping)
@@ -103,47 +123,42 @@ def precondition(
         )
     if config.structure == "full":
         check_units([p.operator for p in problems], [p.tag for p in problems])
+    solved = _solve_spread(config, problems, gamma)
     solutions: dict[Path, Array] = {}
-    infos: dict[Path, tuple[CGInfo, Array]] = {}
-    if config.takes_spectra:
-        pairs = [(p, p.spectra) for p in problems if p.spectra is not None]
-        problems = [problem for problem in problems if problem.spectra is None]
-        dampings = split_dampings([spectra for _, spectra in pairs], gamma)
-        for (problem, spectra), split in zip(pairs, dampings, strict=True):
-            if problem.tag.is_elementwise:  # its leaves lie side by side
-                [x], is_finite = solve_low_rank(spectra, split, [problem.b])
-                solutions |= leaves_from_matrix(problem.tag, x, problem.leaves)
-            else:
-                blocks = blocks_from_leaves(problem.tag, problem.leaves)
-                blocks, is_finite = solve_low_rank(spectra, split, blocks)
-                solutions |= leaves_from_blocks(problem.tag, blocks, problem.leaves)
-            exact = exact_info(problem.tag.dtype)
-            infos |= dict.fromkeys(problem.leaves, (exact, ~is_finite))
-    results = solve_layers(
-        config,
-        [problem.operator for problem in problems],
-        gamma,
-        [problem.b for problem in problems],
-        [problem.x0 for problem in problems],
-    )
-    for problem, (x, cg_info) in zip(problems, results, strict=True):
-        x, failed = _replace_non_finite(x, problem.b, problem.operator, gamma)
-        solutions |= leaves_from_matrix(problem.tag, x, problem.leaves)
-        norm = jnp.sqrt(jnp.sum(problem.b**2, (-2, -1)))
-        relative = safe_divide(cg_info.residual_norm, norm)
-        for path in problem.leaves:
-            infos[path] = (cg_info._replace(residual_norm=relative), failed)
+    infos: dict[Path, _Solved] = {}
+    for problem, result in zip(problems, solved, strict=True):
+        blocks = result.blocks
+        if len(problem.blocks) == 1:
+            found = leaves_from_matrix(problem.tag, blocks[0], problem.leaves)
+        else:
+            found = leaves_from_blocks(problem.tag, blocks, problem.leaves)
+        solutions |= found
+        infos |= dict.fromkeys(problem.leaves, result)
     updates = map_with_path(lambda path, leaf: solutions.get(path, leaf), grads)
     return updates, _merge_info(info, leaves, infos)
 
 
 class _Problem(NamedTuple):
+    """One layer's system.
+
+    With eigenpairs the right-hand side may be in several blocks, one above the other.
+    """
+
     tag: LayerTag
     leaves: dict[Path, Array]
     operator: Any
-    b: Array
+    blocks: list[Array]
     x0: Array | None
     spectra: LayerSpectra | None
+
+
+class _Solved(NamedTuple):
+    """A layer's solution, in the blocks of its right-hand side, and how it went."""
+
+    blocks: list[Array]
+    num_steps: Array
+    residual: Array
+    failed: Array
 
 
 def _problem(
@@ -160,11 +175,123 @@ def _problem(
     if starts is not None:
         x0 = matrix_from_leaves(tag, {path: starts[path] for path in present})
     operator = curvature.layer_operator(tag, rows, config.structure)
+    spectra = None
     # The eigenpairs are those of the layer with all of its parameters.
-    is_whole = len(present) == len(tag.leaves)
-    spectra = curvature.spectra.get(tag.name) if is_whole else None
-    b = matrix_from_leaves(tag, present)
-    return _Problem(tag, present, operator, b, x0, spectra)
+    if config.takes_spectra and len(present) == len(tag.leaves):
+        spectra = curvature.spectra.get(tag.name)
+    # With eigenpairs a kernel and a bias need not be copied into one matrix. The
+    # leaves of an elementwise layer lie side by side.
+    if spectra is None or tag.is_elementwise:
+        blocks = [matrix_from_leaves(tag, present)]
+    else:
+        blocks = blocks_from_leaves(tag, present)
+    return _Problem(tag, present, operator, blocks, x0, spectra)
+
+
+def _solve_spread(
+    config: SolveConfig, problems: list[_Problem], gamma: Array
+) -> list[_Solved]:
+    """Solves the systems of all layers, on the devices of ``config.axis`` if any."""
+    if config.axis is None:
+        return _solve(config, problems, gamma)
+    # Stacked layers are as many systems as they are layers.
+    pieces, owners = [], []
+    for index, problem in enumerate(problems):
+        parts = _parts(problem, spread_size(config.axis))
+        pieces += parts
+        owners += [index] * len(parts)
+    costs = [_cost(config, piece) for piece in pieces]
+    solved = spread(
+        config.axis,
+        costs,
+        lambda chosen: _solve(config, [pieces[i] for i in chosen], gamma),
+    )
+    results = []
+    for index in range(len(problems)):
+        of_problem = [x for x, i in zip(solved, owners, strict=True) if i == index]
+        if len(of_problem) == 1:
+            results += of_problem
+            continue
+        results.append(
+            _Solved(
+                _joined([x.blocks for x in of_problem]),
+                jnp.max(jnp.stack([x.num_steps for x in of_problem])),
+                jnp.max(jnp.stack([x.residual for x in of_problem])),
+                jnp.max(jnp.stack([x.failed for x in of_problem])),
+            )
+        )
+    return results
+
+
+def _joined(parts: Sequence[list[Array]]) -> list[Array]:
+    """Returns blocks that were split along the first axis of a stack as they were."""
+    return [jnp.concatenate(blocks) for blocks in zip(*parts, strict=True)]
+
+
+def _parts(problem: _Problem, most: int) -> list[_Problem]:
+    """Splits stacked layers into at most so many systems of about the same size."""
+    count = problem.tag.stack[0] if problem.tag.stack else 1
+    ends = [count * i // most for i in range(most + 1)] if count > 1 else [0, 1]
+    if len(set(ends)) < 3:
+        return [problem]
+
+    def cut(tree: Any, first: int, last: int) -> Any:
+        # Scales that all layers of the stack share have no axis.
+        return jax.tree.map(
+            lambda x: x[first:last] if jnp.ndim(x) and x.shape[0] == count else x, tree
+        )
+
+    return [
+        problem._replace(
+            operator=cut(problem.operator, first, last),
+            blocks=cut(problem.blocks, first, last),
+            x0=cut(problem.x0, first, last),
+            spectra=cut(problem.spectra, first, last),
+        )
+        for first, last in itertools.pairwise(ends)
+        if last > first
+    ]
+
+
+def _cost(config: SolveConfig, problem: _Problem) -> float:
+    """Operations of a system, by the plan."""
+    rows = num_rows(problem.operator.a)
+    *stack, _, n_out = problem.blocks[0].shape
+    n_in = sum(block.shape[-2] for block in problem.blocks)
+    ranks = None if problem.spectra is None else problem.spectra.ranks
+    return math.prod(stack) * make_plan(config, rows, n_in, n_out, ranks).flops
+
+
+def _solve(
+    config: SolveConfig, problems: list[_Problem], gamma: Array
+) -> list[_Solved]:
+    """Solves the systems of some layers."""
+    solved: dict[int, _Solved] = {}
+    pairs = [(i, p, p.spectra) for i, p in enumerate(problems) if p.spectra is not None]
+    dampings = split_dampings([spectra for _, _, spectra in pairs], gamma)
+    for (index, problem, spectra), split in zip(pairs, dampings, strict=True):
+        blocks, is_finite = solve_low_rank(spectra, split, problem.blocks)
+        exact = exact_info(problem.tag.dtype)
+        failed = (~is_finite).astype(jnp.int32)
+        solved[index] = _Solved(blocks, exact.num_steps, exact.residual_norm, failed)
+    others = [(i, p, p.blocks[0]) for i, p in enumerate(problems) if p.spectra is None]
+    results = solve_layers(
+        config,
+        [problem.operator for _, problem, _ in others],
+        gamma,
+        [b for _, _, b in others],
+        [problem.x0 for _, problem, _ in others],
+    )
+    for (index, problem, b), (x, info) in zip(others, results, strict=True):
+        x, failed = _replace_non_finite(x, b, problem.operator, gamma)
+        relative = safe_divide(info.residual_norm, jnp.sqrt(jnp.sum(b**2, (-2, -1))))
+        solved[index] = _Solved(
+            [x],
+            jnp.max(info.num_steps),
+            jnp.max(relative),
+            failed.astype(jnp.int32),
+        )
+    return [solved[index] for index in range(len(problems))]
 
 
 def _replace_non_finite(
@@ -180,16 +307,15 @@ def _replace_non_finite(
 
 
 def _merge_info(
-    info: SolveInfo, paths: Iterable[Path], infos: dict[Path, tuple[CGInfo, Array]]
+    info: SolveInfo, paths: Iterable[Path], infos: dict[Path, _Solved]
 ) -> SolveInfo:
     columns = []
     for index, path in enumerate(paths):
         steps, residual, failed = (x[index] for x in info)
         if path in infos:
-            cg_info, has_failed = infos[path]
-            steps = jnp.max(cg_info.num_steps)
-            residual = jnp.max(cg_info.residual_norm)
-            failed = failed + has_failed
+            solved = infos[path]
+            steps, residual = solved.num_steps, solved.residual
+            failed = failed + solved.failed
         columns.append((steps, residual, failed))
     stacked = [jnp.stack(x) for x in zip(*columns, strict=True)]
     return SolveInfo(*(x.astype(y.dtype) for x, y in zip(stacked, info, strict=True)))

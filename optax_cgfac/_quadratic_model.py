@@ -17,6 +17,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optax_cgfac._auto_axes import with_auto_axes
+from optax_cgfac._axis import mean_over
 from optax_cgfac._curvature import Curvature
 from optax_cgfac._numerics import safe_divide, tree_dot
 from optax_cgfac._types import Array, PyTree, user_inputs
@@ -87,7 +89,8 @@ def gauss_newton_products(
     ]
     scales = criterion.scales(user_inputs(curvature.model_inputs), heads)
     products = criterion.hessian_products(heads, scales, tangents)
-    return products * curvature.spec.factor
+    # Every device has as many examples of its own.
+    return mean_over(products, criterion.axis_name) * curvature.spec.factor
 
 
 def quadratic_model(
@@ -112,7 +115,7 @@ def quadratic_model(
     Returns:
       The `QuadraticModel`.
     """
-    fisher = gauss_newton_products(curvature, params, directions)
+    fisher = with_auto_axes(gauss_newton_products, curvature, params, directions)
     dtype = fisher.dtype
     norms = jnp.array([[tree_dot(u, v) for v in directions] for u in directions])
     norms = norms.astype(dtype)

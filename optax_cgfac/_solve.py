@@ -44,12 +44,14 @@ class SolveConfig:
     rtol: float | Array = 1e-2
     preconditioner: Literal["jacobi"] | None = None
     structure: Structure = "kronecker"
+    axis: str | None = None
 
     def __post_init__(self):
         """Checks every option.
 
         Raises:
           ValueError: If an option has an unknown value or two do not go together.
+          TypeError: If ``axis`` is no name.
         """
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
@@ -58,6 +60,17 @@ class SolveConfig:
                     f"{name} must be one of {', '.join(map(repr, choices))}, "
                     f"got {value!r}."
                 )
+        if self.axis is not None and self.structure == "full":
+            raise ValueError(
+                "structure='full' is one system for all layers: there is nothing to "
+                f"spread over solve_axis={self.axis!r}. Leave it out, or take "
+                "structure='block'."
+            )
+        if not isinstance(self.axis, str | None):
+            raise TypeError(
+                "solve_axis must be the name of a mesh axis or None, got "
+                f"{self.axis!r}."
+            )
         check_positive("max_steps", self.max_steps, may_be_array=True)
         if is_number(self.rtol) and not 0 <= self.rtol < 1:
             raise ValueError(f"rtol must lie in [0, 1), got {self.rtol!r}.")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optax_cgfac._axis import axis_size
 from optax_cgfac._checks import is_number
 from optax_cgfac._curvature import Curvature
 from optax_cgfac._damping import (
@@ -257,7 +258,8 @@ def _model_interval(curvature: Curvature) -> int:
     kept = num_kept(curvature.model_inputs, spec.batched) if spec.batched else 1
     # A forward pass and two tangents are five products with every kernel, a gradient
     # three.
-    share = 5 / 3 * kept / spec.batch_size
+    axis_name = None if spec.criterion is None else spec.criterion.axis_name
+    share = 5 / 3 * kept * axis_size(axis_name) / spec.batch_size
     most = 0.06 if spec.few_outputs else 0.12
     return max(1, min(math.ceil(share / most), 10))
 

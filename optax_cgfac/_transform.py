@@ -42,6 +42,7 @@ def scale_by_cgfac(
     rtol: float = 1e-2,
     warm_start: bool = True,
     preconditioner: Literal["jacobi"] | None = None,
+    solve_axis: str | None = None,
     missing: Missing = "raise",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales gradients by the inverse of the damped Kronecker-factored Fisher.
@@ -76,6 +77,10 @@ def scale_by_cgfac(
       rtol: CG stops at this residual relative to the gradient.
       warm_start: Whether CG starts from the previous solution.
       preconditioner: ``"jacobi"`` for ``space="parameter"``, or None.
+      solve_axis: A mesh axis over whose devices the layers' systems are spread, by
+        cost, and the solutions gathered; None to solve all of them on every device.
+        The axis of the `jax.shard_map` around the update, or under `jax.jit` one of
+        the mesh that `jax.set_mesh` has set.
       missing: What to do without ``curvature=``: ``"raise"``, or ``"gradient"``
         to pass gradients through.
 
@@ -112,6 +117,7 @@ def scale_by_cgfac(
         rtol=rtol,
         preconditioner=preconditioner,
         structure=structure,
+        axis=solve_axis,
     )
     return _scale_by(config, damping, warm_start and config.is_iterative, missing)
 
@@ -120,6 +126,7 @@ def scale_by_kfac(
     damping: ScalarOrSchedule,
     *,
     damping_form: Literal["tikhonov", "factored"] = "tikhonov",
+    solve_axis: str | None = None,
     missing: Missing = "raise",
 ) -> optax.GradientTransformationExtraArgs:
     """Like `scale_by_cgfac`, solved exactly by eigendecompositions of the factors.
@@ -130,6 +137,7 @@ def scale_by_kfac(
     Args:
       damping: As in `scale_by_cgfac`.
       damping_form: As in `scale_by_cgfac`.
+      solve_axis: As in `scale_by_cgfac`.
       missing: As in `scale_by_cgfac`.
 
     Returns:
@@ -144,7 +152,9 @@ def scale_by_kfac(
     References:
       Martens & Grosse (2015); Chen (2021), Algorithm 1.
     """
-    config = SolveConfig(damping_form=damping_form, solver="eigendecomposition")
+    config = SolveConfig(
+        damping_form=damping_form, solver="eigendecomposition", axis=solve_axis
+    )
     return _scale_by(config, damping, False, missing)
 
 

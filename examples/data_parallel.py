@@ -1,0 +1,168 @@
+"""Train on several processes, each with a part of every batch, as one.
+
+    python examples/data_parallel.py                  # two processes on this machine
+    python examples/data_parallel.py --processes 4
+    python examples/data_parallel.py --processes 1    # the same numbers, by one
+
+The processes find each other through `jax.distributed` on the loopback address, as they
+would on the hosts of a cluster. CG-FAC needs nothing for that: the batch is an array
+that all devices share, `jax.jit` does the rest, and `train_step` is that of one device.
+"""
+
+import argparse
+import pathlib
+import socket
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+import optax_cgfac
+
+
+class Classifier(nn.Module):
+    """Two hidden layers; the classes are those of a random network of that kind."""
+
+    @nn.compact
+    def __call__(self, x):
+        for width in (64, 64):
+            x = nn.tanh(nn.Dense(width)(x))
+        return nn.Dense(10)(x)
+
+
+model = Classifier()
+
+
+def loss_fn(params, batch):
+    """The mean cross-entropy."""
+    logits = model.apply(params, batch["x"])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+    return losses.mean()
+
+
+def make_data(num_examples):
+    """Returns inputs, and the classes that another such network gives them."""
+    x = jax.random.normal(jax.random.key(0), (num_examples, 32))
+    teacher = model.init(jax.random.key(1), x[:1])
+    logits = 3 * model.apply(teacher, x)
+    return {"x": np.asarray(x), "y": np.asarray(jnp.argmax(logits, -1))}
+
+
+def train(steps, batch_size):
+    """Trains on all the devices of all processes.
+
+    Args:
+      steps: How many.
+      batch_size: Examples of a batch, on all devices together.
+
+    Returns:
+      The loss of every step.
+    """
+    mesh = jax.make_mesh(
+        (jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
+    )
+    split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    data = make_data(8 * batch_size)
+
+    def batch_of(step):
+        """A batch of which this process only touches its own part."""
+        own = batch_size // jax.process_count()
+        first = (step * batch_size) % len(data["x"]) + jax.process_index() * own
+        return {
+            name: jax.make_array_from_process_local_data(split, x[first : first + own])
+            for name, x in data.items()
+        }
+
+    params = model.init(jax.random.key(2), data["x"][:1])
+    estimator = optax_cgfac.fisher_estimator(model.apply, "softmax_cross_entropy")
+    tx = optax_cgfac.cgfac()
+    curvature = estimator.init(params, data["x"][:batch_size])
+    state = jax.device_put((params, tx.init(params), curvature), whole)
+
+    @jax.jit
+    def train_step(state, batch, rng):
+        params, opt_state, curvature = state
+        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+        curvature = estimator.update(curvature, params, batch["x"], rng=rng)
+        updates, opt_state = tx.update(
+            grads,
+            opt_state,
+            params,
+            curvature=curvature,
+            value=loss,
+            value_fn=lambda p: loss_fn(p, batch),
+        )
+        params = optax.apply_updates(params, updates)
+        return (params, opt_state, curvature), loss
+
+    losses = []
+    is_first = jax.process_index() == 0
+    for step in tqdm(range(steps), disable=not is_first, unit="step"):
+        rng = jax.random.fold_in(jax.random.key(3), step)
+        state, loss = train_step(state, batch_of(step), rng)
+        losses.append(float(loss))
+    return losses
+
+
+def launch(processes, arguments):
+    """Starts this script once for every process, and waits for all.
+
+    Args:
+      processes: How many.
+      arguments: Of the command line, to be handed on.
+
+    Returns:
+      The first exit status that is not 0, or 0.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = str(pathlib.Path(__file__).resolve())
+    children = [
+        subprocess.Popen(
+            [sys.executable, script, *arguments, "--port", str(port), "--index", str(i)]
+        )
+        for i in range(processes)
+    ]
+    try:
+        return max(child.wait() for child in children)
+    finally:
+        for child in children:
+            child.kill()
+
+
+def main(argv=None):
+    """Runs the command line."""
+    arguments = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--processes", type=int, default=2, help="how many (2)")
+    parser.add_argument("--steps", type=int, default=60, help="of training (60)")
+    parser.add_argument("--batch-size", type=int, default=256, help="of all (256)")
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--index", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.processes < 1 or args.batch_size % args.processes:
+        parser.error("--batch-size must be a multiple of --processes")
+    if args.processes > 1 and args.port is None:
+        return launch(args.processes, arguments)
+    if args.processes > 1:
+        jax.distributed.initialize(f"127.0.0.1:{args.port}", args.processes, args.index)
+    losses = train(args.steps, args.batch_size)
+    if args.index == 0:
+        print(f"{jax.process_count()} processes, {jax.device_count()} devices")
+        for step in sorted({0, args.steps // 4, args.steps // 2, args.steps - 1}):
+            print(f"step {step:4d}  loss {losses[step]:.6f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

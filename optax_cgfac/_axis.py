@@ -1,0 +1,98 @@
+"""A batch that is split over the devices of a named axis, inside `jax.shard_map`.
+
+Every device captures rows of its own examples. The new rows are gathered, so that all
+devices hold the same window and take the same step; nothing else of the curvature is
+sent but a 2 x 2 matrix.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from optax_cgfac._rows import (
+    IndexRows,
+    StackedRows,
+    as_dtype,
+    split_rows,
+)
+from optax_cgfac._types import Array, LayerRows
+
+
+def axis_size(axis_name: str | None) -> int:
+    """Returns the number of devices that share a batch; 1 without an axis.
+
+    Raises:
+      ValueError: If the axis is not there.
+    """
+    if axis_name is None:
+        return 1
+    try:
+        return jax.lax.axis_size(axis_name)
+    except NameError:
+        raise ValueError(
+            f"fisher_estimator(axis_name={axis_name!r}) splits the batch over a named "
+            "axis, and there is no such axis here. Call update() and tx.update() "
+            f"inside jax.shard_map over a mesh with the axis {axis_name!r}, or leave "
+            "axis_name out: under jax.jit alone sharded batches need none."
+        ) from None
+
+
+def share(name: str, count: int, axis_name: str | None) -> int:
+    """Returns a device's part of a number of examples.
+
+    Raises:
+      ValueError: If it does not divide.
+    """
+    size = axis_size(axis_name)
+    if count % size:
+        raise ValueError(
+            f"{name}={count} examples cannot be split over the {size} devices of the "
+            f"axis {axis_name!r}: pass fisher_estimator(..., {name}=...) a multiple of "
+            f"{size}."
+        )
+    return count // size
+
+
+def own_key(rng: Array | None, axis_name: str | None) -> Array | None:
+    """Returns a key that differs from device to device."""
+    if rng is None or axis_name is None:
+        return rng
+    return jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
+
+
+def mean_over(x: Array, axis_name: str | None) -> Array:
+    """Returns the mean over the devices; ``x`` without an axis."""
+    return x if axis_name is None else jax.lax.pmean(x, axis_name)
+
+
+def gathered(rows: LayerRows, dtype: str, axis_name: str | None) -> LayerRows:
+    """Returns the rows of all devices, device by device.
+
+    Args:
+      rows: This device's rows of one layer.
+      dtype: The dtype in which they are kept, and sent.
+      axis_name: The axis; None to return ``rows``.
+
+    Returns:
+      The rows, the same on every device.
+    """
+    if axis_name is None:
+        return rows
+
+    def gather(x: Array, axis: int) -> Array:
+        axis %= x.ndim
+        return jax.lax.all_gather(x, axis_name, axis=axis, tiled=True, to="invarying")
+
+    def gather_side(
+        side: Array | IndexRows | StackedRows,
+    ) -> Array | IndexRows | StackedRows:
+        if isinstance(side, StackedRows):
+            return StackedRows(gather_side(side.top), gather_side(side.bottom))
+        if isinstance(side, IndexRows):
+            return IndexRows(
+                gather(side.indices, -1), gather(side.weights, -1), side.size
+            )
+        return gather(side, -2)
+
+    parts = [gather(part.astype(dtype), -2) for part in split_rows(rows.a, rows.g)]
+    g = parts[0] if len(parts) == 1 else jnp.concatenate(parts, -2)
+    return LayerRows(gather_side(as_dtype(rows.a, dtype)), g)

@@ -1,0 +1,70 @@
+"""The window of one layer: empty, with an update's rows in a slot, without bad rows."""
+
+import jax
+import jax.numpy as jnp
+
+from optax_cgfac._layers import LayerTag
+from optax_cgfac._numerics import scaled
+from optax_cgfac._rows import (
+    IndexRows,
+    StackedRows,
+    all_finite,
+    keep_where,
+    split_rows,
+    update_slot,
+)
+from optax_cgfac._types import Array, LayerRows
+
+
+def has_spectra(tag: LayerTag, window: int, rank: int) -> bool:
+    """Whether ``rank`` eigenpairs are fewer than a layer's factors have."""
+    is_dense = not any(use.form == "index" or use.sampled for use in tag.uses)
+    most = min(max(tag.n_in, tag.n_out), window * tag.rows_per_step)
+    return is_dense and most > rank
+
+
+def without_bad_rows(new: LayerRows) -> LayerRows:
+    """Returns rows with zeros for those that are not finite or have no cotangent.
+
+    A row with a NaN or an infinity would poison the layer for a whole window: it is
+    dropped, in both factors. Those that are left stand for the dropped ones in the
+    mean of ``g gᵀ``.
+
+    Returns:
+      Rows of the same shapes.
+    """
+    finite = all_finite(new.a) & all_finite(new.g)
+    good = finite & jnp.any(new.g != 0, -1)
+    g = keep_where(new.g, good)
+    share = jnp.maximum(jnp.mean(finite, -1, dtype=g.dtype), 1 / g.shape[-2])
+    return LayerRows(keep_where(new.a, good), scaled(g, jax.lax.rsqrt(share)))
+
+
+def empty_rows(tag: LayerTag, window: int) -> LayerRows:
+    """Returns a window of zeros."""
+    num_rows = window * tag.rows_per_step
+    g = jnp.zeros((*tag.stack, num_rows, tag.n_out), tag.rows_dtype)
+    per_example = sum(use.kept for use in tag.uses)
+    of_indices = (u.kept for u in tag.uses if u.form == "index" or u.sampled)
+    num_indices = num_rows * sum(of_indices) // per_example
+    dense = jnp.zeros((*tag.stack, num_rows - num_indices, tag.n_in), tag.rows_dtype)
+    if not num_indices:
+        return LayerRows(dense, g)
+    shape = (*tag.stack, num_indices)
+    indices = IndexRows(
+        jnp.zeros(shape, jnp.int32), jnp.zeros(shape, tag.rows_dtype), tag.n_in
+    )
+    a = indices if num_indices == num_rows else StackedRows(indices, dense)
+    return LayerRows(a, g)
+
+
+def put_into_slot(buffer: LayerRows, new: LayerRows, slot: Array) -> LayerRows:
+    """Puts one update's rows into a slot of the window."""
+    g = [
+        update_slot(old, part, slot)
+        for old, part in zip(
+            split_rows(buffer.a, buffer.g), split_rows(new.a, new.g), strict=True
+        )
+    ]
+    a = update_slot(buffer.a, new.a, slot)
+    return LayerRows(a, g[0] if len(g) == 1 else jnp.concatenate(g, -2))

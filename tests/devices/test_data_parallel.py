@@ -1,0 +1,165 @@
+"""Eight devices take the steps of one: under jit, on either kind of mesh, and in a map.
+
+Run by tests/integration/test_devices.py, in a process with eight CPU devices.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optax_cgfac
+
+if jax.device_count() < 8:
+    pytest.skip("needs eight devices", allow_module_level=True)
+
+STEPS, BATCH = 20, 32
+
+
+class MLP(nn.Module):
+    """Wide enough for eigenpairs in its first layer."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.tanh(nn.Dense(24, name="hidden")(x))
+        return nn.Dense(3, name="out")(x)
+
+
+def model_fn(params, x):
+    return MLP().apply({"params": params}, x)
+
+
+def loss_fn(params, batch):
+    return jnp.mean(jnp.sum((model_fn(params, batch["x"]) - batch["y"]) ** 2, -1))
+
+
+@functools.cache
+def data():
+    x = jax.random.normal(jax.random.key(0), (BATCH, 20))
+    y = jnp.sin(3 * x[:, :3])
+    return {"x": np.asarray(x), "y": np.asarray(y)}
+
+
+@functools.cache
+def start():
+    return jax.tree.map(
+        np.asarray, MLP().init(jax.random.key(2), data()["x"])["params"]
+    )
+
+
+def estimator(**options):
+    # All examples of the batch, and all columns: whoever captures them, they are the
+    # same, in another order.
+    options = {"kind": "exact", "rows": BATCH, "rank": None} | options
+    return optax_cgfac.fisher_estimator(model_fn, "squared_error", **options)
+
+
+def train_step(tx, est, mean=lambda x: x):
+    def step(params, state, curvature, batch, rng):
+        # The mean over the devices is part of the loss: the gradient of a device's own
+        # loss with respect to parameters that all share is a sum over the devices.
+        def mean_loss(params, batch):
+            return mean(loss_fn(params, batch))
+
+        value, grads = jax.value_and_grad(mean_loss)(params, batch)
+        curvature = est.update(curvature, params, batch["x"], rng=rng)
+        updates, state = tx.update(
+            grads,
+            state,
+            params,
+            curvature=curvature,
+            value=value,
+            value_fn=lambda p: mean_loss(p, batch),
+        )
+        return optax.apply_updates(params, updates), state, curvature, value
+
+    return step
+
+
+def train(step, params, state, curvature, batch, steps=STEPS):
+    losses = []
+    for i in range(steps):
+        params, state, curvature, value = step(
+            params, state, curvature, batch, jax.random.key(i)
+        )
+        losses.append(float(value))
+    return jax.tree.map(np.asarray, params), losses, state, curvature
+
+
+TRANSFORMS = {
+    "cgfac": optax_cgfac.cgfac,
+    "scale_by_cgfac": lambda: optax.chain(
+        optax_cgfac.scale_by_cgfac(0.5), optax.scale_by_learning_rate(0.3)
+    ),
+}
+every_transform = pytest.mark.parametrize("name", TRANSFORMS)
+
+
+@functools.cache
+def on_one_device(name, rank=None):
+    tx, est = TRANSFORMS[name](), estimator(rank=rank)
+    params = start()
+    curvature = est.init(params, data()["x"])
+    step = jax.jit(train_step(tx, est))
+    params, losses, _, _ = train(step, params, tx.init(params), curvature, data())
+    assert losses[-1] < 0.8 * losses[0]
+    return params, losses
+
+
+def assert_same(params, losses, name, rank=None):
+    expected, expected_losses = on_one_device(name, rank)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-4, atol=1e-5)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),
+        params,
+        expected,
+    )
+
+
+def mesh_of(kind):
+    return jax.make_mesh((8,), ("data",), axis_types=(kind,))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@every_transform
+def test_a_batch_sharded_under_jit(name, kind):
+    mesh, tx, est = mesh_of(kind), TRANSFORMS[name](), estimator()
+    with jax.set_mesh(mesh):
+        batch = jax.device_put(data(), NamedSharding(mesh, P("data")))
+        whole = NamedSharding(mesh, P())
+        params = jax.device_put(start(), whole)
+        curvature = jax.device_put(est.init(params, batch["x"]), whole)
+        state = jax.device_put(tx.init(params), whole)
+        step = jax.jit(train_step(tx, est))
+        params, losses, _, _ = train(step, params, state, curvature, batch)
+    assert_same(params, losses, name)
+
+
+@pytest.mark.parametrize("rank", [None, 16])
+@every_transform
+def test_a_batch_split_by_shard_map(name, rank):
+    mesh, tx = mesh_of(AxisType.Auto), TRANSFORMS[name]()
+    est = estimator(axis_name="data", rank=rank)
+    params = start()
+    curvature = est.init(params, data()["x"])
+    specs = curvature.partition_specs("data")
+    mean = functools.partial(jax.lax.pmean, axis_name="data")
+    step = jax.jit(
+        jax.shard_map(
+            train_step(tx, est, mean),
+            mesh=mesh,
+            in_specs=(P(), P(), specs, P("data"), P()),
+            out_specs=(P(), P(), specs, P()),
+        )
+    )
+    params, losses, _, curvature = train(
+        step, params, tx.init(params), curvature, data()
+    )
+    assert_same(params, losses, name, rank)
+    assert int(curvature.num_updates) == STEPS

@@ -1,0 +1,208 @@
+"""Parameters that are sharded over the devices: the steps are those of one device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optax_cgfac
+
+if jax.device_count() < 8:
+    pytest.skip("needs eight devices", allow_module_level=True)
+
+STEPS = 20
+
+
+def data():
+    x = jax.random.normal(jax.random.key(0), (32, 20))
+    return np.asarray(x), np.asarray(jnp.sin(3 * x[:, :4]))
+
+
+def by(init, *names):
+    return nn.with_partitioning(init, names)
+
+
+class Boxed(nn.Module):
+    """Kernels split by columns and by rows, as in a transformer's feed-forward."""
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.initializers.lecun_normal()
+        zeros = nn.initializers.zeros
+        x = nn.Dense(
+            24,
+            kernel_init=by(init, None, "model"),
+            bias_init=by(zeros, "model"),
+        )(x)
+        return nn.Dense(4, kernel_init=by(init, "model", None))(nn.tanh(x))
+
+
+def mesh():
+    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def linen_run(boxed, sharded, tx):
+    x, y = data()
+    model = Boxed()
+
+    def model_fn(params, x):
+        return model.apply(params, x)
+
+    def loss_fn(params, x, y):
+        return jnp.mean(jnp.sum((model_fn(params, x) - y) ** 2, -1))
+
+    est = optax_cgfac.fisher_estimator(model_fn, "squared_error", kind="exact", rows=32)
+    params = model.init(jax.random.key(1), x)
+    specs = nn.get_partition_spec(params)
+    if not boxed:
+        params = nn.unbox(params)
+    curvature, state = est.init(params, x), tx.init(params)
+
+    @jax.jit
+    def step(params, state, curvature, x, y, rng):
+        value, grads = jax.value_and_grad(loss_fn)(params, x, y)
+        curvature = est.update(curvature, params, x, rng=rng)
+        updates, state = tx.update(
+            grads,
+            state,
+            params,
+            curvature=curvature,
+            value=value,
+            value_fn=lambda p: loss_fn(p, x, y),
+        )
+        return optax.apply_updates(params, updates), state, curvature
+
+    if sharded:
+        m = mesh()
+        shardings = jax.tree.map(
+            lambda s: NamedSharding(m, s), specs, is_leaf=lambda s: isinstance(s, P)
+        )
+
+        def place(tree):
+            if boxed:
+                return jax.tree.map(
+                    lambda box, s: box.replace_boxed(jax.device_put(box.value, s)),
+                    tree,
+                    shardings,
+                    is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
+                )
+            return jax.tree.map(jax.device_put, tree, shardings)
+
+        params = place(params)
+        state = optax.tree.map_params(
+            tx,
+            jax.device_put,
+            state,
+            jax.tree.map(lambda leaf: leaf.sharding, params),
+            transform_non_params=lambda leaf: jax.device_put(
+                leaf, NamedSharding(m, P())
+            ),
+        )
+        split = NamedSharding(m, P("data"))
+        x, y = jax.device_put(x, split), jax.device_put(y, split)
+        curvature = jax.device_put(curvature, NamedSharding(m, P()))
+    for i in range(STEPS):
+        params, state, curvature = step(
+            params, state, curvature, x, y, jax.random.key(i)
+        )
+    return nn.unbox(params)
+
+
+@pytest.mark.parametrize("boxed", [True, False], ids=["boxed", "unboxed"])
+@pytest.mark.parametrize("name", ["cgfac", "scale_by_cgfac"])
+def test_linen_parameters_with_partitioning(boxed, name):
+    tx = {
+        "cgfac": optax_cgfac.cgfac,
+        "scale_by_cgfac": lambda: optax.chain(
+            optax_cgfac.scale_by_cgfac(0.1), optax.scale_by_learning_rate(0.1)
+        ),
+    }[name]()
+    expected = linen_run(boxed, False, tx)
+    params = linen_run(boxed, True, tx)
+    kernel = params["params"]["Dense_0"]["kernel"]
+    assert kernel.sharding.spec == P(None, "model")
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        params,
+        expected,
+    )
+
+
+class Module(nnx.Module):
+    def __init__(self, rngs):
+        init = nnx.initializers.lecun_normal()
+        self.hidden = nnx.Linear(
+            20,
+            24,
+            rngs=rngs,
+            kernel_init=nnx.with_partitioning(init, (None, "model")),
+        )
+        self.out = nnx.Linear(
+            24,
+            4,
+            rngs=rngs,
+            kernel_init=nnx.with_partitioning(init, ("model", None)),
+        )
+
+    def __call__(self, x):
+        return self.out(nnx.tanh(self.hidden(x)))
+
+
+def nnx_run(sharded):
+    x, y = data()
+    module = Module(nnx.Rngs(0))
+    est = optax_cgfac.fisher_estimator(
+        lambda m, x: m(x), "squared_error", kind="exact", rows=32
+    )
+    optimizer = nnx.Optimizer(module, optax_cgfac.cgfac(), wrt=nnx.Param)
+    curvature = est.init(module, x)
+    if sharded:
+        m = mesh()
+        for node in (module, optimizer):
+            state = nnx.state(node)
+            specs = nnx.get_partition_spec(state)
+            placed = jax.tree.map(
+                lambda leaf, s: jax.device_put(leaf, NamedSharding(m, s or P())),
+                state,
+                specs,
+            )
+            nnx.update(node, placed)
+        split = NamedSharding(m, P("data"))
+        x, y = jax.device_put(x, split), jax.device_put(y, split)
+        curvature = jax.device_put(curvature, NamedSharding(m, P()))
+
+    @nnx.jit
+    def step(module, optimizer, curvature, x, y, rng):
+        def loss_fn(module):
+            return jnp.mean(jnp.sum((module(x) - y) ** 2, -1))
+
+        value, grads = nnx.value_and_grad(loss_fn)(module)
+        curvature = est.update(curvature, module, x, rng=rng)
+        graphdef, _, rest = nnx.split(module, nnx.Param, ...)
+        optimizer.update(
+            module,
+            grads,
+            curvature=curvature,
+            value=value,
+            value_fn=lambda p: loss_fn(nnx.merge(graphdef, p, rest, copy=True)),
+        )
+        return curvature
+
+    for i in range(STEPS):
+        curvature = step(module, optimizer, curvature, x, y, jax.random.key(i))
+    return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+
+
+def test_nnx_parameters_with_sharding_metadata():
+    expected, params = nnx_run(False), nnx_run(True)
+    assert params["hidden"]["kernel"].sharding.spec == P(None, "model")
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        params,
+        expected,
+    )

@@ -1,0 +1,102 @@
+"""A run that is stopped, saved by Orbax and resumed goes on as if nothing had been."""
+
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import orbax.checkpoint
+import pytest
+
+from optax_cgfac import cgfac, scale_by_cgfac
+from steps import problem
+
+FACTORIES = {
+    "cgfac": cgfac,
+    "cgfac by cg": lambda: cgfac(solver="cg"),
+    "scale_by_cgfac": lambda: scale_by_cgfac(0.1),
+}
+
+
+def run(step, state, batch, first, last):
+    losses = []
+    for i in range(first, last):
+        state, loss = step(state, batch, jax.random.fold_in(jax.random.key(5), i))
+        losses.append(np.asarray(loss))
+    return state, losses
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, tmp_path):
+    p, tx = problem(), FACTORIES[name]()
+    step = jax.jit(p.step(tx))
+    whole, losses = run(step, p.start(tx), p.batch, 0, 12)
+
+    state, before = run(step, p.start(tx), p.batch, 0, 7)
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "saved", state)
+        checkpointer.wait_until_finished()
+        like = jax.eval_shape(lambda: p.start(tx))
+        restored = checkpointer.restore(tmp_path / "saved", like)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    resumed, after = run(step, restored, p.batch, 7, 12)
+    np.testing.assert_array_equal(before + after, losses)
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+
+
+SCRIPT = """
+    import os, pathlib, signal, sys
+    import jax, numpy as np, orbax.checkpoint
+    from optax_cgfac import cgfac
+    from steps import problem
+
+    folder, kill_at = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+    p, tx = problem(), cgfac()
+    step, state, first = jax.jit(p.step(tx)), p.start(tx), 0
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        saved = sorted(folder.glob("step_[0-9]"))
+        if saved:
+            first = int(saved[-1].name[-1])
+            state = checkpointer.restore(saved[-1], jax.eval_shape(lambda: state))
+        for i in range(first, 8):
+            if i == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            rng = jax.random.fold_in(jax.random.key(5), i)
+            state, loss = step(state, p.batch, rng)
+            checkpointer.save(folder / f"step_{i + 1}", state)
+            checkpointer.wait_until_finished()
+    leaves = jax.tree.leaves(state)
+    np.savez(folder / "final.npz", *[np.asarray(x) for x in leaves])
+"""
+
+
+def test_a_killed_process_continues_exactly(tmp_path):
+    """Once without a stop; once killed at its sixth step and started again."""
+
+    def start(name, kill_at):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(folder)]
+        result = subprocess.run(
+            [*command, str(kill_at)],
+            cwd=pathlib.Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        return result, folder / "final.npz"
+
+    result, expected = start("whole", -1)
+    assert result.returncode == 0, result.stderr[-4000:]
+    killed, final = start("killed", 5)
+    assert killed.returncode == -9
+    assert not final.exists()
+    result, final = start("killed", -1)
+    assert result.returncode == 0, result.stderr[-4000:]
+    with np.load(expected) as whole, np.load(final) as resumed:
+        assert whole.files == resumed.files
+        for name in whole.files:
+            np.testing.assert_array_equal(resumed[name], whole[name])
