@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_cgfac._factored import split_damping
-from optax_cgfac._numerics import matmul, safe_divide, scaled
+from optax_cgfac._numerics import matmul, over_batch, safe_divide, scaled
 from optax_cgfac._operators import KroneckerOperator
 from optax_cgfac._types import Array
 
@@ -226,16 +226,16 @@ def _leading_eigenpairs(matrices: Array, start: Array | None) -> tuple[Array, Ar
     trace = jnp.trace(matrices, axis1=-2, axis2=-1)[:, None, None]
     scaled_down = safe_divide(matrices, trace)
     if start is None:
-        values, vectors = jnp.linalg.eigh(scaled_down)
+        values, vectors = over_batch(jnp.linalg.eigh, scaled_down)
     else:
         # Other directions beside the old ones find what is new.
         noise = _scattered(*start.shape[1:]).astype(start.dtype)
         norm = jnp.sqrt(jnp.sum(start**2, (-2, -1), keepdims=True))
         basis = safe_divide(start, norm) + 0.1 / noise.size**0.5 * noise
         for _ in range(_POWER_STEPS):
-            basis = jnp.linalg.qr(matmul(scaled_down, basis))[0]
+            basis, _ = over_batch(jnp.linalg.qr, matmul(scaled_down, basis))
         small = matmul(basis.mT, matmul(scaled_down, basis))
-        values, rotation = jnp.linalg.eigh(small)
+        values, rotation = over_batch(jnp.linalg.eigh, small)
         vectors = matmul(basis, rotation)
     return jnp.maximum(values, 0) * trace[..., 0], vectors
 

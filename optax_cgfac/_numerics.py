@@ -2,7 +2,8 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -203,3 +204,23 @@ def _pad_with_identity(matrix: Array, size: int) -> Array:
     padded = jnp.pad(flat, ((0, 0), (0, pad), (0, pad)))
     ones = jnp.where(jnp.arange(size) >= matrix.shape[-1], 1, 0)
     return padded + jnp.diag(ones.astype(matrix.dtype))
+
+
+def over_batch(function: Callable[[Array], Any], matrices: Array) -> Any:
+    """Calls a function of LAPACK's for every matrix of a batch ``(k, m, n)``.
+
+    XLA's CPU backend works on the matrices of a batch in threads that all devices of
+    the process share, and waits for them in one of these: where several devices do so
+    at once, none is left that could do the work, and all wait for ever (seen with 8
+    devices on 2 cores, jaxlib 0.10.2). There the matrices are taken one by one.
+
+    Args:
+      function: Such as `jnp.linalg.eigh`.
+      matrices: The batch.
+
+    Returns:
+      ``function(matrices)``.
+    """
+    if jax.default_backend() == "cpu" and jax.local_device_count() > 1:
+        return jax.lax.map(function, matrices)
+    return function(matrices)

@@ -141,11 +141,9 @@ def test_a_batch_sharded_under_jit(name, kind):
     assert_same(params, losses, name)
 
 
-@pytest.mark.parametrize("rank", [None, 16])
-@every_transform
-def test_a_batch_split_by_shard_map(name, rank):
+def train_in_a_map(name, **options):
     mesh, tx = mesh_of(AxisType.Auto), TRANSFORMS[name]()
-    est = estimator(axis_name="data", rank=rank)
+    est = estimator(axis_name="data", **options)
     params = start()
     curvature = est.init(params, data()["x"])
     specs = curvature.partition_specs("data")
@@ -158,8 +156,43 @@ def test_a_batch_split_by_shard_map(name, rank):
             out_specs=(P(), P(), specs, P()),
         )
     )
-    params, losses, _, curvature = train(
-        step, params, tx.init(params), curvature, data()
-    )
-    assert_same(params, losses, name, rank)
+    return train(step, params, tx.init(params), curvature, data())
+
+
+@every_transform
+def test_a_batch_split_by_shard_map(name):
+    params, losses, _, curvature = train_in_a_map(name)
+    assert_same(params, losses, name)
     assert int(curvature.num_updates) == STEPS
+
+
+def test_eigenpairs_of_gathered_rows_train_as_well():
+    """Subspace iteration sees the rows in another order: close, and not equal."""
+    _, losses, _, curvature = train_in_a_map("cgfac", rank=16)
+    _, expected = on_one_device("cgfac", 16)
+    assert set(curvature.spectra) == {"hidden", "out"}
+    np.testing.assert_allclose(losses[:10], expected[:10], rtol=0.05)
+    assert losses[-1] < 0.01 * losses[0]
+
+
+def test_every_device_draws_targets_of_its_own():
+    """Sampled targets and positions: rows of eight devices, all of them different."""
+    _, losses, _, curvature = train_in_a_map("cgfac", kind="mc", rows=16, window=1)
+    assert losses[-1] < 0.1 * losses[0]
+    g = np.asarray(curvature.layers["out"].g)
+    assert g.shape == (16, 3)
+    assert len(np.unique(g, axis=0)) == 16
+
+
+def test_rows_that_do_not_divide_are_refused():
+    with pytest.raises(
+        ValueError, match=r"rows=12 examples cannot be split over the 8"
+    ):
+        train_in_a_map("cgfac", kind="mc", rows=12)
+
+
+def test_an_axis_that_is_not_there_is_named():
+    est = estimator(axis_name="data")
+    curvature = est.init(start(), data()["x"])
+    with pytest.raises(ValueError, match="no such axis here"):
+        est.update(curvature, start(), data()["x"])

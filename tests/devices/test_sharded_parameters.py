@@ -56,7 +56,9 @@ def linen_run(boxed, sharded, tx):
     def loss_fn(params, x, y):
         return jnp.mean(jnp.sum((model_fn(params, x) - y) ** 2, -1))
 
-    est = optax_cgfac.fisher_estimator(model_fn, "squared_error", kind="exact", rows=32)
+    est = optax_cgfac.fisher_estimator(
+        model_fn, "squared_error", kind="exact", rows=32, rank=None
+    )
     params = model.init(jax.random.key(1), x)
     specs = nn.get_partition_spec(params)
     if not boxed:
@@ -86,7 +88,11 @@ def linen_run(boxed, sharded, tx):
         def place(tree):
             if boxed:
                 return jax.tree.map(
-                    lambda box, s: box.replace_boxed(jax.device_put(box.value, s)),
+                    lambda leaf, s: (
+                        leaf.replace_boxed(jax.device_put(leaf.value, s))
+                        if isinstance(leaf, nn.Partitioned)
+                        else jax.device_put(leaf, s)
+                    ),
                     tree,
                     shardings,
                     is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
@@ -119,7 +125,7 @@ def test_linen_parameters_with_partitioning(boxed, name):
     tx = {
         "cgfac": optax_cgfac.cgfac,
         "scale_by_cgfac": lambda: optax.chain(
-            optax_cgfac.scale_by_cgfac(0.1), optax.scale_by_learning_rate(0.1)
+            optax_cgfac.scale_by_cgfac(0.5), optax.scale_by_learning_rate(0.3)
         ),
     }[name]()
     expected = linen_run(boxed, False, tx)
@@ -134,20 +140,14 @@ def test_linen_parameters_with_partitioning(boxed, name):
 
 
 class Module(nnx.Module):
-    def __init__(self, rngs):
+    def __init__(self, rngs, sharded):
         init = nnx.initializers.lecun_normal()
-        self.hidden = nnx.Linear(
-            20,
-            24,
-            rngs=rngs,
-            kernel_init=nnx.with_partitioning(init, (None, "model")),
-        )
-        self.out = nnx.Linear(
-            24,
-            4,
-            rngs=rngs,
-            kernel_init=nnx.with_partitioning(init, ("model", None)),
-        )
+
+        def by(*names):
+            return nnx.with_partitioning(init, names) if sharded else init
+
+        self.hidden = nnx.Linear(20, 24, rngs=rngs, kernel_init=by(None, "model"))
+        self.out = nnx.Linear(24, 4, rngs=rngs, kernel_init=by("model", None))
 
     def __call__(self, x):
         return self.out(nnx.tanh(self.hidden(x)))
@@ -155,26 +155,15 @@ class Module(nnx.Module):
 
 def nnx_run(sharded):
     x, y = data()
-    module = Module(nnx.Rngs(0))
+    module = Module(nnx.Rngs(0), sharded)
     est = optax_cgfac.fisher_estimator(
-        lambda m, x: m(x), "squared_error", kind="exact", rows=32
+        lambda m, x: m(x), "squared_error", kind="exact", rows=32, rank=None
     )
     optimizer = nnx.Optimizer(module, optax_cgfac.cgfac(), wrt=nnx.Param)
     curvature = est.init(module, x)
     if sharded:
-        m = mesh()
-        for node in (module, optimizer):
-            state = nnx.state(node)
-            specs = nnx.get_partition_spec(state)
-            placed = jax.tree.map(
-                lambda leaf, s: jax.device_put(leaf, NamedSharding(m, s or P())),
-                state,
-                specs,
-            )
-            nnx.update(node, placed)
-        split = NamedSharding(m, P("data"))
+        split = NamedSharding(mesh(), P("data"))
         x, y = jax.device_put(x, split), jax.device_put(y, split)
-        curvature = jax.device_put(curvature, NamedSharding(m, P()))
 
     @nnx.jit
     def step(module, optimizer, curvature, x, y, rng):
@@ -199,7 +188,9 @@ def nnx_run(sharded):
 
 
 def test_nnx_parameters_with_sharding_metadata():
-    expected, params = nnx_run(False), nnx_run(True)
+    expected = nnx_run(False)
+    with jax.set_mesh(mesh()):
+        params = nnx_run(True)
     assert params["hidden"]["kernel"].sharding.spec == P(None, "model")
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),

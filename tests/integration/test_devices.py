@@ -1,9 +1,13 @@
-"""Runs tests/devices in a process of its own, whose CPU counts as eight devices."""
+"""Many devices: tests/devices with eight of them in a process, and real processes."""
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
+
+import numpy as np
+import pytest
 
 TESTS = pathlib.Path(__file__).parents[1]
 
@@ -36,3 +40,32 @@ def test_eight_devices():
     assert result.returncode == 0, tail
     assert "passed" in tail, tail
     assert "skipped" not in tail, tail
+
+
+def losses_of(processes):
+    """The losses that the example prints, and what it says of itself."""
+    command = ["examples/data_parallel.py", "--steps", "20", "--batch-size", "64"]
+    result = subprocess.run(
+        [sys.executable, *command, "--processes", str(processes)],
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert f"{processes} processes, {processes} devices" in result.stdout
+    return [float(x) for x in re.findall(r"loss ([0-9.]+)", result.stdout)]
+
+
+@pytest.fixture(scope="module")
+def of_one_process():
+    return losses_of(1)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_take_the_steps_of_one(processes, of_one_process):
+    found = losses_of(processes)
+    assert len(found) == 4
+    assert found[-1] < 0.8 * found[0]
+    np.testing.assert_allclose(found, of_one_process, rtol=1e-4)
