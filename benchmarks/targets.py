@@ -48,6 +48,8 @@ class Target(NamedTuple):
         """Met or missed, and by how much."""
         if self.measured is None:
             return self.note
+        if self.bound and not self.met:
+            return "open: the rival did not get there in its time"
         word = "met" if self.met else "missed"
         if not math.isfinite(self.measured):
             return f"{word}, not reached in the budget"

@@ -4,6 +4,8 @@ Run by tests/integration/test_devices.py, in a process with eight CPU devices.
 """
 
 import functools
+import importlib.util
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -196,3 +198,29 @@ def test_an_axis_that_is_not_there_is_named():
     curvature = est.init(start(), data()["x"])
     with pytest.raises(ValueError, match="no such axis here"):
         est.update(curvature, start(), data()["x"])
+
+
+def test_the_only_traffic_of_the_curvature_are_the_new_rows():
+    path = pathlib.Path(__file__).parents[2] / "benchmarks" / "collectives.py"
+    spec = importlib.util.spec_from_file_location("collectives", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    result = benchmark.measure(benchmark.Autoencoder((96,)), 64, 128)
+
+    def total(program, kind):
+        return sum(n for k, n in result["programs"][program] if k == kind)
+
+    rows, gradient = result["rows of one update"], result["parameters"]
+    assert rows == 32 * (65 + 96 + 97 + 64) * 2
+    # XLA's CPU backend sends bfloat16 as float32.
+    assert total("cgfac, shard_map", "all-gather") in (rows, 2 * rows)
+    kinds = {kind for kind, _ in result["programs"]["cgfac, shard_map"]}
+    assert kinds == {"all-gather", "all-reduce"}
+    # Beside the gradient: three losses and a matrix of 2 x 2.
+    assert 0 <= total("cgfac, shard_map", "all-reduce") - gradient <= 64
+    assert 0 <= total("Adam, jit", "all-reduce") - gradient <= 8
+    # Under jit examples are told, from which every device computes the rows.
+    of_examples = 2 * 32 * 64 * 4
+    total_jit = sum(n for _, n in result["programs"]["cgfac, jit"])
+    assert total_jit - gradient <= of_examples + 64
+    assert result["factors of K-FAC"] > 4 * rows

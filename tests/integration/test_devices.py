@@ -1,5 +1,7 @@
 """Many devices: tests/devices with eight of them in a process, and real processes."""
 
+import importlib
+import json
 import os
 import pathlib
 import re
@@ -69,3 +71,18 @@ def test_processes_take_the_steps_of_one(processes, of_one_process):
     assert len(found) == 4
     assert found[-1] < 0.8 * found[0]
     np.testing.assert_allclose(found, of_one_process, rtol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["collectives", "scale"])
+def test_the_page_shows_what_was_measured_and_counted(part, monkeypatch):
+    benchmarks = TESTS.parent / "benchmarks"
+    monkeypatch.syspath_prepend(str(benchmarks))
+    page = (TESTS.parent / "docs" / "devices.md").read_text()
+    shown = page.split(f"<!-- {part}: start -->")[1].split(f"<!-- {part}: end -->")[0]
+    module = importlib.import_module(part)
+    if part == "scale":
+        expected = module.table(module.Transformer())
+    else:
+        path = benchmarks / "results" / "collectives.json"
+        expected = module.table(json.loads(path.read_text()))
+    assert shown.strip() == expected.strip()
