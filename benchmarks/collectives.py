@@ -147,7 +147,7 @@ def measure(model: nn.Module, features: int, batch_size: int) -> dict[str, objec
         "rows of one update": sum(
             tag.rows_per_step
             * (tag.n_in + tag.n_out)
-            * jnp.dtype(tag.rows_dtype).itemsize
+            * jnp.dtype(curvature.spec.rows_dtype_of(tag)).itemsize
             for tag in tags
         ),
         "factors of K-FAC": sum(4 * (tag.n_in**2 + tag.n_out**2) for tag in tags),

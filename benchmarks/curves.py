@@ -202,14 +202,20 @@ def environment() -> dict[str, Any]:
 
 
 def others_seconds() -> float:
-    """Processor seconds that all other processes have used; NaN if not on Linux."""
+    """Processor seconds that all but this process and its children have used.
+
+    Returns:
+      The seconds; NaN if not on Linux.
+    """
     stat = pathlib.Path("/proc/stat")
     if not stat.exists():
         return float("nan")
     fields = stat.read_text().splitlines()[0].split()[1:9]
     user, nice, system, _idle, _wait, *interrupts = map(int, fields)
     ticks = user + nice + system + sum(interrupts)
-    return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
+    children = os.times()
+    own = time.process_time() + children.children_user + children.children_system
+    return ticks / os.sysconf("SC_CLK_TCK") - own
 
 
 def benchmark(

@@ -116,7 +116,7 @@ def captured_rows(
         by_column = jax.vmap(rows_of)(list(columns))
         new = {name: merge_columns(x) for name, x in by_column.items()}
     new = {
-        tag.name: gathered(new[tag.name], tag.rows_dtype, axis_name)
+        tag.name: gathered(new[tag.name], curvature.spec.rows_dtype_of(tag), axis_name)
         for tag in curvature.tags
     }
     return curvature.push_rows(new)

@@ -1,7 +1,7 @@
 """The curvature: a pytree of tagged layers and a window of their rows."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from optax_cgfac._checks import check_damping, check_positive
-from optax_cgfac._criterion import Criterion
+from optax_cgfac._curvature_spec import CurvatureSpec
 from optax_cgfac._fisher_blocks import BlockFisherOperator, FullFisherOperator
 from optax_cgfac._layers import LayerTag
 from optax_cgfac._low_rank import LayerSpectra, empty_spectrum, refresh
@@ -18,7 +18,7 @@ from optax_cgfac._operators import (
     FactoredDampedOperator,
     KroneckerOperator,
 )
-from optax_cgfac._paths import Path, text
+from optax_cgfac._paths import text
 from optax_cgfac._report import format_report
 from optax_cgfac._rows import (
     as_dtype,
@@ -34,7 +34,6 @@ from optax_cgfac._solve import (
 from optax_cgfac._types import Array, LayerRows, PyTree
 from optax_cgfac._window import (
     empty_rows,
-    has_spectra,
     put_into_slot,
     without_bad_rows,
 )
@@ -46,45 +45,6 @@ AnyOperator = (
     | DampedOperator
     | FactoredDampedOperator
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class CurvatureSpec:
-    """The static part of a curvature.
-
-    Attributes:
-      tags: The tagged layers.
-      uncovered: Parameters without a tag, by path, with the reason.
-      window: Number of updates whose rows are kept.
-      model_fn: The user's model, for Gauss-Newton products; None for a curvature
-        of `value_and_grad`.
-      criterion: The losses, for their Hessians; None likewise.
-      options: The options of the estimator that fills the window.
-      batched: For every leaf of the inputs, whether it has an axis of examples.
-      factor: Of the Fisher beside a mean over examples: their number for a sum.
-      num_examples: Examples of an update.
-      rank: Eigenpairs kept of each factor; None for none.
-      refresh_every: Captures between two computations of eigenpairs.
-      batch_size: Examples of the user's batch.
-      capture_every: Updates between two that capture rows.
-      few_outputs: Whether the model's outputs are so few that the curvature changes
-        slowly: what is known of it may be a little older.
-    """
-
-    tags: tuple[LayerTag, ...]
-    uncovered: tuple[tuple[Path, str], ...]
-    window: int
-    model_fn: Callable[..., Any] | None = None
-    criterion: Criterion | None = None
-    options: tuple[Any, ...] = ()
-    batched: tuple[bool, ...] = ()
-    factor: int = 1
-    num_examples: int = 1
-    rank: int | None = None
-    refresh_every: int = 8
-    batch_size: int = 1
-    capture_every: int = 1
-    few_outputs: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -361,10 +321,13 @@ def check_units(
 
 def empty_curvature(spec: CurvatureSpec, model_inputs: PyTree = None) -> Curvature:
     """Returns a curvature whose window holds no rows yet."""
-    layers = {tag.name: empty_rows(tag, spec.window) for tag in spec.tags}
+    layers = {
+        tag.name: empty_rows(tag, spec.window, spec.rows_dtype_of(tag))
+        for tag in spec.tags
+    }
     spectra = {}
     for tag in spec.tags:
-        if spec.rank is not None and has_spectra(tag, spec.window, spec.rank):
+        if spec.rank is not None and spec.has_spectra(tag):
             count = spec.window * tag.rows_per_step
             a, g = (
                 empty_spectrum(tag.stack, count, n, spec.rank, tag.dtype)

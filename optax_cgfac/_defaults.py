@@ -1,10 +1,5 @@
 """What `fisher_estimator` does where its user does not say."""
 
-import dataclasses
-
-from optax_cgfac._layers import LayerTag
-from optax_cgfac._window import has_spectra
-
 # Models of at most so many outputs need half the eigenpairs, and rows and quadratic
 # models half as often (benchmarks/LOG.md, 10 and 17).
 FEW_OUTPUTS = 32
@@ -21,20 +16,6 @@ def default_rank(num_examples: int, few_outputs: bool) -> int:
     """
     share = 8 if few_outputs else 4
     return max(16, min(num_examples // share, 64))
-
-
-def kept_in_half(tag: LayerTag, window: int, rank: int) -> LayerTag:
-    """Returns the tag with bfloat16 rows where they are there for eigenpairs only.
-
-    The leading eigenpairs of a few sampled rows are far more uncertain than an eighth
-    binary digit (benchmarks/LOG.md, 16).
-
-    Returns:
-      The tag, or the tag as it was.
-    """
-    if tag.dtype != "float32" or not has_spectra(tag, window, rank):
-        return tag
-    return dataclasses.replace(tag, rows_dtype="bfloat16")
 
 
 def default_capture_every(captured: int, num_examples: int, few_outputs: bool) -> int:

@@ -108,7 +108,9 @@ def _layers(
     tree = params if tree is None else tree
     # A direct solve keeps nothing that is shaped like the parameters.
     count = state.info.num_steps.shape[-1]
-    paths = leaves_by_path(tree) if tree is not None else map(_numbered, range(count))
+    paths = list(leaves_by_path(tree)) if tree is not None else []
+    if len(paths) != count:  # no names, or those of parameters that a mask leaves out
+        paths = [_numbered(index) for index in range(count)]
     return {
         text(path[:-1]) or ".": {
             "cg_steps": state.info.num_steps[..., index],

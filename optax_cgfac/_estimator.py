@@ -16,16 +16,12 @@ from optax_cgfac._criterion import (
     Reduction,
     make_criterion,
 )
-from optax_cgfac._curvature import (
-    Curvature,
-    CurvatureSpec,
-    empty_curvature,
-)
+from optax_cgfac._curvature import Curvature, empty_curvature
+from optax_cgfac._curvature_spec import CurvatureSpec
 from optax_cgfac._defaults import (
     FEW_OUTPUTS,
     default_capture_every,
     default_rank,
-    kept_in_half,
 )
 from optax_cgfac._discovery import discover_wider
 from optax_cgfac._estimator_checks import (
@@ -301,7 +297,6 @@ def fisher_estimator(
             criterion.num_columns(heads, kind, samples),
             positions,
             weight_sharing == "reduce",
-            dtype,
             shares=True,
         )
         tags, uncovered = make_tags(
@@ -309,8 +304,6 @@ def fisher_estimator(
         )
         few_outputs = num_outputs <= FEW_OUTPUTS
         pairs = default_rank(num_examples, few_outputs) if rank == "auto" else rank
-        if rows_dtype is None and pairs is not None and positions == 1:
-            tags = tuple(kept_in_half(tag, window, pairs) for tag in tags)
         spec = CurvatureSpec(
             tags,
             uncovered,
@@ -326,6 +319,8 @@ def fisher_estimator(
             num_examples,
             capture_every or default_capture_every(captured, num_examples, few_outputs),
             few_outputs,
+            dtype,
+            positions == 1,
         )
         kept = num_examples if whole_batch else min(model_rows, num_examples)
         warn_of_hanging_lapack()

@@ -189,7 +189,6 @@ class LayerTag:
         or the samples of ``kind="mc"``.
       rows_per_step: Rows that one update of the curvature adds.
       dtype: The dtype of the layer's matrix in solves.
-      rows_dtype: The dtype in which rows are kept.
       batch_ndim: Trailing axes of ``stack`` that the kernel itself has.
       view: Shape to which the kernel is brought, behind axes stacked by transforms.
       axes: Transposition of ``view`` to batch, inputs, outputs.
@@ -212,7 +211,6 @@ class LayerTag:
     columns: int
     rows_per_step: int
     dtype: str
-    rows_dtype: str
     batch_ndim: int
     view: tuple[int, ...]
     axes: tuple[int, ...]

@@ -172,7 +172,9 @@ def adaptive_step(
     every = damping_interval(options, curvature)
     is_early = count <= _FIRST if options.damping_interval is None else False
     due = is_early | (count % every == 0)
-    interval = options.model_interval or _model_interval(curvature)
+    interval = options.model_interval
+    if interval is None:
+        interval = _model_interval(curvature)
     if isinstance(interval, int) and interval == 1:
         coefficients, slope, undamped = fit()
     else:

@@ -35,7 +35,6 @@ class RowOptions(NamedTuple):
       columns: Cotangents per example.
       positions: Positions of each example that become rows; None for all.
       reduce: Whether all positions of an example go into one row.
-      dtype: The dtype in which rows are kept; None for that of the solves.
       shares: Whether the cotangents of a call that all examples share may be those
         of one example.
       sharing: Examples that share the layer's calls.
@@ -46,7 +45,6 @@ class RowOptions(NamedTuple):
     columns: int = 1
     positions: int | None = 1
     reduce: bool = False
-    dtype: str | None = None
     shares: bool = False
     sharing: int = 1
 
@@ -254,7 +252,6 @@ def _make_tag(
         columns=options.columns,
         rows_per_step=options.num_rows * per_example * options.columns,
         dtype=dtype,
-        rows_dtype=options.dtype or dtype,
         batch_ndim=len(own),
         view=view,
         axes=axes,

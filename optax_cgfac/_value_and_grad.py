@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from optax_cgfac._capture import run_captured
 from optax_cgfac._checks import check_positive
-from optax_cgfac._curvature import Curvature, CurvatureSpec, empty_curvature
+from optax_cgfac._curvature import Curvature, empty_curvature
+from optax_cgfac._curvature_spec import CurvatureSpec
 from optax_cgfac._discovery import Discovery, discover, discover_wider
 from optax_cgfac._example_rows import Draw, example_rows
 from optax_cgfac._layers import num_positions

@@ -16,13 +16,6 @@ from optax_cgfac._rows import (
 from optax_cgfac._types import Array, LayerRows
 
 
-def has_spectra(tag: LayerTag, window: int, rank: int) -> bool:
-    """Whether ``rank`` eigenpairs are fewer than a layer's factors have."""
-    is_dense = not any(use.form == "index" or use.sampled for use in tag.uses)
-    most = min(max(tag.n_in, tag.n_out), window * tag.rows_per_step)
-    return is_dense and most > rank
-
-
 def without_bad_rows(new: LayerRows) -> LayerRows:
     """Returns rows with zeros for those that are not finite or have no cotangent.
 
@@ -40,20 +33,18 @@ def without_bad_rows(new: LayerRows) -> LayerRows:
     return LayerRows(keep_where(new.a, good), scaled(g, jax.lax.rsqrt(share)))
 
 
-def empty_rows(tag: LayerTag, window: int) -> LayerRows:
+def empty_rows(tag: LayerTag, window: int, dtype: str) -> LayerRows:
     """Returns a window of zeros."""
     num_rows = window * tag.rows_per_step
-    g = jnp.zeros((*tag.stack, num_rows, tag.n_out), tag.rows_dtype)
+    g = jnp.zeros((*tag.stack, num_rows, tag.n_out), dtype)
     per_example = sum(use.kept for use in tag.uses)
     of_indices = (u.kept for u in tag.uses if u.form == "index" or u.sampled)
     num_indices = num_rows * sum(of_indices) // per_example
-    dense = jnp.zeros((*tag.stack, num_rows - num_indices, tag.n_in), tag.rows_dtype)
+    dense = jnp.zeros((*tag.stack, num_rows - num_indices, tag.n_in), dtype)
     if not num_indices:
         return LayerRows(dense, g)
     shape = (*tag.stack, num_indices)
-    indices = IndexRows(
-        jnp.zeros(shape, jnp.int32), jnp.zeros(shape, tag.rows_dtype), tag.n_in
-    )
+    indices = IndexRows(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, dtype), tag.n_in)
     a = indices if num_indices == num_rows else StackedRows(indices, dense)
     return LayerRows(a, g)
 

@@ -332,3 +332,19 @@ def test_the_train_state_replaces_fields_and_hands_on_other_arguments():
     moved = state.apply_gradients(grads=grads, value=jnp.zeros(()))
     expected = jax.tree.map(lambda p, g: p - g, problem().params, grads)
     assert_trees_close(moved.params, expected)
+
+
+@pytest.mark.parametrize("option", ["damping_interval", "model_interval"])
+def test_intervals_may_be_injected(option):
+    tx = optax.inject_hyperparams(cgfac)(**{option: 3})
+    _, state, losses = train(tx, 6)
+    assert losses[-1] < losses[0]
+    assert int(state.hyperparams[option]) == 3
+
+
+def test_figures_of_a_masked_layer_have_no_names_of_others():
+    mask = {"hidden": False, "out": True}
+    tx = optax.masked(scale_by_kfac(0.1), mask)
+    given = ingredients()
+    _, state = update(tx, tx.init(given.params))
+    assert set(optax_cgfac.diagnostics(state, given.params)["layers"]) == {"leaf_0"}

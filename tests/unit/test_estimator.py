@@ -506,6 +506,34 @@ def test_rows_with_eigenpairs_are_kept_in_half_precision(options, expected):
             )
 
 
+def test_windows_of_other_lengths_keep_their_own_precision():
+    """Rows of one update, float32, go into a window that has eigenpairs, and out."""
+    model, x = nn.Dense(10), jax.random.normal(jax.random.key(0), (32, 100))
+    params = model.init(jax.random.key(1), x)
+
+    def estimate(window):
+        return fisher_estimator(
+            model.apply, "squared_error", rows=32, rank=32, window=window
+        )
+
+    one = estimate(1)
+    single = one.update(one.init(params, x), params, x, rng=jax.random.key(2))
+    whole = estimate(8).init(params, x)
+    ((name, rows),) = whole.layers.items()
+    assert rows.g.dtype == jnp.bfloat16
+    assert single.layers[name].g.dtype == jnp.float32
+    pushed = whole.push(single)
+    assert pushed.layers[name].g.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        np.asarray(pushed.layers[name].g[:32], np.float32),
+        single.layers[name].g,
+        rtol=2**-7,
+    )
+    shorter = whole.with_window(1)
+    assert not shorter.spectra
+    assert shorter.layers[name].g.dtype == jnp.float32
+
+
 def options_of(options):
     """The options aside from the dtype."""
     return {k: v for k, v in options.items() if k != "rows_dtype"}
