@@ -70,7 +70,9 @@ def test_processes_take_the_steps_of_one(processes, of_one_process):
     found = losses_of(processes)
     assert len(found) == 4
     assert found[-1] < 0.8 * found[0]
-    np.testing.assert_allclose(found, of_one_process, rtol=1e-4)
+    # Sums over devices are rounded in another order, and eigenpairs amplify that.
+    np.testing.assert_allclose(found[0], of_one_process[0], rtol=1e-6)
+    np.testing.assert_allclose(found, of_one_process, rtol=1e-3)
 
 
 @pytest.mark.parametrize("part", ["collectives", "scale"])
