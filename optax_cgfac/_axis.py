@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from optax_cgfac._rows import (
     IndexRows,
+    Rows,
     StackedRows,
     as_dtype,
     split_rows,
@@ -82,15 +83,14 @@ def gathered(rows: LayerRows, dtype: str, axis_name: str | None) -> LayerRows:
         axis %= x.ndim
         return jax.lax.all_gather(x, axis_name, axis=axis, tiled=True, to="invarying")
 
-    def gather_side(
-        side: Array | IndexRows | StackedRows,
-    ) -> Array | IndexRows | StackedRows:
+    def gather_indices(side: IndexRows) -> IndexRows:
+        return IndexRows(gather(side.indices, -1), gather(side.weights, -1), side.size)
+
+    def gather_side(side: Rows) -> Rows:
         if isinstance(side, StackedRows):
-            return StackedRows(gather_side(side.top), gather_side(side.bottom))
+            return StackedRows(gather_indices(side.top), gather(side.bottom, -2))
         if isinstance(side, IndexRows):
-            return IndexRows(
-                gather(side.indices, -1), gather(side.weights, -1), side.size
-            )
+            return gather_indices(side)
         return gather(side, -2)
 
     parts = [gather(part.astype(dtype), -2) for part in split_rows(rows.a, rows.g)]

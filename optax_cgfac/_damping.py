@@ -36,7 +36,7 @@ def levenberg_marquardt(
     damping: Array,
     ratio: Array,
     *,
-    decay: float,
+    decay: Array | float,
     minimum: Array | float,
     maximum: Array | float,
 ) -> Array:

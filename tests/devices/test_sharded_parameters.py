@@ -119,8 +119,9 @@ def linen_run(boxed, sharded, tx):
     return nn.unbox(params)
 
 
-@pytest.mark.parametrize("boxed", [True, False], ids=["boxed", "unboxed"])
-@pytest.mark.parametrize("name", ["cgfac", "scale_by_cgfac"])
+@pytest.mark.parametrize(
+    ("name", "boxed"), [("cgfac", True), ("scale_by_cgfac", False)]
+)
 def test_linen_parameters_with_partitioning(boxed, name):
     tx = {
         "cgfac": optax_cgfac.cgfac,
