@@ -224,3 +224,38 @@ def test_the_only_traffic_of_the_curvature_are_the_new_rows():
     total_jit = sum(n for _, n in result["programs"]["cgfac, jit"])
     assert total_jit - gradient <= of_examples + 64
     assert result["factors of K-FAC"] > 4 * rows
+
+
+def test_one_hot_rows_are_gathered_too():
+    """An embedding: with all examples captured, the factors of one device."""
+
+    class Tokens(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(nn.Embed(40, 6)(x))
+
+    model = Tokens()
+    x = np.asarray(jax.random.randint(jax.random.key(0), (BATCH,), 0, 40))
+    params = model.init(jax.random.key(1), x)
+
+    def update_of(axis_name):
+        est = optax_cgfac.fisher_estimator(
+            model.apply, "squared_error", kind="exact", rows=BATCH, axis_name=axis_name
+        )
+        return est.update, est.init(params, x)
+
+    update, curvature = update_of(None)
+    expected = jax.jit(update)(curvature, params, x)
+    update, curvature = update_of("data")
+    specs = curvature.partition_specs("data")
+    mapped = jax.shard_map(
+        update,
+        mesh=mesh_of(AxisType.Auto),
+        in_specs=(specs, P(), P("data")),
+        out_specs=specs,
+    )
+    found = jax.jit(mapped)(curvature, params, x)
+    for tag in expected.tags:
+        ours, theirs = (c.operator(tag.name).factors() for c in (found, expected))
+        for one, other in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
