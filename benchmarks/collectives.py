@@ -4,9 +4,9 @@
     python benchmarks/collectives.py
 
 Lists the collectives of the compiled programs of Adam and `cgfac`, data parallel on
-eight CPU devices, under `jax.jit` and inside `jax.shard_map`, beside what K-FAC sends
-that averages its factors over the devices. Bytes are those of a result, not counting
-how often an algorithm sends them on.
+eight CPU devices, under `jax.jit` and inside `jax.shard_map`, and of a K-FAC whose
+devices average the Kronecker factors of their own examples, as K-FAC must. Bytes are
+those of a result, not counting how often an algorithm sends them on.
 """
 
 import argparse
@@ -132,11 +132,35 @@ def measure(model: nn.Module, features: int, batch_size: int) -> dict[str, objec
         in_specs=(P(), P(), specs, P("data"), P()),
         out_specs=(P(), P(), specs, P()),
     )
+
+    def kfac_step(params, curvature, x, rng):
+        """What the devices of K-FAC agree on: the gradient, and the factors."""
+        loss, grads = jax.value_and_grad(loss_fn)(params, x)
+        curvature = few.update(curvature, params, x, rng=rng)
+        factors = [curvature.operator(tag.name).factors() for tag in curvature.tags]
+        return jax.lax.pmean((loss, grads, factors), "data")
+
+    # A capture from each device's own examples. Nothing is known to vary, so that it
+    # is the estimator of a single device.
+    few = estimate(rows=8, model_rows=8, rows_dtype="float32", rank=None)
+    kfac = jax.shard_map(
+        kfac_step,
+        mesh=mesh,
+        in_specs=(P(), P(), P("data"), P()),
+        out_specs=P(),
+        check_vma=False,
+    )
     programs = {
         "Adam, jit": text(make_step(adam), adam.init(params), (), True),
         "cgfac, jit": text(make_step(tx, plain), tx.init(params), curvature, True),
         "cgfac, shard_map": text(
             mapped, tx.init(params), split.init(params, batch), False
+        ),
+        "K-FAC, shard_map": collectives(
+            jax.jit(kfac)
+            .lower(params, few.init(params, batch), batch, jax.random.key(1))
+            .compile()
+            .as_text()
         ),
     }
     tags = curvature.tags

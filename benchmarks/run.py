@@ -240,19 +240,28 @@ def run_tune(
     out: pathlib.Path,
     budget: float,
     smoke: bool,
+    **options: Any,
 ) -> None:
     """Tunes rivals on workloads; keeps what the file has of the others."""
     path = out / "tuned.json"
     for name in names:
         tuned = read(path)
         workload = workloads.get(name, smoke)
-        known = tuned.get(name, {}).get("methods", {})
+        known = tuned.get(name, {})
         tuned[name] = with_environment(
-            lambda workload=workload: tune(
-                workload, budget=budget, smoke=smoke, methods=methods
+            lambda workload=workload, known=known: tune(
+                workload,
+                budget=budget,
+                smoke=smoke,
+                methods=methods,
+                known=known,
+                **options,
             )
         )
-        tuned[name]["methods"] = {**known, **tuned[name]["methods"]}
+        tuned[name]["methods"] = {
+            **known.get("methods", {}),
+            **tuned[name]["methods"],
+        }
         write(path, tuned)
 
 
@@ -299,6 +308,18 @@ def main(argv: list[str] | None = None) -> None:
         help="tune: these workloads, rivals; robustness: these workloads; races: "
         "these contestants",
     )
+    parser.add_argument(
+        "--values",
+        type=float,
+        nargs="+",
+        help="tune: only these learning rates or dampings, beside what is known",
+    )
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        nargs="+",
+        help="tune: only these batch sizes, beside what is known",
+    )
     parser.add_argument("--widths", type=int, nargs="+", help=f"{WIDTHS}")
     parser.add_argument(
         "--out",
@@ -316,7 +337,15 @@ def main(argv: list[str] | None = None) -> None:
         wanted = [n for n in args.only or () if n in workloads.WORKLOADS]
         methods = tuple(m for m in RIVALS if not args.only or m in args.only)
         names = wanted or list(workloads.WORKLOADS)
-        run_tune(names, methods or RIVALS, out, budget, args.smoke)
+        run_tune(
+            names,
+            methods or RIVALS,
+            out,
+            budget,
+            args.smoke,
+            values=args.values,
+            sizes=args.sizes,
+        )
     for name in (name for part in RACES if part in parts for name in RACES[part]):
         workload = workloads.get(name, args.smoke)
         result = with_environment(

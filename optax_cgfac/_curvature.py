@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from optax_cgfac._checks import check_damping, check_positive
 from optax_cgfac._curvature_spec import CurvatureSpec
+from optax_cgfac._examples import num_kept
 from optax_cgfac._fisher_blocks import BlockFisherOperator, FullFisherOperator
 from optax_cgfac._layers import LayerTag
 from optax_cgfac._low_rank import LayerSpectra, empty_spectrum, refresh
@@ -255,7 +256,20 @@ class Curvature:
         Returns:
           A curvature of `jax.sharding.PartitionSpec`: all is replicated but the
           examples of the quadratic model, of which every device has its own.
+
+        Raises:
+          ValueError: If those do not divide by the devices of the axis, as far as the
+            mesh is set (`jax.set_mesh`).
         """
+        devices = jax.sharding.get_abstract_mesh().shape.get(axis_name, 1)
+        if any(self.spec.batched):
+            kept = num_kept(self.model_inputs, self.spec.batched)
+            if kept % devices:
+                raise ValueError(
+                    f"The quadratic model has {kept} examples, which cannot be split "
+                    f"over the {devices} devices of the axis {axis_name!r}: pass "
+                    f"fisher_estimator(..., model_rows=...) a multiple of {devices}."
+                )
         specs = jax.tree.map(lambda _: PartitionSpec(), self)
         leaves, structure = jax.tree.flatten(self.model_inputs)
         # Without an estimator there are no examples, and nothing in `batched`.

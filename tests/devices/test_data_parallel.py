@@ -193,6 +193,15 @@ def test_rows_that_do_not_divide_are_refused():
         train_in_a_map("cgfac", kind="mc", rows=12)
 
 
+def test_examples_of_the_model_that_do_not_divide_are_refused():
+    curvature = estimator(axis_name="data", model_rows=12).init(start(), data()["x"])
+    with (
+        jax.set_mesh(mesh_of(AxisType.Auto)),
+        pytest.raises(ValueError, match="model has 12 examples, which cannot be split"),
+    ):
+        curvature.partition_specs("data")
+
+
 def test_an_axis_that_is_not_there_is_named():
     est = estimator(axis_name="data")
     curvature = est.init(start(), data()["x"])
@@ -223,7 +232,66 @@ def test_the_only_traffic_of_the_curvature_are_the_new_rows():
     of_examples = 2 * 32 * 64 * 4
     total_jit = sum(n for _, n in result["programs"]["cgfac, jit"])
     assert total_jit - gradient <= of_examples + 64
-    assert result["factors of K-FAC"] > 4 * rows
+    # K-FAC's factors, which do not fit beside them.
+    factors = result["factors of K-FAC"]
+    assert factors > 4 * rows
+    assert factors <= total("K-FAC, shard_map", "all-reduce") - gradient <= factors + 8
+    assert total("K-FAC, shard_map", "all-gather") == 0
+
+
+def factors_on_one_device_and_in_a_map(model_fn, loss, x, **options):
+    """With all examples captured, the factors are those of one device."""
+    params = start()
+
+    def update_of(axis_name):
+        est = optax_cgfac.fisher_estimator(
+            model_fn, loss, kind="exact", rows=BATCH, axis_name=axis_name, **options
+        )
+        return est.update, est.init(params, x)
+
+    update, curvature = update_of(None)
+    expected = jax.jit(update)(curvature, params, x)
+    update, curvature = update_of("data")
+    specs = curvature.partition_specs("data")
+    mapped = jax.shard_map(
+        update,
+        mesh=mesh_of(AxisType.Auto),
+        in_specs=(specs, P(), P("data")),
+        out_specs=specs,
+    )
+    found = jax.jit(mapped)(curvature, params, x)
+    return [
+        [c.operator(tag.name).factors() for tag in expected.tags]
+        for c in (expected, found)
+    ]
+
+
+def test_weights_are_divided_by_their_sum_over_all_devices():
+    """Devices with much and with little padding: one mean over all of them."""
+    mask = (np.arange(BATCH) % 7 < np.arange(BATCH) // 5).astype(np.float32)
+    assert len({float(m.sum()) for m in mask.reshape(8, -1)}) > 2
+    expected, found = factors_on_one_device_and_in_a_map(
+        lambda params, x: model_fn(params, x[0]),
+        "squared_error",
+        (data()["x"], mask),
+        weights=lambda x: x[1],
+    )
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5),
+        found,
+        expected,
+    )
+
+
+def test_whole_batches():
+    expected, found = factors_on_one_device_and_in_a_map(
+        model_fn, "squared_error", data()["x"], whole_batch=True
+    )
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5),
+        found,
+        expected,
+    )
 
 
 def test_one_hot_rows_are_gathered_too():

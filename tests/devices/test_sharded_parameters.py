@@ -42,15 +42,18 @@ class Boxed(nn.Module):
         return nn.Dense(4, kernel_init=by(init, "model", None))(nn.tanh(x))
 
 
-def mesh():
-    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+def mesh(kind=AxisType.Auto):
+    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
 
 
-def linen_run(boxed, sharded, tx):
+def linen_run(boxed, sharded, tx, kind=AxisType.Auto):
     x, y = data()
     model = Boxed()
 
     def model_fn(params, x):
+        if kind == AxisType.Explicit:
+            # There the model says when its weights are gathered.
+            params = jax.tree.map(lambda w: jax.sharding.reshard(w, P()), params)
         return model.apply(params, x)
 
     def loss_fn(params, x, y):
@@ -80,7 +83,7 @@ def linen_run(boxed, sharded, tx):
         return optax.apply_updates(params, updates), state, curvature
 
     if sharded:
-        m = mesh()
+        m = mesh(kind)
         shardings = jax.tree.map(
             lambda s: NamedSharding(m, s), specs, is_leaf=lambda s: isinstance(s, P)
         )
@@ -133,6 +136,18 @@ def test_linen_parameters_with_partitioning(boxed, name):
     params = linen_run(boxed, True, tx)
     kernel = params["params"]["Dense_0"]["kernel"]
     assert kernel.sharding.spec == P(None, "model")
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        params,
+        expected,
+    )
+
+
+def test_parameters_on_a_mesh_with_explicit_axes():
+    expected = linen_run(False, False, optax_cgfac.cgfac())
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        params = linen_run(False, True, optax_cgfac.cgfac(), AxisType.Explicit)
+    assert params["params"]["Dense_0"]["kernel"].sharding.spec == P(None, "model")
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
         params,

@@ -162,3 +162,29 @@ def test_robustness_is_measured_and_reported(suite):
     assert table.count("|") > 6
     row["verdict"] = "turned up"
     assert "turned up" in report.robustness_table(result)
+
+
+def test_tuning_adds_to_what_is_known(suite):
+    import tune
+    import workloads
+    from curves import Autoencoder
+
+    workload = workloads.get("curves", smoke=True)._replace(model=Autoencoder((16,)))
+    settings = tune.grid("adam", workload, values=[1e-3], sizes=[50])
+    assert settings == [{"batch_size": 50, "learning_rate": 1e-3}]
+    best = {"batch_size": 100, "learning_rate": 3e-3}
+    row = {**best, "seconds_to_threshold": 1e-9, "loss": 200.0, "stopped": "reached"}
+    old = {**settings[0], "seconds_to_threshold": None, "loss": 1.0, "stopped": "x"}
+    found = tune.tune_method(
+        "adam",
+        workload,
+        threshold=220.0,
+        budget=60.0,
+        evaluate=workload.evaluator(),
+        settings=settings,
+        known={"best": best, "loss": 200.0, "grid": [row, old]},
+    )
+    # Tried again, for no longer than the best took, which stays the best.
+    assert (found["best"], found["grid"][0]) == (best, row)
+    (again,) = found["grid"][1:]
+    assert (again["batch_size"], again["steps"], again["stopped"]) == (50, 1, "budget")
