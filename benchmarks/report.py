@@ -16,6 +16,7 @@ import numpy as np
 from contestants import LABELS
 from plots import draw_race, draw_widths, label
 from targets import Results, Target, crossings, number, targets
+from tune import RIVALS
 from workloads import WORKLOADS
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -161,6 +162,33 @@ def robustness_table(result: Mapping[str, Any]) -> str:
     return markdown(header, body)
 
 
+def tuning_table(tuned: Mapping[str, Any]) -> str:
+    """Returns the best configuration of every rival and how long it took in tuning."""
+    names = [name for name in WORKLOADS if name in tuned]
+    methods = [m for m in RIVALS if any(m in tuned[n]["methods"] for n in names)]
+    rows = []
+    for method in methods:
+        cells = [_tuned(tuned[name]["methods"].get(method)) for name in names]
+        rows.append([LABELS[method], *cells])
+    return markdown(["best of its grid, seed 0", *names], rows)
+
+
+def _tuned(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    if found.get("best") is None:
+        return found["skipped"].split(":")[0]
+    rows = [r for r in found["grid"] if "failed" not in r]
+    value = found["best"].get("learning_rate", found["best"].get("initial_damping"))
+    text = f"{value:g}, batch {found['best']['batch_size']}: "
+    times = [r["seconds_to_threshold"] for r in rows if r["seconds_to_threshold"]]
+    if times:
+        return text + f"{number(min(times))} s"
+    if any(row["stopped"] == "epochs" for row in rows):
+        return text + f"loss {number(found['loss'])}"
+    return text + f"{number(found['loss'])} in {max(r['seconds'] for r in rows):.0f} s"
+
+
 def environment_line(results: Results) -> str:
     """Returns where the figures come from, in a sentence."""
     # Of the first file; `details` ends with those of all.
@@ -198,6 +226,12 @@ def section(results: Results) -> str:
     if untuned:
         parts.append(f"Rivals at usual settings, not tuned: {', '.join(untuned)}.")
     parts += [race_table(results[name]) for name in races]
+    if "tuned" in results:
+        parts.append(
+            "Tuning: the seconds to the last loss, or the loss that was reached. Who "
+            "took longer than Adam here was not raced."
+        )
+        parts.append(tuning_table(results["tuned"]))
     if "widths" in results:
         parts.append(width_table(results["widths"]))
     if "robustness" in results:
@@ -249,6 +283,8 @@ def details(results: Results) -> str:
         parts += ["# Widths", width_table(results["widths"])]
     if "robustness" in results:
         parts += ["# Every default", robustness_table(results["robustness"])]
+    if "tuned" in results:
+        parts += ["# Tuning", tuning_table(results["tuned"])]
     for name, result in results.items():
         if "environment" in result:
             facts = [f"{key} {value}" for key, value in result["environment"].items()]
