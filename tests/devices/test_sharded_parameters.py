@@ -1,5 +1,7 @@
 """Parameters that are sharded over the devices: the steps are those of one device."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,7 +53,7 @@ def linen_run(boxed, sharded, tx, kind=AxisType.Auto):
     model = Boxed()
 
     def model_fn(params, x):
-        if kind == AxisType.Explicit:
+        if sharded and kind == AxisType.Explicit:
             # There the model says when its weights are gathered.
             params = jax.tree.map(lambda w: jax.sharding.reshard(w, P()), params)
         return model.apply(params, x)
@@ -66,60 +68,64 @@ def linen_run(boxed, sharded, tx, kind=AxisType.Auto):
     specs = nn.get_partition_spec(params)
     if not boxed:
         params = nn.unbox(params)
-    curvature, state = est.init(params, x), tx.init(params)
+    # Flax initialises boxed parameters only where no mesh of explicit axes is set.
+    m = mesh(kind)
+    is_explicit = sharded and kind == AxisType.Explicit
+    with jax.set_mesh(m) if is_explicit else contextlib.nullcontext():
+        curvature, state = est.init(params, x), tx.init(params)
+        if sharded:
+            params, state = placed(m, specs, boxed, tx, params, state)
+            split = NamedSharding(m, P("data"))
+            x, y = jax.device_put(x, split), jax.device_put(y, split)
+            curvature = jax.device_put(curvature, NamedSharding(m, P()))
 
-    @jax.jit
-    def step(params, state, curvature, x, y, rng):
-        value, grads = jax.value_and_grad(loss_fn)(params, x, y)
-        curvature = est.update(curvature, params, x, rng=rng)
-        updates, state = tx.update(
-            grads,
-            state,
-            params,
-            curvature=curvature,
-            value=value,
-            value_fn=lambda p: loss_fn(p, x, y),
-        )
-        return optax.apply_updates(params, updates), state, curvature
+        @jax.jit
+        def step(params, state, curvature, x, y, rng):
+            value, grads = jax.value_and_grad(loss_fn)(params, x, y)
+            curvature = est.update(curvature, params, x, rng=rng)
+            updates, state = tx.update(
+                grads,
+                state,
+                params,
+                curvature=curvature,
+                value=value,
+                value_fn=lambda p: loss_fn(p, x, y),
+            )
+            return optax.apply_updates(params, updates), state, curvature
 
-    if sharded:
-        m = mesh(kind)
-        shardings = jax.tree.map(
-            lambda s: NamedSharding(m, s), specs, is_leaf=lambda s: isinstance(s, P)
-        )
-
-        def place(tree):
-            if boxed:
-                return jax.tree.map(
-                    lambda leaf, s: (
-                        leaf.replace_boxed(jax.device_put(leaf.value, s))
-                        if isinstance(leaf, nn.Partitioned)
-                        else jax.device_put(leaf, s)
-                    ),
-                    tree,
-                    shardings,
-                    is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
-                )
-            return jax.tree.map(jax.device_put, tree, shardings)
-
-        params = place(params)
-        state = optax.tree.map_params(
-            tx,
-            jax.device_put,
-            state,
-            jax.tree.map(lambda leaf: leaf.sharding, params),
-            transform_non_params=lambda leaf: jax.device_put(
-                leaf, NamedSharding(m, P())
-            ),
-        )
-        split = NamedSharding(m, P("data"))
-        x, y = jax.device_put(x, split), jax.device_put(y, split)
-        curvature = jax.device_put(curvature, NamedSharding(m, P()))
-    for i in range(STEPS):
-        params, state, curvature = step(
-            params, state, curvature, x, y, jax.random.key(i)
-        )
+        for i in range(STEPS):
+            params, state, curvature = step(
+                params, state, curvature, x, y, jax.random.key(i)
+            )
     return nn.unbox(params)
+
+
+def placed(m, specs, boxed, tx, params, state):
+    """Parameters and the optimizer's state with the shardings that Flax names."""
+    shardings = jax.tree.map(
+        lambda s: NamedSharding(m, s), specs, is_leaf=lambda s: isinstance(s, P)
+    )
+    if boxed:
+        params = jax.tree.map(
+            lambda leaf, s: (
+                leaf.replace_boxed(jax.device_put(leaf.value, s))
+                if isinstance(leaf, nn.Partitioned)
+                else jax.device_put(leaf, s)
+            ),
+            params,
+            shardings,
+            is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
+        )
+    else:
+        params = jax.tree.map(jax.device_put, params, shardings)
+    state = optax.tree.map_params(
+        tx,
+        jax.device_put,
+        state,
+        jax.tree.map(lambda leaf: leaf.sharding, params),
+        transform_non_params=lambda leaf: jax.device_put(leaf, NamedSharding(m, P())),
+    )
+    return params, state
 
 
 @pytest.mark.parametrize(
@@ -145,8 +151,7 @@ def test_linen_parameters_with_partitioning(boxed, name):
 
 def test_parameters_on_a_mesh_with_explicit_axes():
     expected = linen_run(False, False, optax_cgfac.cgfac())
-    with jax.set_mesh(mesh(AxisType.Explicit)):
-        params = linen_run(False, True, optax_cgfac.cgfac(), AxisType.Explicit)
+    params = linen_run(False, True, optax_cgfac.cgfac(), AxisType.Explicit)
     assert params["params"]["Dense_0"]["kernel"].sharding.spec == P(None, "model")
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
