@@ -26,7 +26,16 @@ from jax.sharding import PartitionSpec as P
 
 import optax_cgfac
 
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all")
+PROGRAMS = ("Adam, jit", "cgfac, jit", "cgfac, shard_map", "K-FAC, shard_map")
+KINDS = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "ragged-all-to-all",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 SIZES = {
     "f64": 8,
     "f32": 4,

@@ -12,7 +12,7 @@ from optax_cgfac._criterion import Criterion, Kind, cotangents
 from optax_cgfac._curvature import Curvature
 from optax_cgfac._discovery import Discovery, discover
 from optax_cgfac._example_rows import Draw, example_rows, merge_columns
-from optax_cgfac._examples import num_kept, slice_examples, strided_indices
+from optax_cgfac._examples import num_kept, strided_examples, strided_indices
 from optax_cgfac._probes import probe_calls
 from optax_cgfac._tagging import calls_of
 from optax_cgfac._types import Array, LayerRows, PyTree, user_inputs
@@ -65,10 +65,11 @@ def captured_rows(
         # One draw where `randint` takes three, and as good as uniform.
         start = (jax.random.bits(start_rng) % num_examples).astype(jnp.int32)
     indices = strided_indices(start, rows, num_examples)
-    few_targets = jax.tree.map(lambda t: jnp.asarray(t)[indices], targets)
+    is_target = [True] * len(jax.tree.leaves(targets))
+    few_targets = strided_examples(targets, is_target, start, rows)
     seen, captured, examples = inputs, num_examples, indices
     if not options.whole_batch:
-        seen, captured = slice_examples(inputs, batched, indices), rows
+        seen, captured = strided_examples(inputs, batched, start, rows), rows
         examples = None
 
     cycle = curvature.num_updates // (num_examples // rows)

@@ -36,7 +36,7 @@ from optax_cgfac._examples import (
     check_targets,
     num_kept,
     slice_examples,
-    strided_indices,
+    strided_examples,
 )
 from optax_cgfac._losses import Loss
 from optax_cgfac._modules import bind
@@ -346,9 +346,11 @@ def fisher_estimator(
         check_targets(targets, num_examples)
 
         def run(*given: Any) -> Curvature:
-            return _updated(capture_options, function, num_examples, *given)
+            return _updated(capture_options, function, *given)
 
-        return with_auto_axes(run, curvature, params, inputs, rng, targets)
+        return with_auto_axes(
+            run, curvature, params, inputs, rng, targets, like=curvature
+        )
 
     return CurvatureEstimator(init, update)
 
@@ -356,7 +358,6 @@ def fisher_estimator(
 def _updated(
     options: CaptureOptions,
     function: Callable[..., PyTree],
-    num_examples: int,
     curvature: Curvature,
     params: PyTree,
     inputs: PyTree,
@@ -379,9 +380,10 @@ def _updated(
     # Of this batch, whose gradient the quadratic model is to be the model of:
     # examples of an older one are fitted already, and promise too much.
     kept = num_kept(curvature.model_inputs, spec.batched)
-    indices = strided_indices(curvature.num_calls + 1, kept, num_examples)
     return dataclasses.replace(
         updated,
         num_calls=curvature.num_calls + 1,
-        model_inputs=slice_examples(inputs, spec.batched, indices),
+        model_inputs=strided_examples(
+            inputs, spec.batched, curvature.num_calls + 1, kept
+        ),
     )

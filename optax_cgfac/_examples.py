@@ -141,18 +141,48 @@ def num_kept(model_inputs: PyTree, batched: Sequence[bool]) -> int:
 
 
 def strided_indices(start: Array, count: int, num_examples: int) -> Array:
-    """Returns ``count`` distinct examples, evenly spread, from ``start`` on.
+    """Returns ``count`` distinct examples, evenly spread, one of them ``start``.
 
-    Spread, because a batch may be sorted (by class, by length).
+    Spread, because a batch may be sorted (by class, by length), and because every
+    device then has some of them, if a batch is split over devices.
     """
-    return (start + jnp.arange(count) * (num_examples // count)) % num_examples
+    stride = num_examples // count
+    if num_examples % count:
+        return (start + jnp.arange(count) * stride) % num_examples
+    return start % stride + jnp.arange(count) * stride
 
 
-def slice_examples(inputs: PyTree, batched: Sequence[bool], indices: Array) -> PyTree:
-    """Returns ``inputs`` with only the examples at ``indices``."""
+def strided_examples(
+    inputs: PyTree, batched: Sequence[bool], start: Array, count: int
+) -> PyTree:
+    """Returns ``inputs`` with only the examples of `strided_indices`.
+
+    As a slice where the batch is a multiple of ``count``: of a batch that is split over
+    devices a slice stays split, and its work is shared, while every device would be
+    sent what a gather finds.
+    """
+
+    def pick(leaf: Array) -> Array:
+        num_examples, *rest = leaf.shape
+        if num_examples % count:
+            return leaf[strided_indices(start, count, num_examples)]
+        stride = num_examples // count
+        columns = leaf.reshape(count, stride, *rest)
+        return jax.lax.dynamic_index_in_dim(columns, start % stride, 1, keepdims=False)
+
     leaves, structure = jax.tree.flatten(inputs)
     sliced = [
         # A copy: a caller may donate both the batch or module and the slice.
+        pick(jnp.asarray(leaf)) if is_batched else jnp.copy(leaf)
+        for leaf, is_batched in zip(leaves, batched, strict=True)
+    ]
+    return jax.tree.unflatten(structure, sliced)
+
+
+def slice_examples(inputs: PyTree, batched: Sequence[bool], indices: Array) -> PyTree:
+    """Returns ``inputs`` with only the examples at ``indices``, copied."""
+    leaves, structure = jax.tree.flatten(inputs)
+    sliced = [
         jnp.asarray(leaf)[indices] if is_batched else jnp.copy(leaf)
         for leaf, is_batched in zip(leaves, batched, strict=True)
     ]

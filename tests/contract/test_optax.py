@@ -1,6 +1,8 @@
 """The transformations inside Optax's own wrappers."""
 
+import importlib
 import inspect
+import re
 
 import jax
 import jax.numpy as jnp
@@ -222,27 +224,42 @@ def test_missing_gradient_lets_gradients_through_and_counts(name):
     assert int(state.cgfac_count) == 1
 
 
-COMMON = pytest.importorskip("optax.contrib._common_test")
+# Cases of each test beside those of the optimizers, which come first in its names.
+CASES = {
+    "test_optimizers": 4,
+    "test_optimizers_accept_extra_args": 2,
+    "test_preserve_dtype": 2,
+    "test_gradient_accumulation": 2,
+    "test_state_shape_dtype_shard_stability": 4,
+}
+COMMON = importlib.import_module("optax.contrib._common_test")
+STEMS = {
+    re.sub(r"\d+$", "", name)
+    for name in dir(COMMON.ContribTest)
+    if name.startswith("test")
+}
 
 
-@pytest.mark.parametrize("number", range(4))
-def test_optax_own_suite_of_optimizers(monkeypatch, number):
+def test_optax_own_suite_has_the_tests_that_are_counted():
+    assert set(CASES) <= STEMS
+
+
+@pytest.mark.parametrize("name", ["scale_by_cgfac", "scale_by_kfac", "cgfac"])
+@pytest.mark.parametrize(
+    "case", [f"{stem}{i}" for stem in sorted(STEMS) for i in range(CASES.get(stem, 1))]
+)
+def test_optax_own_suite(monkeypatch, case, name):
     """Optax's suite, its first optimizer replaced by ours; it knows no curvature."""
 
-    def ours(learning_rate):
-        del learning_rate
-        return optax.chain(
-            optax_cgfac.scale_by_cgfac(0.1, missing="gradient"), optax.scale(-1e-3)
-        )
+    def ours(learning_rate: optax.ScalarOrSchedule):
+        if re.fullmatch(r"test_optimizers\d", case):
+            learning_rate = 1e-3  # of gradient descent on Rosenbrock's function
+        tx = {
+            "scale_by_cgfac": optax_cgfac.scale_by_cgfac,
+            "scale_by_kfac": optax_cgfac.scale_by_kfac,
+            "cgfac": optax_cgfac.cgfac,
+        }[name](0.1, missing="gradient")
+        return optax.chain(tx, optax.scale_by_learning_rate(learning_rate))
 
     monkeypatch.setattr(COMMON, "_get_opt_factory", lambda name: ours)
-    COMMON.ContribTest(f"test_optimizers{number}").debug()
-
-
-def test_optax_own_suite_accepts_unknown_extra_args(monkeypatch):
-    def ours(learning_rate):
-        del learning_rate
-        return optax_cgfac.scale_by_cgfac(0.1, missing="gradient")
-
-    monkeypatch.setattr(COMMON, "_get_opt_factory", lambda name: ours)
-    COMMON.ContribTest("test_optimizers_accept_extra_args0").debug()
+    COMMON.ContribTest(case).debug()

@@ -11,11 +11,18 @@ import pytest
 
 import optax_cgfac
 from optax_cgfac import cgfac, scale_by_cgfac, scale_by_kfac
-from steps import ingredients, make_problem, model_fn, problem, update
+from steps import describe, ingredients, make_problem, model_fn, problem, update
 
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "pipelines.md").read_text()
-TABLE = PAGE.split("<!-- table: start -->")[1].split("<!-- table: end -->")[0]
-ROWS = dict(re.findall(r"^\| `?([^`|]+?)`? \| `([^`]+)` \|", TABLE, re.MULTILINE))
+
+
+def rows(table):
+    text = PAGE.split(f"<!-- {table}: start -->")[1].split(f"<!-- {table}: end -->")[0]
+    found = re.findall(r"^\| ([^|]+?) \| `([^`]+)` \|", text, re.MULTILINE)
+    return {name.replace("`", ""): code for name, code in found}
+
+
+ROWS, AROUND = rows("table"), rows("around")
 
 # What the issue of this page asks for; a row that is lost fails here.
 PROMISED = {
@@ -35,6 +42,17 @@ PROMISED = {
     "zoom line search",
     "a schedule as it is",
 }
+PROMISED_AROUND = {
+    "averages of the parameters",
+    "donation",
+    "lax.scan over steps",
+    "vmap over seeds",
+    "one number of the state",
+    "to change one",
+    "what is shaped like the parameters",
+    "all figures of the last step",
+    "the same for a logger",
+}
 
 
 def assert_trees_close(actual, expected, rtol=1e-5, atol=1e-6):
@@ -45,10 +63,6 @@ def assert_trees_close(actual, expected, rtol=1e-5, atol=1e-6):
     )
 
 
-def scale_by_cgfac_with_rate(rate=0.3):
-    return optax.chain(scale_by_cgfac(0.1), optax.scale_by_learning_rate(rate))
-
-
 def build(name):
     return eval(  # our own page
         ROWS[name],
@@ -56,7 +70,6 @@ def build(name):
             "optax": optax,
             "cgfac": cgfac,
             "scale_by_cgfac": scale_by_cgfac,
-            "scale_by_cgfac_with_rate": scale_by_cgfac_with_rate(1.0),
             "mask": {"hidden": True, "out": False},
             "labels": {"hidden": "cgfac", "out": "adam"},
         },
@@ -97,6 +110,7 @@ def train(tx, steps, emit=None, problem=problem, **more):
 
 def test_the_table_has_what_it_promises():
     assert set(ROWS) >= PROMISED
+    assert set(AROUND) >= PROMISED_AROUND
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -106,6 +120,97 @@ def test_every_row_of_the_table_trains(name):
     _, _, losses = train(build(name), 40, emit, **more)
     assert np.all(np.isfinite(losses))
     assert losses[-1] < 0.75 * losses[0]
+
+
+def test_parameters_to_evaluate_under_schedule_free():
+    params, state, _ = train(build("schedule_free"), 40)
+    p = problem()
+    averaged = optax.contrib.schedule_free_eval_params(state, params)
+    assert float(p.loss(averaged, p.batch)) < 0.75 * float(p.loss(p.params, p.batch))
+
+
+@pytest.fixture(scope="module")
+def around():
+    """What the rows of the second table take, after three steps of training."""
+    p, tx = problem(), cgfac()
+    step, keys = p.step(tx), jax.random.split(jax.random.key(0), 3)
+    state, losses = jax.jit(lambda s: jax.lax.scan(scanned(step, p), s, keys))(
+        p.start(tx)
+    )
+    # Other parameters for every seed.
+    params = [jax.tree.map(lambda w, c=c: c * w, p.params) for c in (1.0, 1.5, 2.0)]
+    starts = [(each, tx.init(each), p.curvature()) for each in params]
+    average = optax.ema(0.95)
+    return {
+        "jax": jax,
+        "jnp": jnp,
+        "optax": optax,
+        "optax_cgfac": optax_cgfac,
+        "tx": tx,
+        "step": step,
+        "state": state,
+        "states": jax.tree.map(lambda *xs: jnp.stack(xs), *starts),
+        "params": state[0],
+        "opt_state": state[1],
+        "curvature": state[2],
+        "batch": p.batch,
+        "key": jax.random.key(7),
+        "keys": keys,
+        "loss": losses[-1],
+        "average": average,
+        "average_state": average.init(state[0]),
+    }
+
+
+def scanned(step, p):
+    return lambda state, key: step(state, p.batch, key)
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_every_row_around_the_optimizer_runs(name, around):
+    before = jax.tree.map(jnp.copy, around)
+    space = dict(before)
+    exec(AROUND[name], space)  # our own page
+    assigned = AROUND[name].split(" = ")[0].split(", ")
+    for new in assigned:
+        assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(space[new]))
+        if new in before:
+            described = [describe(tree[new]) for tree in (space, before)]
+            assert described[0] == described[1]
+    if name == "donation":
+        assert before["state"][0]["out"]["kernel"].is_deleted()
+        assert float(space["loss"]) < float(around["loss"])
+    if name == "lax.scan over steps":
+        assert float(space["losses"][-1]) < float(around["loss"])
+    if name == "averages of the parameters":
+        assert_trees_close(space["averaged"], around["params"])
+
+
+def test_an_ensemble_of_seeds_trains_as_each_of_them_alone(around):
+    """Ten steps of three seeds in one program, everything batched."""
+    step, batch, states = around["step"], around["batch"], around["states"]
+    keys = jax.random.split(jax.random.key(3), (10, 3))
+
+    @jax.jit
+    def together(states):
+        return jax.lax.scan(
+            lambda s, keys: jax.vmap(step, in_axes=(0, None, 0))(s, batch, keys),
+            states,
+            keys,
+        )
+
+    @jax.jit
+    def alone(state, keys):
+        return jax.lax.scan(lambda s, key: step(s, batch, key), state, keys)
+
+    many, losses = together(states)
+    for seed in range(3):
+        state = jax.tree.map(lambda x, i=seed: x[i], states)
+        one, expected = alone(state, keys[:, seed])
+        np.testing.assert_allclose(losses[:, seed], expected, rtol=1e-3)
+        found = jax.tree.map(lambda x, i=seed: x[i], many[0])
+        assert_trees_close(found, one[0], rtol=1e-2, atol=1e-3)
+    assert np.all(losses[-1] < 0.8 * losses[0])
 
 
 def test_the_names_of_a_named_chain_reach_its_states():
@@ -219,17 +324,6 @@ def test_micro_batches_add_up_to_the_step_of_the_batch():
     assert_trees_close(updates, expected, rtol=2e-3, atol=1e-4)
 
 
-def test_an_average_of_the_parameters_is_kept_beside_them():
-    average = optax.ema(0.5, debias=False)
-    params = problem().params
-    state = average.init(params)
-    _, state = average.update(params, state)
-    moved = jax.tree.map(lambda p: p + 1, params)
-    averaged, _ = average.update(moved, state)
-    expected = jax.tree.map(lambda p: 0.25 * p + 0.5 * (p + 1), params)
-    assert_trees_close(averaged, expected)
-
-
 @pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: optax.chain(tx)])
 def test_fields_are_found_and_set_by_name(wrap):
     tx = wrap(cgfac(damping=0.2))
@@ -239,6 +333,22 @@ def test_fields_are_found_and_set_by_name(wrap):
     assert float(optax_cgfac.diagnostics(state)["damping"]) == 0.5
     _, state = update(tx, state)
     assert int(optax.tree.get(state, "cgfac_count")) == 1
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_without_a_curvature_says_what_to_do(name):
+    tx, given = build(name), ingredients()
+    more = {"emit": jnp.array(True)} if name == "MultiSteps" else {}
+    with pytest.raises(ValueError, match="needs the curvature of this step"):
+        tx.update(
+            given.grads,
+            tx.init(given.params),
+            given.params,
+            value=given.value,
+            value_fn=lambda p, curvature=None: problem().loss(p, problem().batch),
+            grad=given.grads,
+            **more,
+        )
 
 
 @pytest.mark.parametrize("name", ["lookahead", "flatten"])
@@ -257,6 +367,20 @@ def test_wrappers_that_lose_what_is_needed_are_refused_with_words(name):
             params,
             curvature=ingredients().curvature,
         )
+
+
+def test_rows_of_every_micro_batch_are_captured_where_it_is_said():
+    """With a full window, too, and batches that are large enough to leave some out."""
+    x = jax.random.normal(jax.random.key(0), (64, 5))
+    for every, expected in ((None, 5), (1, 8)):
+        estimator = optax_cgfac.fisher_estimator(
+            model_fn, "squared_error", rows=8, window=4, capture_every=every
+        )
+        step = jax.jit(estimator.update)
+        curvature = estimator.init(problem().params, x)
+        for i in range(8):
+            curvature = step(curvature, problem().params, x, rng=jax.random.key(i))
+        assert int(curvature.num_updates) == expected
 
 
 def test_scalars_are_flat_and_waited_for_by_nobody():

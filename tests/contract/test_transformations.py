@@ -95,23 +95,6 @@ def test_the_step_runs_under_cond():
     assert int(maybe(True, state)[2].num_updates) == 1
 
 
-def test_vmap_over_seeds_equals_each_seed_alone():
-    tx = TRANSFORMS["cgfac"]()
-    step = problem().step(tx)
-    state = problem().start(tx)
-    keys = jax.random.split(jax.random.key(0), 3)
-
-    many, _ = jax.jit(jax.vmap(step, in_axes=(None, None, 0)))(
-        state, problem().batch, keys
-    )
-    one = jax.jit(step)
-    each = [one(state, problem().batch, key)[0][0] for key in keys]
-
-    assert_trees_close(many[0], jax.tree.map(lambda *xs: jnp.stack(xs), *each))
-    kernels = many[0]["out"]["kernel"]
-    assert not np.allclose(kernels[0], kernels[1])
-
-
 @every_transform
 def test_the_whole_state_can_be_donated(name):
     """Donation refuses a buffer that appears twice: init must not alias params."""

@@ -32,25 +32,27 @@ def by(init, *names):
 class Boxed(nn.Module):
     """Kernels split by columns and by rows, as in a transformer's feed-forward."""
 
+    axis: str = "model"
+
     @nn.compact
     def __call__(self, x):
         init = nn.initializers.lecun_normal()
         zeros = nn.initializers.zeros
         x = nn.Dense(
             24,
-            kernel_init=by(init, None, "model"),
-            bias_init=by(zeros, "model"),
+            kernel_init=by(init, None, self.axis),
+            bias_init=by(zeros, self.axis),
         )(x)
-        return nn.Dense(4, kernel_init=by(init, "model", None))(nn.tanh(x))
+        return nn.Dense(4, kernel_init=by(init, self.axis, None))(nn.tanh(x))
 
 
 def mesh(kind=AxisType.Auto):
     return jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
 
 
-def linen_run(boxed, sharded, tx, kind=AxisType.Auto):
+def linen_run(boxed, sharded, tx, kind=AxisType.Auto, axis="model"):
     x, y = data()
-    model = Boxed()
+    model = Boxed(axis)
 
     def model_fn(params, x):
         if sharded and kind == AxisType.Explicit:
@@ -97,7 +99,7 @@ def linen_run(boxed, sharded, tx, kind=AxisType.Auto):
             params, state, curvature = step(
                 params, state, curvature, x, y, jax.random.key(i)
             )
-    return nn.unbox(params)
+    return nn.unbox(params), nn.unbox(state)
 
 
 def placed(m, specs, boxed, tx, params, state):
@@ -138,8 +140,8 @@ def test_linen_parameters_with_partitioning(boxed, name):
             optax_cgfac.scale_by_cgfac(0.5), optax.scale_by_learning_rate(0.3)
         ),
     }[name]()
-    expected = linen_run(boxed, False, tx)
-    params = linen_run(boxed, True, tx)
+    expected, _ = linen_run(boxed, False, tx)
+    params, _ = linen_run(boxed, True, tx)
     kernel = params["params"]["Dense_0"]["kernel"]
     assert kernel.sharding.spec == P(None, "model")
     jax.tree.map(
@@ -149,9 +151,25 @@ def test_linen_parameters_with_partitioning(boxed, name):
     )
 
 
+def test_parameters_split_over_the_axis_of_the_batch():
+    """Fully sharded data parallel; the state keeps lying where its parameters do."""
+    expected, _ = linen_run(False, False, optax_cgfac.cgfac())
+    params, state = linen_run(False, True, optax_cgfac.cgfac(), axis="data")
+    for tree in (params, state.velocity):
+        layers = tree["params"]
+        assert layers["Dense_0"]["kernel"].sharding.spec == P(None, "data")
+        assert layers["Dense_0"]["bias"].sharding.spec == P("data")
+        assert layers["Dense_1"]["kernel"].sharding.spec[0] == "data"
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        params,
+        expected,
+    )
+
+
 def test_parameters_on_a_mesh_with_explicit_axes():
-    expected = linen_run(False, False, optax_cgfac.cgfac())
-    params = linen_run(False, True, optax_cgfac.cgfac(), AxisType.Explicit)
+    expected, _ = linen_run(False, False, optax_cgfac.cgfac())
+    params, _ = linen_run(False, True, optax_cgfac.cgfac(), AxisType.Explicit)
     assert params["params"]["Dense_0"]["kernel"].sharding.spec == P(None, "model")
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
