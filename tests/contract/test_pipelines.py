@@ -168,7 +168,8 @@ def scanned(step, p):
 
 @pytest.mark.parametrize("name", AROUND)
 def test_every_row_around_the_optimizer_runs(name, around):
-    before = jax.tree.map(jnp.copy, around)
+    before = dict(around)
+    before["state"] = jax.tree.map(jnp.copy, around["state"])  # one row donates it
     space = dict(before)
     exec(AROUND[name], space)  # our own page
     assigned = AROUND[name].split(" = ")[0].split(", ")
