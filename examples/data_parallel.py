@@ -149,6 +149,7 @@ def launch(processes, arguments):
     finally:
         for child in children:
             child.kill()
+            child.wait()
 
 
 def main(argv=None):
