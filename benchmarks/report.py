@@ -228,8 +228,8 @@ def section(results: Results) -> str:
     parts += [race_table(results[name]) for name in races]
     if "tuned" in results:
         parts.append(
-            "Tuning: the seconds to the last loss, or the loss that was reached. Who "
-            "took longer than Adam here was not raced."
+            "Tuning of the rivals: the seconds to the last loss, or the loss that was "
+            "reached; a dash was not measured. Not all of them are raced above."
         )
         parts.append(tuning_table(results["tuned"]))
     if "widths" in results:
