@@ -109,7 +109,7 @@ def test_l2_adds_to_the_gradient_and_to_the_damping():
 
 @pytest.mark.parametrize("l2", [0.0, 0.05])
 def test_the_step_minimizes_the_damped_gauss_newton_model(l2):
-    damping = 0.2
+    damping = 0.05
     grads = with_l2(l2)
     direction = scaled(-1, solution(damping + l2, grads=grads))
     slope = dot(grads, direction)
