@@ -192,22 +192,34 @@ class Module(nnx.Module):
         return self.out(nnx.tanh(self.hidden(x)))
 
 
-def nnx_run(sharded):
+def whole(module):
+    """The module with its weights gathered, which explicit axes must be told."""
+    graphdef, state = nnx.split(module)
+    state = jax.tree.map(lambda w: jax.sharding.reshard(w, P()), state)
+    return nnx.merge(graphdef, state)
+
+
+def nnx_run(sharded, kind=AxisType.Auto):
     x, y = data()
     module = Module(nnx.Rngs(0), sharded)
+    is_explicit = sharded and kind == AxisType.Explicit
+
+    def model_fn(module, x):
+        return (whole(module) if is_explicit else module)(x)
+
     est = optax_cgfac.fisher_estimator(
-        lambda m, x: m(x), "squared_error", kind="exact", rows=32, rank=None
+        model_fn, "squared_error", kind="exact", rows=32, rank=None
     )
     optimizer = nnx.Optimizer(module, optax_cgfac.cgfac(), wrt=nnx.Param)
     curvature = est.init(module, x)
     if sharded:
-        split = NamedSharding(mesh(), P("data"))
+        split = NamedSharding(mesh(kind), P("data"))
         x, y = jax.device_put(x, split), jax.device_put(y, split)
 
     @nnx.jit
     def step(module, optimizer, curvature, x, y, rng):
         def loss_fn(module):
-            return jnp.mean(jnp.sum((module(x) - y) ** 2, -1))
+            return jnp.mean(jnp.sum((model_fn(module, x) - y) ** 2, -1))
 
         value, grads = nnx.value_and_grad(loss_fn)(module)
         curvature = est.update(curvature, module, x, rng=rng)
@@ -226,10 +238,11 @@ def nnx_run(sharded):
     return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
 
-def test_nnx_parameters_with_sharding_metadata():
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_nnx_parameters_with_sharding_metadata(kind):
     expected = nnx_run(False)
-    with jax.set_mesh(mesh()):
-        params = nnx_run(True)
+    with jax.set_mesh(mesh(kind)):
+        params = nnx_run(True, kind)
     assert params["hidden"]["kernel"].sharding.spec == P(None, "model")
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
