@@ -179,36 +179,30 @@ def test_parameters_on_a_mesh_with_explicit_axes():
 
 
 class Module(nnx.Module):
-    def __init__(self, rngs, sharded):
+    def __init__(self, rngs, sharded, gathers=False):
         init = nnx.initializers.lecun_normal()
 
         def by(*names):
             return nnx.with_partitioning(init, names) if sharded else init
 
+        self.gathers = gathers
+        out = by(None, None) if gathers else by("model", None)
         self.hidden = nnx.Linear(20, 24, rngs=rngs, kernel_init=by(None, "model"))
-        self.out = nnx.Linear(24, 4, rngs=rngs, kernel_init=by("model", None))
+        self.out = nnx.Linear(24, 4, rngs=rngs, kernel_init=out)
 
     def __call__(self, x):
-        return self.out(nnx.tanh(self.hidden(x)))
-
-
-def whole(module):
-    """The module with its weights gathered, which explicit axes must be told."""
-    graphdef, state = nnx.split(module)
-    state = jax.tree.map(lambda w: jax.sharding.reshard(w, P()), state)
-    return nnx.merge(graphdef, state)
+        x = nnx.tanh(self.hidden(x))
+        if self.gathers:  # explicit axes have to be told where features come together
+            x = jax.sharding.reshard(x, P())
+        return self.out(x)
 
 
 def nnx_run(sharded, kind=AxisType.Auto):
     x, y = data()
-    module = Module(nnx.Rngs(0), sharded)
-    is_explicit = sharded and kind == AxisType.Explicit
-
-    def model_fn(module, x):
-        return (whole(module) if is_explicit else module)(x)
-
+    gathers = sharded and kind == AxisType.Explicit
+    module = Module(nnx.Rngs(0), sharded, gathers)
     est = optax_cgfac.fisher_estimator(
-        model_fn, "squared_error", kind="exact", rows=32, rank=None
+        lambda m, x: m(x), "squared_error", kind="exact", rows=32, rank=None
     )
     optimizer = nnx.Optimizer(module, optax_cgfac.cgfac(), wrt=nnx.Param)
     curvature = est.init(module, x)
@@ -219,7 +213,7 @@ def nnx_run(sharded, kind=AxisType.Auto):
     @nnx.jit
     def step(module, optimizer, curvature, x, y, rng):
         def loss_fn(module):
-            return jnp.mean(jnp.sum((model_fn(module, x) - y) ** 2, -1))
+            return jnp.mean(jnp.sum((module(x) - y) ** 2, -1))
 
         value, grads = nnx.value_and_grad(loss_fn)(module)
         curvature = est.update(curvature, module, x, rng=rng)
