@@ -30,7 +30,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 
 # The tests that may notice a change of a module: those that notice most come first, and
 # cheap ones before expensive ones. Patterns; what does not exist is left out.
