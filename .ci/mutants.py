@@ -6,7 +6,7 @@ tests of that module until the first one fails. The order is random but always t
 so that what a limit leaves undone is a fair sample. Needs cosmic-ray:
 
   make mutants JOBS=14 ARGS="--seconds 500"
-  make mutants ARGS="--again mutants.json"   without what was caught before
+  make mutants ARGS="--again mutants.json"   only what was not caught
 """
 
 import argparse
@@ -238,19 +238,28 @@ def measure_baseline(modules, pool, in_a_tree, until) -> Baseline:
     return Baseline(tests, deselect)
 
 
-def find_mutants(modules, options) -> list:
+def find_mutants(modules, options) -> tuple[list, list[dict]]:
+    """The mutants to try, and what an earlier run has to say of the others."""
     from mutations import mutants_of  # needs cosmic-ray
 
     mutants = []
     for module in modules:
         file = f"optax_cgfac/{module}.py"
         mutants += mutants_of(file, (ROOT / file).read_text())
+    random.Random(options.seed).shuffle(mutants)
+    known = []
     if options.again:
         earlier = json.loads(options.again.read_text())["mutants"]
-        chosen = {(m["file"], m["diff"]) for m in earlier if m["status"] in UNNOTICED}
-        mutants = [m for m in mutants if (m.file, m.diff) in chosen]
-    random.Random(options.seed).shuffle(mutants)
-    return mutants[: options.sample]
+        caught = {
+            (m["file"], m["line"], m["diff"]): m
+            for m in earlier
+            if m["status"] in ("killed", "timeout")
+        }
+        known = [caught.get((m.file, m.line, m.diff)) for m in mutants]
+        pairs = zip(mutants, known, strict=True)
+        mutants = [mutant for mutant, entry in pairs if entry is None]
+        known = [entry for entry in known if entry is not None]
+    return mutants[: options.sample], known
 
 
 def try_mutant(mutant, tree: Path, baseline: Baseline, until: float) -> Run:
@@ -271,7 +280,6 @@ STATUS = {
     "timeout": "timeout",
     "stopped": "not run",
 }
-UNNOTICED = ("survived", "not run")
 
 
 def record(mutant, run: Run | None) -> dict:
@@ -323,7 +331,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="stop after so many seconds")
     parser.add_argument("--sample", type=int, help="try only so many mutants")
     parser.add_argument("--seed", type=int, default=0, help="of their order")
-    parser.add_argument("--again", type=Path, help="leave out what it says was caught")
+    parser.add_argument(
+        "--again", type=Path, help="an earlier run: try only what it did not catch"
+    )
     parser.add_argument("--out", type=Path, default=Path("mutants.json"))
     options = parser.parse_args()
     started = time.monotonic()
@@ -331,7 +341,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         set_environment(scratch)
-        mutants = find_mutants(options.modules, options)
+        mutants, records = find_mutants(options.modules, options)
         free_trees = queue.SimpleQueue()
         for tree in make_trees(scratch, options.jobs):
             free_trees.put(tree)
@@ -352,12 +362,12 @@ def main() -> None:
                 return None
             return in_a_tree(lambda tree: try_mutant(mutant, tree, baseline, until))
 
-        records = []
-        for mutant, run in zip(mutants, pool.map(try_one, mutants), strict=True):
+        runs = zip(mutants, pool.map(try_one, mutants), strict=True)
+        for count, (mutant, run) in enumerate(runs, 1):
             records.append(record(mutant, run))
-            if len(records) % 20 == 0:
+            if count % 20 == 0:
                 elapsed = time.monotonic() - started
-                print(f"{len(records)} of {len(mutants)}, {elapsed:.0f} s", flush=True)
+                print(f"{count} of {len(mutants)}, {elapsed:.0f} s", flush=True)
     records.sort(key=lambda entry: (entry["file"], entry["line"], entry["operator"]))
     result = {
         "python": platform.python_version(),
