@@ -15,12 +15,14 @@ IN_VENV := $(VENV)/bin/python
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help example layers test lint clean
+.PHONY: help example layers test coverage mutants lint clean
 
 help:
 	@echo 'make example   train the MNIST autoencoder; its options: make example ARGS="..."'
 	@echo 'make layers    a table of what is covered, for every kind of layer (minutes)'
 	@echo 'make test      unit tests and doctests; pytest options: make test ARGS="..."'
+	@echo 'make coverage  the same, and which lines and branches of the package they miss'
+	@echo 'make mutants   small changes of the core modules that no test notices (hours)'
 	@echo 'make lint      ruff, pyright and the import order'
 	@echo 'make clean     remove $(VENV), caches and build results'
 	@echo 'Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  JOBS=$(JOBS)  ARGS=$(ARGS)'
@@ -33,6 +35,12 @@ layers: $(VENV)/.installed-test
 
 test: $(VENV)/.installed-test
 	MPLBACKEND=Agg $(IN_VENV) -m pytest -n $(JOBS) $(ARGS)
+
+coverage: $(VENV)/.installed-test
+	MPLBACKEND=Agg $(IN_VENV) -m pytest -n $(JOBS) --cov --cov-report=term-missing $(ARGS)
+
+mutants: $(VENV)/.installed-mutants
+	$(IN_VENV) .ci/mutants.py --jobs $(JOBS) $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(IN_VENV) -m ruff check
@@ -62,4 +70,4 @@ $(IN_VENV):
 clean:
 	@if [ -f '$(VENV)/pyvenv.cfg' ]; then rm -rf '$(VENV)'; fi
 	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache
-	find optax_cgfac tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find .ci optax_cgfac tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

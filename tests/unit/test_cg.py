@@ -223,6 +223,14 @@ def test_at_least_one_step_is_asked_for(max_steps):
         )
 
 
+@pytest.mark.parametrize("value", [-0.5, float("nan")])
+@pytest.mark.parametrize("name", ["rtol", "atol"])
+def test_a_negative_tolerance_is_refused(name, value):
+    operator, b = DiagonalOperator(jnp.ones(2)), jnp.ones(2)
+    with pytest.raises(ValueError, match=f"{name} must not be negative, got {value}"):
+        conjugate_gradient(operator, b, max_steps=2, **{name: value})
+
+
 def columns_problem():
     matrix, b, x0 = dense_problem("float32")
     return matrix, jnp.stack([b, 0 * b, 1e3 * x0, matrix @ b], 1)
