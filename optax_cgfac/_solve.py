@@ -281,7 +281,7 @@ def solve_layers(
 
     Returns:
       For each layer the solution, like its ``b``, and a `CGInfo` with entries of
-      shape ``stack`` (scalars for direct solves).
+      shape ``stack`` (scalars for direct solves that are not certified).
     """
     if config.structure == "full":
         return _solve_jointly(config, operators, damping, bs, x0s)

@@ -124,19 +124,24 @@ def test_a_solve_tells_the_truth_and_does_not_raise_the_model(layer, max_steps):
         found = in_both_spaces(*args, max_steps)
     matrix = oracles.tikhonov(layer.a, layer.g, layer.damping)
     b, x0 = (oracles.float64(x).reshape(-1) for x in (layer.b, layer.x0))
-    largest = np.linalg.norm(matrix, 2)
-    eps = np.finfo(layer.dtype).eps
-    start = oracles.quadratic(matrix, -b, x0)
+    start, start_size = oracles.quadratic(matrix, -b, x0), np.linalg.norm(matrix @ x0)
+    largest, eps = np.linalg.norm(matrix, 2), np.finfo(layer.dtype).eps
     for space, (x, info) in found.items():
         x = oracles.float64(x).reshape(-1)
-        sizes = np.linalg.norm(b) + largest * max(np.linalg.norm(x), np.linalg.norm(x0))
         truth = np.linalg.norm(b - matrix @ x)
-        floor = (20 * eps**0.5 if space == "rows" else 50 * eps) * sizes
+        floor = {
+            "rows": 20 * eps**0.5 * (np.linalg.norm(b) + start_size),
+            "parameter": 50 * eps * (np.linalg.norm(b) + largest * np.linalg.norm(x)),
+        }[space]
         assert info.residual_norm <= 1.01 * truth + floor
         assert truth <= 1.01 * info.residual_norm + floor
-        # Storing x alone rounds the model by this.
-        rounding = eps * np.linalg.norm(x) * (truth + eps * sizes)
-        assert oracles.quadratic(matrix, -b, x) <= start + 10 * rounding
+        # The solution is summed from terms like b/γ, and rounded with them.
+        parts = (
+            np.linalg.norm(x) + np.linalg.norm(x0) + np.linalg.norm(b) / layer.damping
+        )
+        change = 10 * eps * sum(sizes)
+        rounding = change * (truth + largest * change)
+        assert oracles.quadratic(matrix, -b, x) <= start + rounding
 
 
 @properties
