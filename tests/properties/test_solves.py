@@ -136,9 +136,7 @@ def test_a_solve_tells_the_truth_and_does_not_raise_the_model(layer, max_steps):
         assert info.residual_norm <= 1.01 * truth + floor
         assert truth <= 1.01 * info.residual_norm + floor
         # The solution is summed from terms like b/γ, and rounded with them.
-        parts = (
-            np.linalg.norm(x) + np.linalg.norm(x0) + np.linalg.norm(b) / layer.damping
-        )
+        sizes = [np.linalg.norm(v) for v in (x, x0, b / layer.damping)]
         change = 10 * eps * sum(sizes)
         rounding = change * (truth + largest * change)
         assert oracles.quadratic(matrix, -b, x) <= start + rounding
