@@ -78,7 +78,8 @@ def assert_same_solutions(layer, actual, expected):
         difference = oracles.float64(actual[name]) - oracles.float64(expected[name])
         matrix = dense(layer.a, layer.g, layer.damping)
         error = np.linalg.norm(oracles.apply(matrix, difference))
-        allowed = oracles.tolerance(layer.dtype, np.linalg.cond(matrix))
+        # The inversion lemma divides the rounding of b by γ.
+        allowed = 5 * oracles.tolerance(layer.dtype, np.linalg.cond(matrix))
         assert error <= allowed * np.linalg.norm(oracles.float64(layer.b)), name
 
 
@@ -133,8 +134,9 @@ def test_a_solve_tells_the_truth_and_does_not_raise_the_model(layer, max_steps):
             "rows": 20 * eps**0.5 * (np.linalg.norm(b) + start_size),
             "parameter": 50 * eps * (np.linalg.norm(b) + largest * np.linalg.norm(x)),
         }[space]
-        assert info.residual_norm <= 1.01 * truth + floor
-        assert truth <= 1.01 * info.residual_norm + floor
+        reported = float(info.residual_norm)
+        assert reported <= 1.01 * truth + floor
+        assert truth <= 1.01 * reported + floor
         # The solution is summed from terms like b/γ, and rounded with them.
         sizes = [np.linalg.norm(v) for v in (x, x0, b / layer.damping)]
         change = 10 * eps * sum(sizes)
@@ -165,7 +167,7 @@ def test_a_scaled_loss_scales_the_step_back(layer, scale, weight):
         scaled = solutions(
             a, scale * g, layer.damping * float(scale) ** 2, weight * b, back * x0
         )
-    scaled = {name: x / back for name, x in scaled.items()}
+    scaled = {name: oracles.float64(x) / back for name, x in scaled.items()}
     assert_same_solutions(layer, scaled, expected)
 
 
@@ -180,5 +182,5 @@ def test_scaled_inputs_scale_the_step_as_the_weights(layer, scale):
         scaled = solutions(
             scale * a, g, layer.damping * float(scale) ** 2, scale * b, x0 / scale
         )
-    scaled = {name: x * scale for name, x in scaled.items()}
+    scaled = {name: oracles.float64(x) * scale for name, x in scaled.items()}
     assert_same_solutions(layer, scaled, expected)
