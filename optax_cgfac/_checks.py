@@ -214,7 +214,7 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     if not isinstance(value, str | None) or value not in choices:
         raise ValueError(
             f"{name} must be one of {', '.join(map(repr, choices))}, "
-            f"got {describe(value)}."
+            f"got {describe(value)}. Pass {name}={choices[0]!r}, say."
         )
 
 

@@ -163,8 +163,8 @@ def check_inputs(inputs: PyTree) -> None:
         if not is_array and not is_number:
             raise TypeError(
                 f"A leaf of inputs is {describe(leaf)}; expected arrays and numbers "
-                "only. Convert it by jnp.asarray, or leave it to model_fn, where it is no "
-                "data: lambda params, x: model.apply({'params': params}, x, mode='train')."
+                "only. Convert it by jnp.asarray; what is no data belongs in model_fn, "
+                "lambda params, x: model.apply({'params': params}, x, train=True)."
             )
 
 

@@ -246,7 +246,7 @@ def get_loss(loss: str | Loss) -> Loss:
         raise TypeError(
             "loss must be a name or an optax_cgfac.Loss, got "
             f"{describe(loss) if loss is None else type(loss).__name__}. "
-            f"Names: {', '.join(_LOSSES)}."
+            f"Pass one of the names {', '.join(_LOSSES)}, or a Loss of your own."
         )
     if loss not in _LOSSES:
         raise ValueError(

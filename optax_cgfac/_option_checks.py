@@ -8,6 +8,7 @@ from optax_cgfac._checks import (
     INSIDE_ONE,
     NOT_NEGATIVE,
     POSITIVE,
+    Range,
     check_damping,
     check_function,
     check_number,
@@ -38,7 +39,7 @@ def check_step_options(
         "kl_clip": (POSITIVE, 1e-2),
         "damping_decay": (INSIDE_ONE, 0.9),
         "min_damping": (NOT_NEGATIVE, 1e-3),
-        "max_damping": (POSITIVE, 1e3),
+        "max_damping": (Range("be positive", lambda x: x > 0), 1e3),
     }
     for name, (allowed, example) in numbers.items():
         may_be_none = name not in ("l2", "damping_decay")

@@ -93,9 +93,9 @@ def tag_layer(
         )
     if not isinstance(module, (nn.Module, nnx.Module)):
         raise TypeError(
-            f"tag_layer takes a Flax module, usually self; got "
-            f"{type(module).__name__}. Call tag_layer(self, x, y, kernel='kernel') inside its "
-            "method."
+            "tag_layer takes a Flax module, usually self; got "
+            f"{type(module).__name__}. Call tag_layer(self, x, y, kernel='kernel') "
+            "inside its method."
         )
     for argument, array in (("x", x), ("y", y)):
         if not hasattr(array, "shape") or array.shape == ():

@@ -86,7 +86,8 @@ class TrainState(train_state.TrainState):
         if twice:
             raise ValueError(
                 "extra_args must hold further arguments, got "
-                f"{', '.join(sorted(twice))} in it. Pass these to apply_gradients by their own names."
+                f"{', '.join(sorted(twice))} in it. Pass these to apply_gradients by "
+                "their own names."
             )
         curvature = self.curvature if curvature is None else curvature
         given = {"curvature": curvature, "value": value, "value_fn": value_fn}

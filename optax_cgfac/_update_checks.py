@@ -89,8 +89,8 @@ def check_trees(
             has = "is no array" if dtype is None else f"has dtype {dtype}"
             raise TypeError(
                 f"{name}: gradient {text(path)!r} {has}; expected a real "
-                "floating-point array. Pass the gradients of a real loss by real parameters, "
-                "jax.grad(loss_fn)(params, batch)."
+                "floating-point array. Pass the gradients of a real loss by real "
+                "parameters, jax.grad(loss_fn)(params, batch)."
             )
     if params is not None:
         _check_alike(
