@@ -99,8 +99,8 @@ def cgfac(
         independent of the scale of the loss, or 0.1 with a learning rate; for 1 where
         the structure has no factors: the exact Fisher of a few examples knows few
         directions.
-      momentum: A constant ``μ``; None lets the quadratic model choose it, and is
-        0 with a learning rate.
+      momentum: A constant ``μ`` in [0, 1); None lets the quadratic model choose it,
+        and is 0 with a learning rate.
       l2: ``η`` of a regularizer ``½ η ‖θ‖²`` that is part of ``h``; the ``value``
         and gradients passed in do not contain it.
       kl_clip: ``κ``, with a learning rate: bounds the step's Fisher norm.
@@ -141,6 +141,7 @@ def cgfac(
 
     Raises:
       ValueError: If an option is out of range or two do not go together.
+      TypeError: If one is of another type.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, optax_cgfac

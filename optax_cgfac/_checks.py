@@ -69,7 +69,8 @@ def describe(value: Any) -> str:
       ('a float32 array of shape (3,)', "'a'", 'dict')
     """
     if isinstance(value, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
-        return f"a {value.dtype} array of shape {value.shape}"
+        article = "an" if str(value.dtype)[0] in "aeio" else "a"
+        return f"{article} {value.dtype} array of shape {value.shape}"
     if value is None or isinstance(value, (bool, int, float, complex, str)):
         return repr(value)
     if isinstance(value, np.generic):

@@ -81,7 +81,8 @@ class CurvatureEstimator(NamedTuple):
     Attributes:
       init: ``init(params, inputs) -> Curvature``.
       update: ``update(curvature, params, inputs, *, rng=None, targets=None) ->
-        Curvature``.
+        Curvature``. ``rng`` is a key of `jax.random.key` that nothing else uses, or
+        one of `jax.random.PRNGKey`.
     """
 
     init: InitFn
@@ -195,7 +196,8 @@ def fisher_estimator(
 
     Raises:
       ValueError: If an option has no meaning.
-      TypeError: If ``model_fn`` is no function or ``loss`` no loss.
+      TypeError: If ``model_fn`` is no function, ``loss`` no loss, or another option of
+        another type. Every error and what to do: ``docs/errors.md``.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -156,9 +156,9 @@ def check_inputs(inputs: PyTree) -> None:
       TypeError: If a leaf is something else.
     """
     for leaf in jax.tree.leaves(inputs):
-        is_array = isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, np.generic))
+        is_array = isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))
         is_number = isinstance(leaf, (bool, int, float, complex))
-        if isinstance(leaf, np.ndarray):
+        if isinstance(leaf, (np.ndarray, np.generic)):
             is_array = leaf.dtype.kind not in "OSUMm"  # objects, texts and times
         if not is_array and not is_number:
             raise TypeError(

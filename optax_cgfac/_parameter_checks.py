@@ -82,7 +82,7 @@ def check_same_parameters(curvature: Curvature, params: PyTree) -> None:
                     f"  got:      {leaves[path].shape}{again}"
                 )
         # Half precision is solved in float32, as float32 is.
-        dtype = leaves[tag.leaves[0]].dtype
+        dtype = jnp.result_type(leaves[tag.leaves[0]].dtype)
         if jnp.promote_types(dtype, jnp.float32) != tag.dtype:
             raise ValueError(
                 f"Parameter {text(tag.leaves[0])!r} has dtype {dtype}, and the "

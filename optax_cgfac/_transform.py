@@ -102,7 +102,8 @@ def scale_by_cgfac(
       A transformation whose ``update`` takes the keyword argument ``curvature``.
 
     Raises:
-      ValueError: If an option is unknown or ``damping`` is negative.
+      ValueError: If an option is unknown or a number out of range.
+      TypeError: If an option is of another type.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -160,7 +161,8 @@ def scale_by_kfac(
       A transformation whose ``update`` takes the keyword argument ``curvature``.
 
     Raises:
-      ValueError: If an option is unknown or ``damping`` is negative.
+      ValueError: If an option is unknown or a number out of range.
+      TypeError: If an option is of another type.
 
     Example:
       >>> tx = scale_by_kfac(1e-3)

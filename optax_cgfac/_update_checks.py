@@ -125,11 +125,15 @@ def check_dtypes(name: str, params: PyTree, kept: PyTree) -> None:
     """
     then = leaves_by_path(kept)
     for path, leaf in leaves_by_path(params).items():
-        if path in then and dtype_of(leaf) != then[path].dtype:
+        like = then.get(path)
+        if like is None or not jnp.issubdtype(like.dtype, jnp.floating):
+            continue
+        dtype = jnp.result_type(leaf)
+        if dtype != like.dtype:
             raise ValueError(
                 f"{name}: parameter {text(path)!r} has another dtype than at "
-                f"tx.init(params).\n  expected: {then[path].dtype}\n"
-                f"  got:      {dtype_of(leaf)}\n"
+                f"tx.init(params).\n  expected: {like.dtype}\n"
+                f"  got:      {dtype}\n"
                 "Cast the parameters back, or call tx.init(params) again."
             )
 

@@ -59,8 +59,7 @@ def row(case: Case, text: str) -> str:
 
 def _cell(text: str) -> str:
     text = " ".join(text.split()).rstrip(":")
-    # Neither a bar nor what looks like markup may be taken for some.
-    return re.sub(r"([|*<>_])", r"\\\1", text) if "`" not in text else text
+    return re.sub(r"([|*<>])", r"\\\1", text)  # which Markdown would take for markup
 
 
 def document() -> str:

@@ -136,7 +136,7 @@ for _option, _value, _got in (
     ("window", 2.0, "2.0"),
     ("rows", -4, "-4"),
     ("rows", True, "True"),
-    ("rows", np.ones(1, int), r"a int64 array of shape \(1,\)"),
+    ("rows", np.ones(1, int), r"an int64 array of shape \(1,\)"),
     ("model_rows", 1.5, "1.5"),
     ("samples", "2", "'2'"),
     ("refresh_every", None, "None"),
@@ -228,7 +228,7 @@ for _dtype in ("int32", "complex64"):
         "Pass rows_dtype='float32'",
     )
 wrong(
-    "`rows_dtype='half'`",
+    "`rows_dtype='halves'`",
     TypeError,
     estimating(rows_dtype="halves"),
     "must be a floating-point dtype",
