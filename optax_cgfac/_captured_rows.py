@@ -18,6 +18,10 @@ from optax_cgfac._tagging import calls_of
 from optax_cgfac._types import Array, LayerRows, PyTree, user_inputs
 
 
+# Of the draws that are made without a user's key: one that no user has by chance.
+_SEED = 0xCFAC
+
+
 class CaptureOptions(NamedTuple):
     """What `fisher_estimator` was told about captures; see there."""
 
@@ -60,7 +64,7 @@ def captured_rows(
         # Without randomness the choice of examples and positions cycles; what cannot
         # do without is the same in every run.
         start, sample_rng, position_rng = curvature.num_updates, None, None
-        fixed = jax.random.fold_in(jax.random.key(0), curvature.num_updates)
+        fixed = jax.random.fold_in(jax.random.key(_SEED), curvature.num_updates)
         sign_rng, entry_rng = jax.random.split(own_key(fixed, axis_name))
     else:
         keys = jax.random.split(own_key(rng, axis_name), 5)
