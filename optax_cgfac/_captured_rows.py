@@ -17,7 +17,6 @@ from optax_cgfac._probes import probe_calls
 from optax_cgfac._tagging import calls_of
 from optax_cgfac._types import Array, LayerRows, PyTree, user_inputs
 
-
 # Of the draws that are made without a user's key: one that no user has by chance.
 _SEED = 0xCFAC
 
