@@ -6,21 +6,31 @@ From a clone: ``python tests/wrong_calls.py``
 import re
 from pathlib import Path
 
-import wrong_curvature
-import wrong_estimator_calls
-import wrong_estimator_options
-import wrong_optimizer_calls
-import wrong_optimizer_options
-from wrong_case import Case
+from wrong import (
+    batches,
+    curvature,
+    estimator_init,
+    estimator_options,
+    estimator_update,
+    optimizer_calls,
+    optimizer_curvature,
+    optimizer_options,
+    single_pass,
+)
+from wrong.case import Case
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "errors.md"
 
 TOPICS = [
-    *wrong_estimator_options.TOPICS,
-    *wrong_estimator_calls.TOPICS,
-    *wrong_optimizer_options.TOPICS,
-    *wrong_optimizer_calls.TOPICS,
-    *wrong_curvature.TOPICS,
+    *estimator_options.TOPICS,
+    *estimator_init.TOPICS,
+    *estimator_update.TOPICS,
+    *batches.TOPICS,
+    *single_pass.TOPICS,
+    *optimizer_options.TOPICS,
+    *optimizer_curvature.TOPICS,
+    *optimizer_calls.TOPICS,
+    *curvature.TOPICS,
 ]
 CASES = [case for topic in TOPICS for case in topic.cases]
 

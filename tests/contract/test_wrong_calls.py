@@ -15,7 +15,7 @@ import wrong_calls
 from models import normal
 from optax_cgfac import cgfac, fisher_estimator
 from steps import model_fn, update, value_fn
-from wrong_case import given
+from wrong.case import given
 
 PAGE = wrong_calls.DOCUMENT.read_text() if wrong_calls.DOCUMENT.exists() else ""
 

@@ -299,7 +299,7 @@ def test_updates_keep_shapes_and_run_under_jit_and_scan(kind):
     assert start.layers["Dense_0"].a.shape == (3 * 4 * columns, 6)
 
 
-# ---------------------------------------------------------------- refusals
+# ---------------------------------------------------------------- batches
 
 
 def exact_estimator(**options):

@@ -8,7 +8,7 @@ from flax import nnx
 
 from optax_cgfac import Loss, fisher_estimator
 from steps import MLP, model_fn
-from wrong_case import topic
+from wrong.case import topic
 
 
 def estimating(loss="squared_error", fn=model_fn, **options):

@@ -5,7 +5,7 @@ import numpy as np
 import optax
 
 from optax_cgfac import cgfac, scale_by_cgfac, scale_by_kfac
-from wrong_case import topic
+from wrong.case import topic
 
 NUMBERS = topic("`cgfac`, `scale_by_cgfac`, `scale_by_kfac`: numbers", "build")
 wrong = NUMBERS.add

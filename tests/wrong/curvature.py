@@ -16,7 +16,7 @@ from optax_cgfac import (
     value_and_grad,
 )
 from steps import model_fn, problem
-from wrong_case import topic
+from wrong.case import topic
 
 METHODS = topic("`Curvature`", "build")
 wrong = METHODS.add
