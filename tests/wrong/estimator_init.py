@@ -211,7 +211,8 @@ wrong(
 wrong(
     "a `model_fn` that is jitted",
     ValueError,
-    init(fn=jax.jit(lambda p, x: MLP().apply({"params": p}, x))),
+    # A new function every time: JAX remembers what it has traced.
+    lambda g: init(fn=jax.jit(lambda p, x: MLP().apply({"params": p}, x)))(g),
     "3 parameters have no curvature",
     "runs below a transform of JAX's own|read below a function that was jitted",
     _WAYS_OUT,

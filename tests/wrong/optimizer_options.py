@@ -279,7 +279,7 @@ for _dtype in (jnp.int32, jnp.complex64):
             g.params | {"steps": jnp.zeros((), dtype)}
         ),
         "scale_by_cgfac: parameter 'steps' must be a real floating-point array",
-        f"got a {_name} array",
+        f"got an? {_name} array",
         _LEAVE_IT,
     )
 wrong(
