@@ -60,16 +60,20 @@ def row(case: Case, text: str) -> str:
     found = re.search(case.remedy, text, re.DOTALL)
     assert found is not None, f"{case.done}: {case.remedy!r} is not in {text!r}."
     if found.groups():
-        todo = f"use `{found[1]}`"
+        todo = f"Use `{found[1]}`."
     else:
         text, todo = text[: found.start()], text[found.start() :]
-    cells = [case.done, _cell(text.strip().splitlines()[0]), _cell(todo)]
-    return f"| {' | '.join(cells)} |"
+    first, *rest = text.strip().splitlines()
+    if first.endswith(":") and rest:
+        first = f"{first} {rest[0]}"
+    todo = re.sub("^pass ", "Pass ", todo)
+    return f"| {' | '.join(_cell(part) for part in (case.done, first, todo))} |"
 
 
 def _cell(text: str) -> str:
     text = " ".join(text.split()).rstrip(":")
-    return re.sub(r"([|*<>])", r"\\\1", text)  # which Markdown would take for markup
+    # What Markdown would take for markup, where it is not code.
+    return text if "`" in text else re.sub(r"([|*<])", r"\\\1", text)
 
 
 def document() -> str:
