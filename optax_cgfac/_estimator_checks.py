@@ -15,6 +15,7 @@ from optax_cgfac._checks import (
     check_positive,
     check_switch,
     describe,
+    is_number,
     signature_of,
     takes,
 )
@@ -72,7 +73,7 @@ def check_options(
             )
     if where is not None:
         check_function("where", where, ["path"], "lambda path: 'Dense' in path")
-    if kind != "mc" and not (isinstance(samples, int) and samples == 1):
+    if kind != "mc" and not (is_number(samples) and samples == 1):
         raise ValueError(
             f"samples={describe(samples)} needs kind='mc', got kind={kind!r}. Drop "
             "samples=, or draw targets by kind='mc'."
