@@ -260,7 +260,7 @@ def cgfac(
         check_trees("cgfac", updates, params, state.velocity, num_leaves, rest.keeps)
         check_dtypes("cgfac", params, state.velocity)
         rest.check(curvature, updates, whole=learning_rate is None)
-        objective = _objective(value, value_fn, learning_rate is None)
+        objective = _objective(value, value_fn, is_needed=learning_rate is None)
         grads = jax.tree.map(_like_parameter, updates, params)
         if has_l2(options):
             grads = jax.tree.map(lambda g, p: g + l2 * p, grads, params)
@@ -283,7 +283,7 @@ def cgfac(
         )
         direction = jax.tree.map(jnp.negative, solution)
         old = state
-        if objective is not None:
+        if learning_rate is None:
             step, finite, state = adaptive_step(
                 options, state, curvature, params, grads, direction, objective
             )
@@ -330,9 +330,9 @@ def _like(old: PyTree | None, new: PyTree) -> PyTree | None:
     return jax.tree.map(lambda x, y: y.astype(x.dtype), old, new)
 
 
-def _objective(value: Any, value_fn: Any, is_needed: bool) -> Objective | None:
-    """Returns the loss, if it is needed."""
-    given = {"value": value, "value_fn": value_fn}
+def _objective(value: Any, value_fn: Any, *, is_needed: bool) -> Objective:
+    """Returns the loss, which with a learning rate nobody needs."""
+    given: dict[str, Any] = {"value": value, "value_fn": value_fn}
     absent = [name for name, x in given.items() if x is None]
     if is_needed and absent:
         raise ValueError(
@@ -344,4 +344,4 @@ def _objective(value: Any, value_fn: Any, is_needed: bool) -> Objective | None:
         check_value(value)
     if value_fn is not None:
         check_value_fn(value_fn)
-    return Objective(value, value_fn) if is_needed else None
+    return Objective(**given)

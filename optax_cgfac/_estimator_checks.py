@@ -102,13 +102,15 @@ def _check_model_fn(model_fn: Any) -> None:
         )
 
 
-def check_estimator_counts(counts: dict[str, Any], rank: Any, others: Any) -> None:
+def check_estimator_counts(
+    counts: dict[str, Any], rank: Any, switches: dict[str, Any]
+) -> None:
     """Checks the options of `fisher_estimator` that are numbers or switches.
 
     Args:
       counts: Those that are ints, by name; None where that means something else.
       rank: The option.
-      others: The switches, by name.
+      switches: Those that are on or off, by name.
 
     Raises:
       ValueError: If a number is out of range.
@@ -120,9 +122,10 @@ def check_estimator_counts(counts: dict[str, Any], rank: Any, others: Any) -> No
                 check_positive(name, value, others="None or ")
         else:
             check_positive(name, value)
-    if rank is not None and not (isinstance(rank, str) and rank == "auto"):
+    is_auto = isinstance(rank, str) and rank == "auto"
+    if rank is not None and not is_auto:
         check_positive("rank", rank, others="'auto', None or ")
-    for name, value in others.items():
+    for name, value in switches.items():
         hint = ""
         if name == "fallback":
             hint = "; the other optimizer itself goes to cgfac(fallback=..., where=...)"

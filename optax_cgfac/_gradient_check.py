@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 
 from optax_cgfac._checks import NOT_NEGATIVE, check_number
 from optax_cgfac._curvature import Curvature
@@ -90,7 +91,7 @@ def check_gradients(
       ('kernel',)
     """
     check_number("rtol", rtol, NOT_NEGATIVE, 1e-3)
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, args))):
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves((params, args))):
         raise TypeError(
             "check_gradients must be given arrays, got traced ones: its result is a "
             "report to print. Call it outside jax.jit."

@@ -164,7 +164,7 @@ def _check_arguments(loss_fn: Any, args: tuple, kwargs: dict[str, Any]) -> None:
 
 def _check_scalar(outputs: Any, has_aux: bool) -> None:
     is_pair = isinstance(outputs, tuple) and len(outputs) == 2
-    value = outputs[0] if has_aux and is_pair else outputs
+    value: Any = outputs[0] if has_aux and is_pair else outputs
     is_loss = is_real_scalar(value) and jnp.issubdtype(value.dtype, jnp.floating)
     if not is_loss or has_aux != is_pair:
         expected = "a pair (scalar, aux)" if has_aux else "a scalar"
