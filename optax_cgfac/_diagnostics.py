@@ -23,8 +23,10 @@ def diagnostics(opt_state: Any, params: PyTree = None) -> dict[str, Any]:
 
     Returns:
       A dict with ``"layers"``, for every layer its ``"cg_steps"``, its relative
-      ``"residual"`` and its ``"num_fallbacks"`` (by the number of the parameter
-      where the solves are direct and the state holds no names); for `cgfac` also
+      ``"residual"``, and how often so far its solve was replaced, ``"num_fallbacks"``,
+      and a captured row left out, ``"num_dropped"``, for a number that was not finite
+      (by the number of the parameter where the solves are direct and the state holds
+      no names); for `cgfac` also
       ``"damping"``, ``"step_size"``, ``"momentum"``, ``"reduction_ratio"`` and
       ``"num_rejected"``.
 
@@ -91,7 +93,7 @@ def scalars(
       ...     print(name, value)
       cgfac/damping 0.1
       cgfac/layers/Dense_0/cg_steps 0
-      cgfac/layers/Dense_0/num_fallbacks 0
+      cgfac/layers/Dense_0/num_dropped 0
     """
     result = diagnostics(opt_state, params)
     layers = result.pop("layers")
@@ -116,6 +118,7 @@ def _layers(
             "cg_steps": state.info.num_steps[..., index],
             "residual": state.info.residual[..., index],
             "num_fallbacks": state.info.num_fallbacks[..., index],
+            "num_dropped": state.info.num_dropped[..., index],
         }
         for index, path in enumerate(paths)
     }

@@ -19,7 +19,7 @@ from optax_cgfac._layers import (
     rows_for_leaves,
 )
 from optax_cgfac._low_rank import LayerSpectra, solve_low_rank, split_dampings
-from optax_cgfac._numerics import safe_divide
+from optax_cgfac._numerics import narrowed, power_of_two, safe_divide, scaled
 from optax_cgfac._paths import Path, leaves_by_path, map_with_path, text
 from optax_cgfac._rows import num_rows
 from optax_cgfac._solve import SolveConfig, exact_info, make_plan, solve_layers
@@ -38,11 +38,13 @@ class SolveInfo(NamedTuple):
       num_steps: CG iterations, int32; 0 for direct solves.
       residual: Residual norm relative to the gradient's.
       num_fallbacks: Solves so far whose result was not finite and was replaced.
+      num_dropped: Captured rows so far that were not finite and were left out.
     """
 
     num_steps: Array
     residual: Array
     num_fallbacks: Array
+    num_dropped: Array
 
 
 def init_info(params: PyTree) -> SolveInfo:
@@ -51,6 +53,7 @@ def init_info(params: PyTree) -> SolveInfo:
     return SolveInfo(
         jnp.zeros(shape, jnp.int32),
         jnp.zeros(shape, jnp.float32),
+        jnp.zeros(shape, jnp.int32),
         jnp.zeros(shape, jnp.int32),
     )
 
@@ -127,7 +130,7 @@ def _precondition(
     solutions: dict[Path, Array] = {}
     infos: dict[Path, _Solved] = {}
     for problem, result in zip(problems, solved, strict=True):
-        blocks = result.blocks
+        blocks = [_in_range(block, problem.leaves) for block in result.blocks]
         if len(problem.blocks) == 1:
             found = leaves_from_matrix(problem.tag, blocks[0], problem.leaves)
         else:
@@ -135,7 +138,20 @@ def _precondition(
         solutions |= found
         infos |= dict.fromkeys(problem.leaves, result)
     updates = map_with_path(lambda path, leaf: solutions.get(path, leaf), grads)
-    return updates, _merge_info(info, leaves, infos)
+    dropped = {
+        path: curvature.dropped[index]
+        for index, tag in enumerate(curvature.tags)
+        for path in tag.leaves
+    }
+    return updates, _merge_info(info, leaves, infos, dropped)
+
+
+def _in_range(x: Array, leaves: dict[Path, Array]) -> Array:
+    """Returns a solution within the range of the gradients' precision."""
+    narrowest = min(
+        (leaf.dtype for leaf in leaves.values()), key=lambda d: float(jnp.finfo(d).max)
+    )
+    return narrowed(x, narrowest).astype(x.dtype)
 
 
 class _Problem(NamedTuple):
@@ -274,49 +290,85 @@ def _solve(
         exact = exact_info(problem.tag.dtype)
         failed = (~is_finite).astype(jnp.int32)
         solved[index] = _Solved(blocks, exact.num_steps, exact.residual_norm, failed)
-    others = [(i, p, p.blocks[0]) for i, p in enumerate(problems) if p.spectra is None]
-    results = solve_layers(
-        config,
-        [problem.operator for _, problem, _ in others],
-        gamma,
-        [b for _, _, b in others],
-        [problem.x0 for _, problem, _ in others],
-    )
-    for (index, problem, b), (x, info) in zip(others, results, strict=True):
-        x, failed = _replace_non_finite(x, b, problem.operator, gamma)
-        relative = safe_divide(info.residual_norm, jnp.sqrt(jnp.sum(b**2, (-2, -1))))
-        solved[index] = _Solved(
-            [x],
-            jnp.max(info.num_steps),
-            jnp.max(relative),
-            failed.astype(jnp.int32),
-        )
+    others = [(i, p) for i, p in enumerate(problems) if p.spectra is None]
+    results = _solve_in_units(config, [problem for _, problem in others], gamma)
+    for (index, _), result in zip(others, results, strict=True):
+        solved[index] = result
     return [solved[index] for index in range(len(problems))]
 
 
+def _solve_in_units(
+    config: SolveConfig, problems: list[_Problem], gamma: Array
+) -> list[_Solved]:
+    """Solves with all rows, CG for right-hand sides of about one.
+
+    CG compares squares: those of a gradient of 1e-25 are zero in float32, and those of
+    one of 1e25 are infinite. Direct solves are linear in the right-hand side.
+
+    Returns:
+      For each problem its solution.
+    """
+    bs, x0s = [problem.blocks[0] for problem in problems], [p.x0 for p in problems]
+    units = [jnp.ones((), b.dtype) for b in bs]
+    if config.is_iterative and bs:
+        largest = [jnp.max(jnp.abs(b), (-2, -1)) for b in bs]
+        if config.structure == "full":  # one system
+            of_all = jnp.max(jnp.stack([jnp.max(x) for x in largest]))
+            largest = [of_all.astype(b.dtype) for b in bs]
+        units = [power_of_two(x) for x in largest]
+        bs = [scaled(b, 1 / unit) for b, unit in zip(bs, units, strict=True)]
+        # The solution for zero is zero, wherever the last one was.
+        x0s = [
+            None if x0 is None else scaled(x0, jnp.where(x == 0, 0, 1 / unit))
+            for x0, x, unit in zip(x0s, largest, units, strict=True)
+        ]
+    operators = [problem.operator for problem in problems]
+    results = solve_layers(config, operators, gamma, bs, x0s)
+    solved = []
+    for problem, b, unit, (x, info) in zip(problems, bs, units, results, strict=True):
+        # CG returns its start where the residual is not finite.
+        norm = jnp.sqrt(jnp.sum(b**2, (-2, -1)))
+        relative = safe_divide(info.residual_norm, norm)
+        finite = jnp.all(jnp.isfinite(info.residual_norm))
+        x, failed = _replace_non_finite(
+            scaled(x, unit), problem.blocks[0], problem.operator, gamma, finite
+        )
+        solved.append(
+            _Solved(
+                [x],
+                jnp.max(info.num_steps),
+                jnp.max(relative),
+                failed.astype(jnp.int32),
+            )
+        )
+    return solved
+
+
 def _replace_non_finite(
-    x: Array, b: Array, operator: Any, damping: Array
+    x: Array, b: Array, operator: Any, damping: Array, finite: Array
 ) -> tuple[Array, Array]:
     mean_curvature = operator.trace() / (b.shape[-2] * b.shape[-1])
     mean_curvature = mean_curvature + damping.astype(b.dtype)
     safe = b / mean_curvature[..., None, None]
     safe = jnp.where(jnp.all(jnp.isfinite(safe)), safe, 0)
-    # CG returns its start for a right-hand side that is not finite.
-    finite = jnp.all(jnp.isfinite(x)) & jnp.all(jnp.isfinite(b))
+    finite = finite & jnp.all(jnp.isfinite(x)) & jnp.all(jnp.isfinite(b))
     return jnp.where(finite, x, safe), ~finite
 
 
 def _merge_info(
-    info: SolveInfo, paths: Iterable[Path], infos: dict[Path, _Solved]
+    info: SolveInfo,
+    paths: Iterable[Path],
+    infos: dict[Path, _Solved],
+    dropped: dict[Path, Array],
 ) -> SolveInfo:
     columns = []
     for index, path in enumerate(paths):
-        steps, residual, failed = (x[index] for x in info)
+        steps, residual, failed, bad_rows = (x[index] for x in info)
         if path in infos:
             solved = infos[path]
             steps, residual = solved.num_steps, solved.residual
             failed = failed + solved.failed
-        columns.append((steps, residual, failed))
+        columns.append((steps, residual, failed, dropped.get(path, bad_rows)))
     stacked = [jnp.stack(x) for x in zip(*columns, strict=True)]
     return SolveInfo(*(x.astype(y.dtype) for x, y in zip(stacked, info, strict=True)))
 

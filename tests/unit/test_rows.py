@@ -82,7 +82,7 @@ def test_rows_that_are_not_finite_are_found_and_left_out(make, stack, dtype):
     elif isinstance(rows, _rows.StackedRows):
         bad[-1] = rows.bottom.at[..., 0, :].set(jnp.nan)
     poisoned = jax.tree.unflatten(jax.tree.structure(rows), bad)
-    finite = _rows.all_finite(poisoned)
+    finite = _rows.squares_are_finite(poisoned)
     expected = np.ones((*stack, 9), bool)
     expected[..., 0] = False
     if isinstance(rows, _rows.StackedRows):
