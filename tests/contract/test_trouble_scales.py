@@ -49,7 +49,7 @@ BALANCED = [Units(a=s, g=1 / s) for s in (1e-12, 1e12)]
 
 @functools.cache
 def solver(name):
-    """``solve(a, g, b, damping, x0)`` on the small network of `steps`, compiled once."""
+    """``solve(a, g, b, damping, x0)`` on the network of `steps`, compiled once."""
     options = SOLVERS[name]
 
     @jax.jit
@@ -109,17 +109,20 @@ def test_the_solution_is_that_of_the_dense_system(name):
         assert oracles.relative_error(actual, expected) < 1e-4
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e22, 1e30])
+@pytest.mark.parametrize("scale", [1e22, 1e30, 1e37])
 @pytest.mark.parametrize("name", SOLVERS)
-def test_a_start_in_other_units_does_not_become_the_solution(name, scale):
-    """The last gradient may have been that of an explosion, or this one is."""
+def test_a_start_from_an_explosion_does_not_become_the_solution(name, scale):
+    actual, _ = solver(name)(1.0, 1.0, 1.0, DAMPING, scale)
     expected = solve_in(name, Units())
-    if abs(math.log10(scale)) < 25:
-        actual, state = solver(name)(1.0, 1.0, 1.0, DAMPING, scale)
-        assert all(np.isfinite(x).all() for x in jax.tree.leaves(actual))
-        largest = max(np.abs(x).max() for x in jax.tree.leaves(actual))
-        bound = max(np.abs(x).max() for x in jax.tree.leaves(expected))
-        assert largest < 1e3 * bound
+    for x, y in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+        assert np.max(np.abs(x)) < 1e3 * np.max(np.abs(y))
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_the_solution_for_zero_is_zero_whatever_the_start(name):
+    solution, state = solver(name)(1.0, 1.0, 0.0, DAMPING, 1.0)
+    assert not any(np.any(x) for x in jax.tree.leaves(solution))
+    assert not np.any(state.info.num_fallbacks)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])

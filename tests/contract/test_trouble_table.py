@@ -33,7 +33,7 @@ def start(name):
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_survives_and_recovers(name, case):
-    (params, opt_state, curvature), run = shared_runner(name)(
+    (params, _, curvature), run = shared_runner(name)(
         start(name), sequence(CASES[case])
     )
     assert is_finite(run.params)
@@ -48,6 +48,17 @@ def test_a_run_survives_and_recovers(name, case):
         assert (counted[BEFORE : BEFORE + BAD] > 0).all()
     # What the bad steps left behind, such as rows, is gone.
     assert not counted[BEFORE + BAD + 2 :].any() or name == "cgfac"
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_of_nothing_else_stays_finite(name, case):
+    trouble = CASES[case]
+    (params, _, curvature), run = shared_runner(name)(
+        start(name), steps(*[trouble] * (BEFORE + BAD + AFTER))
+    )
+    assert is_finite((params, run.params, run.rows))
+    assert is_finite((curvature.layers, curvature.dropped))
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)

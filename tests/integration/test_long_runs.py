@@ -1,4 +1,4 @@
-"""Twenty thousand steps with every default: nothing grows, nothing is compiled again."""
+"""Twenty thousand steps with every default: nothing grows or is compiled again."""
 
 import gc
 
