@@ -147,7 +147,7 @@ def check_scheduled(name: str, value: Any) -> None:
 
 def check_positive(
     name: str, value: Any, *, may_be_array: bool = False, others: str = ""
-) -> int | Array:
+) -> Any:
     """Returns ``value`` if it is a positive int, or an array where that is allowed.
 
     Args:

@@ -66,6 +66,8 @@ class Curvature:
       layers: Rows by layer name, all slots of the window one after the other.
       num_updates: How often rows were added, int32.
       num_calls: How often the estimator was called, int32.
+      dropped: Rows so far that were not finite and did not enter the window, int32 in
+        the order of ``tags``.
       model_inputs: A slice of the last inputs, for Gauss-Newton products.
       spectra: Leading eigenpairs of the factors, by layer name, where they are kept.
 
@@ -88,6 +90,7 @@ class Curvature:
     layers: dict[str, LayerRows]
     num_updates: Array
     num_calls: Array
+    dropped: Array
     model_inputs: PyTree = None
     spectra: dict[str, LayerSpectra] = dataclasses.field(default_factory=dict)
 
@@ -220,17 +223,22 @@ class Curvature:
                 f"  got:      {_describe(other)}, window {other.spec.window}\n"
                 "Start the window with curvature.with_window(8) of a first curvature."
             )
-        return self.push_rows(other.layers)
+        pushed = self.push_rows(other.layers)
+        return dataclasses.replace(pushed, dropped=pushed.dropped + other.dropped)
 
     def push_rows(self, rows: dict[str, LayerRows]) -> "Curvature":
         """Adds one update's rows by layer name, dropping the oldest ones."""
         slot = self.num_updates % self.spec.window
-        layers = {}
+        layers, dropped = {}, []
         for tag in self.tags:
-            new = without_bad_rows(rows[tag.name])
+            new, num_bad = without_bad_rows(rows[tag.name])
             layers[tag.name] = put_into_slot(self.layers[tag.name], new, slot)
+            dropped.append(num_bad)
         pushed = dataclasses.replace(
-            self, layers=layers, num_updates=self.num_updates + 1
+            self,
+            layers=layers,
+            num_updates=self.num_updates + 1,
+            dropped=self.dropped + jnp.stack(dropped),
         )
         if not self.spectra:
             return pushed
@@ -385,7 +393,15 @@ def empty_curvature(spec: CurvatureSpec, model_inputs: PyTree = None) -> Curvatu
             spectra[tag.name] = LayerSpectra(a, g)
     zero = jnp.zeros((), jnp.int32)
     # Two arrays, so that the curvature can be donated.
-    return Curvature(spec, layers, zero, jnp.zeros_like(zero), model_inputs, spectra)
+    return Curvature(
+        spec,
+        layers,
+        zero,
+        jnp.zeros_like(zero),
+        jnp.zeros(len(spec.tags), jnp.int32),
+        model_inputs,
+        spectra,
+    )
 
 
 def _describe(curvature: Curvature) -> str:

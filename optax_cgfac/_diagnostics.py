@@ -26,10 +26,12 @@ def diagnostics(opt_state: Any, params: PyTree = None) -> dict[str, Any]:
 
     Returns:
       A dict with ``"layers"``, for every layer its ``"cg_steps"``, its true relative
-      ``"residual"`` (-1 where it was not computed), its ``"num_fallbacks"`` and the
-      ``"stop_reason"`` of its solve, a `StopReason` as int32 (by the number of the
-      parameter where the solves are direct and the state holds no names); for `cgfac`
-      also ``"damping"``, ``"step_size"``, ``"momentum"``, ``"reduction_ratio"`` and
+      ``"residual"`` (-1 where it was not computed), how often so far its solve was
+      replaced, ``"num_fallbacks"``, and a captured row left out, ``"num_dropped"``, for
+      a number that was not finite, and the ``"stop_reason"`` of its solve, a
+      `StopReason` as int32 (by the number of the parameter where the solves are direct
+      and the state holds no names); for `cgfac` also
+      ``"damping"``, ``"step_size"``, ``"momentum"``, ``"reduction_ratio"`` and
       ``"num_rejected"``.
 
     Raises:
@@ -97,7 +99,7 @@ def scalars(
       ...     print(name, value)
       cgfac/damping 0.1
       cgfac/layers/Dense_0/cg_steps 0
-      cgfac/layers/Dense_0/num_fallbacks 0
+      cgfac/layers/Dense_0/num_dropped 0
     """
     if not isinstance(prefix, str):
         raise TypeError(
@@ -157,6 +159,7 @@ def _layers(
             "residual": state.info.residual[..., index],
             "num_fallbacks": state.info.num_fallbacks[..., index],
             "stop_reason": state.info.reason[..., index],
+            "num_dropped": state.info.num_dropped[..., index],
         }
         for index, path in enumerate(paths)
     }

@@ -37,9 +37,9 @@ from optax_cgfac._rows import (
 )
 from optax_cgfac._types import Array, LayerRows
 
-# π² compares the mean eigenvalues of the two factors. Beyond 1e6 one side is
-# numerically zero (a dead layer), and no split of the damping is meaningful.
-_MAX_PI_SQUARED = 1e6
+# π² compares the mean eigenvalues of the two factors, which a loss or inputs in other
+# units move by any number. Beyond this its square root leaves too little of float32.
+_MAX_PI_SQUARED = 1e30
 
 
 def factored_damping(
@@ -47,7 +47,7 @@ def factored_damping(
 ) -> FactoredDampedOperator:
     r"""Splits ``γ`` into ``α = π√γ`` and ``β = √γ/π``.
 
-    ``π² = (tr A / n_A) / (tr G / n_G)``, clipped to ``[1e-6, 1e6]``.
+    ``π² = (tr A / n_A) / (tr G / n_G)``, clipped to ``[1e-30, 1e30]``.
 
     Args:
       operator: The layer's ``A ⊗ G``; leading axes of its rows are stacked

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from optax_cgfac._curvature import Curvature
 from optax_cgfac._types import Array
 
-# Of the mean curvature, and where there is none: both give 0.1 for the autoencoder on
-# CURVES, and a tenth or ten times that is worse there (benchmarks/LOG.md).
-_MULTIPLE, _WITHOUT_DATA = 10.0, 0.1
+# Of the mean curvature: it gives 0.1 for the autoencoder on CURVES, and a tenth or ten
+# times that is worse there (benchmarks/LOG.md).
+_MULTIPLE = 10.0
 _FEW_PARAMETERS = 1000
 
 
@@ -30,7 +30,8 @@ def mean_curvature(curvature: Curvature) -> Array:
       curvature: The curvature.
 
     Returns:
-      A scalar, float32 or the layers' precision if higher; 0 without rows.
+      A scalar, float32 or the layers' precision if higher; 0 without rows. A layer
+      whose curvature is not finite counts as one without.
     """
     traces, size = [], 0
     for tag in curvature.tags:
@@ -40,7 +41,7 @@ def mean_curvature(curvature: Curvature) -> Array:
             trace = curvature.kronecker_operator(tag, rows).trace()
         else:
             trace = spectra.a.trace * spectra.g.trace
-        traces.append(jnp.sum(trace))
+        traces.append(jnp.sum(jnp.where(jnp.isfinite(trace), trace, 0)))
         size += max(trace.size, 1) * tag.n_in * tag.n_out
     return sum(traces, start=jnp.zeros((), jnp.float32)) / size
 
@@ -53,7 +54,7 @@ def initial_damping(curvature: Curvature) -> Array:
 
     Returns:
       Ten times the mean curvature, for fewer than a thousand parameters less in
-      proportion; a positive scalar.
+      proportion; 0 where that is no number of use, as without rows.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -71,7 +72,7 @@ def initial_damping(curvature: Curvature) -> Array:
       >>> print(f"{initial_damping(curvature):.3f}")  # the Hessian is 2 I
       0.120
     """
-    mean = mean_curvature(curvature)
     size = sum(math.prod(shape) for tag in curvature.tags for shape in tag.shapes)
     multiple = _MULTIPLE * min(size / _FEW_PARAMETERS, 1.0)
-    return jnp.where(jnp.isfinite(mean) & (mean > 0), multiple * mean, _WITHOUT_DATA)
+    damping = multiple * mean_curvature(curvature)
+    return jnp.where(jnp.isfinite(damping), damping, 0)

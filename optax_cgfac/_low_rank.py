@@ -309,9 +309,11 @@ def solve_low_rank(
     left = a_share[..., None] * (left - both)
     rows = jnp.concatenate([left, g.vectors.mT], -2)
     # What is not finite in b is not finite in these products either: their squares
-    # are one product more, where a look at every entry is several passes.
+    # are one product more, where a look at every entry is several passes. The factor
+    # keeps the squares of large numbers finite.
     scale = 1 / (alpha * beta)
-    finite = jnp.isfinite(jnp.vdot(left, left)) & jnp.all(jnp.isfinite(scale))
+    squares = jnp.vdot(left, left * float(jnp.finfo(left.dtype).tiny))
+    finite = jnp.isfinite(squares) & jnp.all(jnp.isfinite(scale))
     mean_curvature = a.trace * g.trace / (sizes[0] * sizes[1]) + alpha * beta
     solution = []
     for v, b in zip(parts, blocks, strict=True):
@@ -319,7 +321,7 @@ def solve_low_rank(
         x = scaled(b - matmul(columns, rows), scale)
         safe = scaled(b, 1 / mean_curvature)
         safe = jnp.where(jnp.isfinite(safe), safe, 0)
-        solution.append(jnp.where(finite, x, safe))
+        solution.append(jnp.where(finite & jnp.isfinite(x), x, safe))
     return solution, finite
 
 

@@ -1,7 +1,6 @@
 """Small numerical pieces: full-precision products, dots over trees, Gram matrices."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,19 +24,28 @@ def tree_dot(x: PyTree, y: PyTree) -> Array:
       y: A pytree with the structure and shapes of ``x``.
 
     Returns:
-      The scalar sum of the elementwise products.
+      The scalar sum of the elementwise products, in float32 or the leaves' precision
+      if higher: half precision has no range for sums of squares.
 
     Example:
       >>> import jax.numpy as jnp
       >>> print(tree_dot({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, 4.0])}))
       11.0
     """
+    dtype = jnp.promote_types(tree_dtype((x, y)), jnp.float32)
 
     def dot(x: PyTree, y: PyTree) -> Array:
         products = jax.tree.map(
-            lambda u, v: jnp.vdot(u, v, precision=jax.lax.Precision.HIGHEST), x, y
+            lambda u, v: jnp.vdot(
+                u,
+                v,
+                precision=jax.lax.Precision.HIGHEST,
+                preferred_element_type=dtype,
+            ),
+            x,
+            y,
         )
-        return sum(jax.tree.leaves(products), start=jnp.zeros((), tree_dtype(x)))
+        return sum(jax.tree.leaves(products), start=jnp.zeros((), dtype))
 
     return with_auto_axes(dot, x, y)
 
@@ -78,17 +86,58 @@ def scaled(x: Array, scale: Array | float) -> Array:
     return x * scale.reshape(*scale.shape, *([1] * (x.ndim - scale.ndim)))
 
 
+def power_of_two(largest: Array) -> Array:
+    """Returns the power of two next to ``largest``, by which it is divided exactly.
+
+    Squares of numbers beyond the root of a precision's range are infinite or zero.
+    Divided by a power of two, all digits stay.
+
+    Args:
+      largest: Numbers that are not negative.
+
+    Returns:
+      For each a power of two in its precision, whose inverse is one too, such that the
+      quotient lies in ``[1, 4)``; 1 where the number is zero or not finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(power_of_two(jnp.array([5.0, 0.3, 0.0])))
+      [4.   0.25 1.  ]
+    """
+    usable = (largest > 0) & jnp.isfinite(largest)
+    _, exponent = jnp.frexp(jnp.where(usable, largest, 1))
+    most = jnp.finfo(largest.dtype).maxexp - 2
+    exponent = jnp.clip(exponent - 1, -most, most)
+    return jnp.ldexp(jnp.ones_like(largest), exponent)
+
+
+def narrowed(x: Array, dtype: jnp.dtype | str) -> Array:
+    """Returns ``x`` in another precision, at the end of its range where it has left it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(narrowed(jnp.array([1.0, 1e6]), "float16"))
+      [1.000e+00 6.550e+04]
+    """
+    most = float(jnp.finfo(dtype).max)
+    if most < float(jnp.finfo(x.dtype).max):
+        x = jnp.clip(x, -most, most)
+    return x.astype(dtype)
+
+
 def tiny_shift(trace: Array) -> Array:
     """Returns the smallest diagonal shift that keeps a Gram matrix definite.
 
     Rounding perturbs the eigenvalues of a Gram matrix of trace ``t`` by about
     ``eps * t``, so a Cholesky factorisation with a smaller shift may meet a
     negative pivot (Higham, "Accuracy and Stability of Numerical Algorithms",
-    section 10.1.1). The factor 10 covers the modest constants in that bound.
+    section 10.1.1). The factor 10 covers the modest constants in that bound. Without
+    a trace it is a number whose inverse is far from overflowing, and far below what a
+    loss in small units has for curvature.
     """
     dtype = trace.dtype
     return jnp.maximum(
-        10 * jnp.finfo(dtype).eps * trace, math.sqrt(jnp.finfo(dtype).tiny)
+        10 * jnp.finfo(dtype).eps * trace, float(jnp.finfo(dtype).tiny) ** 0.75
     )
 
 

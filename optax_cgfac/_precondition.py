@@ -20,6 +20,7 @@ from optax_cgfac._layers import (
     rows_for_leaves,
 )
 from optax_cgfac._low_rank import LayerSpectra, solve_low_rank, split_dampings
+from optax_cgfac._numerics import narrowed, power_of_two, scaled
 from optax_cgfac._paths import Path, leaves_by_path, map_with_path, text
 from optax_cgfac._rows import num_rows
 from optax_cgfac._solve import (
@@ -47,12 +48,14 @@ class SolveInfo(NamedTuple):
         not computed: a direct solve computes it with ``certify=True`` only.
       num_fallbacks: Solves so far whose result was not finite and was replaced.
       reason: Why the solve ended, a `StopReason` as int32.
+      num_dropped: Captured rows so far that were not finite and were left out.
     """
 
     num_steps: Array
     residual: Array
     num_fallbacks: Array
     reason: Array
+    num_dropped: Array
 
 
 def init_info(params: PyTree) -> SolveInfo:
@@ -63,6 +66,7 @@ def init_info(params: PyTree) -> SolveInfo:
         residual=jnp.full(shape, UNKNOWN, jnp.float32),
         num_fallbacks=jnp.zeros(shape, jnp.int32),
         reason=jnp.full(shape, StopReason.UNSOLVED.value, jnp.int32),
+        num_dropped=jnp.zeros(shape, jnp.int32),
     )
 
 
@@ -139,7 +143,7 @@ def _precondition(
     solutions: dict[Path, Array] = {}
     infos: dict[Path, _Solved] = {}
     for problem, result in zip(problems, solved, strict=True):
-        blocks = result.blocks
+        blocks = [_in_range(block, problem.leaves) for block in result.blocks]
         if len(problem.blocks) == 1:
             found = leaves_from_matrix(problem.tag, blocks[0], problem.leaves)
         else:
@@ -147,7 +151,20 @@ def _precondition(
         solutions |= found
         infos |= dict.fromkeys(problem.leaves, result)
     updates = map_with_path(lambda path, leaf: solutions.get(path, leaf), grads)
-    return updates, _merge_info(info, leaves, infos)
+    dropped = {
+        path: curvature.dropped[index]
+        for index, tag in enumerate(curvature.tags)
+        for path in tag.leaves
+    }
+    return updates, _merge_info(info, leaves, infos, dropped)
+
+
+def _in_range(x: Array, leaves: dict[Path, Array]) -> Array:
+    """Returns a solution within the range of the gradients' precision."""
+    narrowest = min(
+        (leaf.dtype for leaf in leaves.values()), key=lambda d: float(jnp.finfo(d).max)
+    )
+    return narrowed(x, narrowest).astype(x.dtype)
 
 
 class _Problem(NamedTuple):
@@ -291,18 +308,49 @@ def _solve(
             damped = damped_operator(problem.operator, gamma, config.damping_form)
             info = checked(config, damped, b, x, info)
         solved[index] = _as_solved(blocks, info, b, ~is_finite)
-    others = [(i, p, p.blocks[0]) for i, p in enumerate(problems) if p.spectra is None]
-    results = solve_layers(
-        config,
-        [problem.operator for _, problem, _ in others],
-        gamma,
-        [b for _, _, b in others],
-        [problem.x0 for _, problem, _ in others],
-    )
-    for (index, problem, b), (x, info) in zip(others, results, strict=True):
-        x, failed = _replace_non_finite(x, b, problem.operator, gamma)
-        solved[index] = _as_solved([x], info, b, failed)
+    others = [(i, p) for i, p in enumerate(problems) if p.spectra is None]
+    results = _solve_in_units(config, [problem for _, problem in others], gamma)
+    for (index, _), result in zip(others, results, strict=True):
+        solved[index] = result
     return [solved[index] for index in range(len(problems))]
+
+
+def _solve_in_units(
+    config: SolveConfig, problems: list[_Problem], gamma: Array
+) -> list[_Solved]:
+    """Solves with all rows, CG for right-hand sides of about one.
+
+    CG compares squares: those of a gradient of 1e-25 are zero in float32, and those of
+    one of 1e25 are infinite. Direct solves are linear in the right-hand side.
+
+    Returns:
+      For each problem its solution.
+    """
+    bs, x0s = [problem.blocks[0] for problem in problems], [p.x0 for p in problems]
+    units = [jnp.ones((), b.dtype) for b in bs]
+    if config.is_iterative and bs:
+        largest = [jnp.max(jnp.abs(b), (-2, -1)) for b in bs]
+        if config.structure == "full":  # one system
+            of_all = jnp.max(jnp.stack([jnp.max(x) for x in largest]))
+            largest = [of_all.astype(b.dtype) for b in bs]
+        units = [power_of_two(x) for x in largest]
+        bs = [scaled(b, 1 / unit) for b, unit in zip(bs, units, strict=True)]
+        # The solution for zero is zero, wherever the last one was.
+        x0s = [
+            None if x0 is None else scaled(x0, jnp.where(x == 0, 0, 1 / unit))
+            for x0, x, unit in zip(x0s, largest, units, strict=True)
+        ]
+    operators = [problem.operator for problem in problems]
+    results = solve_layers(config, operators, gamma, bs, x0s)
+    solved = []
+    for problem, b, unit, (x, info) in zip(problems, bs, units, results, strict=True):
+        # CG returns its start where the residual is not finite.
+        finite = jnp.all(jnp.isfinite(info.residual_norm))
+        x, failed = _replace_non_finite(
+            scaled(x, unit), problem.blocks[0], problem.operator, gamma, finite
+        )
+        solved.append(_as_solved([x], info, b, failed))
+    return solved
 
 
 def _as_solved(blocks: list[Array], info: CGInfo, b: Array, failed: Array) -> _Solved:
@@ -319,19 +367,21 @@ def _as_solved(blocks: list[Array], info: CGInfo, b: Array, failed: Array) -> _S
 
 
 def _replace_non_finite(
-    x: Array, b: Array, operator: Any, damping: Array
+    x: Array, b: Array, operator: Any, damping: Array, finite: Array
 ) -> tuple[Array, Array]:
     mean_curvature = operator.trace() / (b.shape[-2] * b.shape[-1])
     mean_curvature = mean_curvature + damping.astype(b.dtype)
     safe = b / mean_curvature[..., None, None]
     safe = jnp.where(jnp.all(jnp.isfinite(safe)), safe, 0)
-    # CG returns its start for a right-hand side that is not finite.
-    finite = jnp.all(jnp.isfinite(x)) & jnp.all(jnp.isfinite(b))
+    finite = finite & jnp.all(jnp.isfinite(x)) & jnp.all(jnp.isfinite(b))
     return jnp.where(finite, x, safe), ~finite
 
 
 def _merge_info(
-    info: SolveInfo, paths: Iterable[Path], infos: dict[Path, _Solved]
+    info: SolveInfo,
+    paths: Iterable[Path],
+    infos: dict[Path, _Solved],
+    dropped: dict[Path, Array],
 ) -> SolveInfo:
     columns = []
     for index, path in enumerate(paths):
@@ -343,8 +393,9 @@ def _merge_info(
                 residual=solved.residual,
                 num_fallbacks=column.num_fallbacks + solved.failed,
                 reason=solved.reason,
+                num_dropped=column.num_dropped,
             )
-        columns.append(column)
+        columns.append(column._replace(num_dropped=dropped.get(path, column[-1])))
     stacked = [jnp.stack(x) for x in zip(*columns, strict=True)]
     return SolveInfo(*(x.astype(y.dtype) for x, y in zip(stacked, info, strict=True)))
 

@@ -20,8 +20,11 @@ import jax.numpy as jnp
 from optax_cgfac._auto_axes import with_auto_axes
 from optax_cgfac._axis import mean_over
 from optax_cgfac._curvature import Curvature
-from optax_cgfac._numerics import safe_divide, tree_dot
+from optax_cgfac._numerics import power_of_two, safe_divide, tree_dot
 from optax_cgfac._types import Array, PyTree, user_inputs
+
+# Of a slope: with less curvature a step ends at the sides of its box.
+_TINY_CURVATURE = 2.0**-40
 
 
 class QuadraticModel(NamedTuple):
@@ -185,6 +188,11 @@ def minimize_in_box(
       >>> print(minimize_in_box(model).step_size)
       0.5
     """
+    finite = jnp.all(jnp.isfinite(model.curvature)) & jnp.all(jnp.isfinite(model.slope))
+    # Products of two entries have the range of neither.
+    steepest = _TINY_CURVATURE * jnp.max(jnp.abs(model.slope))
+    unit = power_of_two(jnp.maximum(jnp.max(jnp.abs(model.curvature)), steepest))
+    model = QuadraticModel(*(x / unit for x in model))
     (q11, q12), (_, q22) = model.curvature
     s1, s2 = model.slope
     dtype = q11.dtype
@@ -215,5 +223,4 @@ def minimize_in_box(
     values = jax.vmap(model.value)(candidates)
     # The first candidate, the one inside, wins ties.
     step_size, momentum = candidates[jnp.argmin(values)]
-    finite = jnp.all(jnp.isfinite(model.curvature)) & jnp.all(jnp.isfinite(model.slope))
     return Step(jnp.where(finite, step_size, 0), jnp.where(finite, momentum, 0))

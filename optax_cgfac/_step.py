@@ -18,7 +18,7 @@ from optax_cgfac._damping import (
 )
 from optax_cgfac._examples import num_kept
 from optax_cgfac._initial_damping import initial_damping
-from optax_cgfac._numerics import tree_dot, tree_is_finite
+from optax_cgfac._numerics import narrowed, tree_dot, tree_is_finite
 from optax_cgfac._precondition import SolveInfo
 from optax_cgfac._quadratic_model import (
     QuadraticModel,
@@ -40,6 +40,8 @@ _MANY_EXAMPLES = 512
 # good reduction ratio on small batches, which rewards fitting the batch, lowers it
 # until the loss turns up.
 _BOUNDS = (1e-2, 1e5)
+# Until there are data to tell the damping.
+_DAMPING_WITHOUT_DATA = 0.1
 
 
 class CGFACState(NamedTuple):
@@ -52,8 +54,8 @@ class CGFACState(NamedTuple):
       step_size: The last step size ``α``.
       momentum: The last momentum ``μ``.
       reduction_ratio: The last reduction ratio ``ρ``.
-      num_rejected: Updates so far that were not finite, or raised the loss of their
-        batch, and became zero; int32.
+      num_rejected: Updates so far that were not finite, had a model that was not, or
+        raised the loss of their batch, and became zero; int32.
       velocity: The previous update, like the parameters.
       warm_start: The previous solution, like the parameters; None if unused.
       info: How the last solves went.
@@ -103,8 +105,9 @@ def with_initial_damping(state: CGFACState, curvature: Curvature) -> CGFACState:
     """Returns the state with a damping from the data, where it has none yet."""
     is_new = state.initial_damping == 0
     first = initial_damping(curvature).astype(state.damping.dtype)
+    start = jnp.where(first > 0, first, _DAMPING_WITHOUT_DATA)
     return state._replace(
-        damping=jnp.where(is_new, first, state.damping),
+        damping=jnp.where(is_new, start, state.damping),
         initial_damping=jnp.where(is_new, first, state.initial_damping),
     )
 
@@ -208,6 +211,7 @@ def adaptive_step(
     damping, ratio, taken = jax.lax.cond(
         due, adapt, lambda: (state.damping, state.reduction_ratio, jnp.array(True))
     )
+    taken &= jnp.all(jnp.isfinite(undamped))  # or the step is zero already
     state = state._replace(
         damping=damping,
         step_size=step.step_size.astype(jnp.float32),
@@ -233,9 +237,10 @@ def _damping_bounds(
     """Returns the ends between which the damping is adapted."""
     low, high = (factor * state.initial_damping for factor in _BOUNDS)
     high = jnp.where(state.initial_damping > 0, high, jnp.inf)
+    high = high if options.max_damping is None else options.max_damping
     return (
         low if options.min_damping is None else options.min_damping,
-        high if options.max_damping is None else options.max_damping,
+        jnp.minimum(high, jnp.finfo(state.damping.dtype).max),
     )
 
 
@@ -254,7 +259,7 @@ def _model_interval(curvature: Curvature) -> int:
 def combine(step: Step, direction: Array, velocity: Array) -> Array:
     """Returns ``α Δ + μ δ₀`` in the dtype of ``δ₀``."""
     delta = step.step_size * direction + step.momentum * velocity
-    return delta.astype(velocity.dtype)
+    return narrowed(delta, velocity.dtype)
 
 
 def settle(
@@ -290,8 +295,9 @@ def settle(
     finite = finite & ~blown_up
 
     def choose(d: Array, v: Array) -> Array:
-        taken = jnp.where(finite, combine(step, d, v), 0).astype(v.dtype)
-        return jnp.where(blown_up, -v, taken)
+        delta = combine(step, d, v)
+        delta = jnp.where(finite & jnp.isfinite(delta), delta, 0).astype(v.dtype)
+        return jnp.where(blown_up, -v, delta)
 
     update = jax.tree.map(choose, direction, old.velocity)
     velocity = jax.tree.map(lambda u: jnp.where(finite, u, 0).astype(u.dtype), update)

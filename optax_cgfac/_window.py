@@ -8,29 +8,30 @@ from optax_cgfac._numerics import scaled
 from optax_cgfac._rows import (
     IndexRows,
     StackedRows,
-    all_finite,
     keep_where,
     split_rows,
+    squares_are_finite,
     update_slot,
 )
 from optax_cgfac._types import Array, LayerRows
 
 
-def without_bad_rows(new: LayerRows) -> LayerRows:
+def without_bad_rows(new: LayerRows) -> tuple[LayerRows, Array]:
     """Returns rows with zeros for those that are not finite or have no cotangent.
 
-    A row with a NaN or an infinity would poison the layer for a whole window: it is
-    dropped, in both factors. Those that are left stand for the dropped ones in the
-    mean of ``g gᵀ``.
+    A row with a NaN or an infinity, or whose squares are infinite, would poison the
+    layer for a whole window: it is dropped, in both factors. Those that are left stand
+    for the dropped ones in the mean of ``g gᵀ``.
 
     Returns:
-      Rows of the same shapes.
+      Rows of the same shapes, and the number of those that were dropped, int32.
     """
-    finite = all_finite(new.a) & all_finite(new.g)
+    finite = squares_are_finite(new.a) & squares_are_finite(new.g)
     good = finite & jnp.any(new.g != 0, -1)
     g = keep_where(new.g, good)
     share = jnp.maximum(jnp.mean(finite, -1, dtype=g.dtype), 1 / g.shape[-2])
-    return LayerRows(keep_where(new.a, good), scaled(g, jax.lax.rsqrt(share)))
+    kept = LayerRows(keep_where(new.a, good), scaled(g, jax.lax.rsqrt(share)))
+    return kept, jnp.sum(~finite, dtype=jnp.int32)
 
 
 def empty_rows(tag: LayerTag, window: int, dtype: str) -> LayerRows:

@@ -81,6 +81,23 @@ def test_a_row_that_is_not_finite_is_dropped_in_both_factors(side, bad):
         np.testing.assert_array_equal(held[2], np.zeros(held.shape[1]))
         np.testing.assert_allclose(np.delete(held, 2, 0), kept, rtol=1e-6)
     np.testing.assert_array_equal(curvature.layers["out"].a, 1.0)
+    # In the order of the tags; the other layers lost none.
+    names = [tag.name for tag in curvature.tags]
+    assert dict(zip(names, curvature.dropped.tolist(), strict=True)) == {
+        "hidden": 1,
+        "out": 0,
+    }
+    assert curvature.push_rows(rows).dropped.tolist() == [
+        2 * count for count in curvature.dropped.tolist()
+    ]
+    # Those of a single pass were dropped before they were pushed.
+    assert empty().push(curvature).dropped.tolist() == curvature.dropped.tolist()
+
+
+def test_rows_without_cotangents_are_not_counted_as_dropped():
+    rows = rows_of(1.0)
+    rows["out"] = rows["out"]._replace(g=rows["out"].g.at[2].set(0.0))
+    assert not np.any(empty(window=1).push_rows(rows).dropped)
 
 
 def test_pushing_keeps_what_was_not_given():

@@ -6,7 +6,12 @@ import pytest
 import oracles
 import problems
 from optax_cgfac import FactoredDampedOperator, KroneckerOperator
-from optax_cgfac._factored import factored_damping, solve_by_cg, solve_directly
+from optax_cgfac._factored import (
+    factored_damping,
+    solve_by_cg,
+    solve_directly,
+    split_damping,
+)
 
 DAMPING = 0.1
 SIZES = {"fewer rows": (4, 9, 7), "between": (8, 9, 7), "more rows": (20, 9, 7)}
@@ -45,12 +50,12 @@ def test_the_damping_is_split_by_the_mean_eigenvalues(ratio, dtype):
 
 
 def test_the_split_is_bounded(dtype):
-    problem = problems.layer_problem(6, 5, 3, dtype=dtype)
-    for factor, pi in ((1e4, 1e3), (1e-4, 1e-3)):
-        split = damped(problem._replace(a=factor * problem.a), damping=1e8)
-        # π² within [1e-6, 1e6]
-        np.testing.assert_allclose(split.a_damping, pi * 1e4, rtol=1e-5)
-        np.testing.assert_allclose(split.g_damping, 1e4 / pi, rtol=1e-5)
+    for ratio, pi in ((1e40, 1e15), (1e-40, 1e-15)):
+        means = [jnp.asarray(x, dtype) for x in (ratio**0.5, ratio**-0.5)]
+        alpha, beta = split_damping(*means, (1, 1), 1e8)
+        # π² within [1e-30, 1e30]
+        np.testing.assert_allclose(alpha, pi * 1e4, rtol=1e-5)
+        np.testing.assert_allclose(beta, 1e4 / pi, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dead", ["a", "g"])

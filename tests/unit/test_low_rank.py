@@ -357,3 +357,36 @@ def test_scale_and_bias_of_a_norm_lie_side_by_side():
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), *solutions
     )
+
+
+@pytest.mark.parametrize("scale", [1e-35, 1e-22, 1e22, 1e35])
+def test_gradients_of_all_sizes_have_the_solution_in_their_units(scale):
+    """Their squares are no numbers in float32."""
+    problem = decaying(dtype="float32")
+    spectra = refreshed(operator(problem), empty(problem, 10))
+    [expected], _ = solve(spectra, [problem.b])
+    [actual], is_finite = solve(spectra, [jnp.float32(scale) * problem.b])
+    assert is_finite
+    actual = oracles.float64(actual) / float(np.float32(scale))
+    assert oracles.relative_error(actual, expected) < 1e-5
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e8])
+def test_cotangents_in_other_units_move_the_solution_with_their_damping(scale):
+    """The loss in other units: ``(s F + s γ) x = s b``."""
+    problem = decaying(dtype="float32")
+    spectra = refreshed(operator(problem), empty(problem, 10))
+    [expected], _ = solve(spectra, [problem.b])
+    other = problem._replace(g=jnp.float32(scale) * problem.g)
+    spectra = refreshed(operator(other), empty(other, 10))
+    units = jnp.float32(scale) ** 2
+    [actual], is_finite = solve(spectra, [units * problem.b], DAMPING * units)
+    assert is_finite
+    assert oracles.relative_error(actual, expected) < 1e-3
+
+
+def test_a_solution_that_overflows_is_not_taken():
+    problem = decaying(dtype="float32")
+    spectra = refreshed(operator(problem), empty(problem, 10))
+    [solution], _ = solve(spectra, [jnp.float32(1e20) * problem.b], 1e-30)
+    assert np.isfinite(solution).all()

@@ -72,7 +72,40 @@ def test_the_tiny_shift_of_a_zero_matrix_can_be_divided_by(dtype):
     shift = numerics.tiny_shift(jnp.zeros((), dtype))
     assert shift.dtype == dtype
     assert shift > 0
-    assert np.isfinite(1 / shift**2)
+    assert np.isfinite(1 / shift)
+    # Over both factors of a layer it is no number that a step could be taken with.
+    assert np.isinf(1 / shift**2)
+
+
+@pytest.mark.parametrize("exponent", [-120, -30, -1, 0, 1, 30, 120])
+def test_a_power_of_two_changes_no_digit(exponent, dtype):
+    x = jnp.asarray([1.0, 1.5, 1.99, 1 / 3], dtype) * 2.0**exponent
+    unit = numerics.power_of_two(jnp.max(x))
+    assert unit.dtype == dtype
+    assert 1 <= jnp.max(x) / unit < 4
+    assert np.log2(unit) == round(float(np.log2(unit)))
+    np.testing.assert_array_equal((x / unit) * unit, x)
+    np.testing.assert_array_equal(x * (1 / unit), x / unit)
+
+
+@pytest.mark.parametrize("number", [0.0, np.nan, np.inf])
+def test_what_cannot_be_divided_by_has_the_unit_one(number):
+    assert numerics.power_of_two(jnp.asarray(number, jnp.float32)) == 1
+
+
+def test_narrowed_numbers_end_at_the_range():
+    x = jnp.array([1e38, -1e38, 1.5, 1e-30, jnp.nan])
+    half = np.asarray(numerics.narrowed(x, "float16"))
+    np.testing.assert_array_equal(half, np.float16([65504, -65504, 1.5, 0, np.nan]))
+    assert np.isfinite(numerics.narrowed(jnp.asarray(3.4e38), "bfloat16"))
+    np.testing.assert_array_equal(numerics.narrowed(x, "float32"), x)
+
+
+def test_dot_products_in_half_precision_have_the_range_of_single():
+    x = {"large": jnp.full(100, 300, jnp.float16), "small": jnp.full(3, 1e-4)}
+    assert float(numerics.tree_dot(x, x)) == pytest.approx(9e6, rel=1e-6)
+    small = jnp.full(10, 1e-4, jnp.float16)
+    assert float(numerics.tree_dot(small, small)) == pytest.approx(1e-7, rel=1e-2)
 
 
 def test_inverses_of_many_sizes_stacks_and_positions(dtype):

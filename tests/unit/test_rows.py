@@ -82,7 +82,7 @@ def test_rows_that_are_not_finite_are_found_and_left_out(make, stack, dtype):
     elif isinstance(rows, _rows.StackedRows):
         bad[-1] = rows.bottom.at[..., 0, :].set(jnp.nan)
     poisoned = jax.tree.unflatten(jax.tree.structure(rows), bad)
-    finite = _rows.all_finite(poisoned)
+    finite = _rows.squares_are_finite(poisoned)
     expected = np.ones((*stack, 9), bool)
     expected[..., 0] = False
     if isinstance(rows, _rows.StackedRows):
@@ -91,6 +91,21 @@ def test_rows_that_are_not_finite_are_found_and_left_out(make, stack, dtype):
     kept = _rows.to_dense(_rows.keep_where(poisoned, finite))
     dense = np.where(expected[..., None], _rows.to_dense(rows), 0)
     np.testing.assert_array_equal(kept, dense)
+
+
+@pytest.mark.parametrize(("number", "fits"), [(1e15, True), (1e17, False)])
+def test_rows_whose_squares_cannot_be_added_up_are_found(number, fits):
+    rows = jnp.ones((3, SIZE)).at[1, 2].set(number)
+    finite = _rows.squares_are_finite(rows)
+    np.testing.assert_array_equal(finite, [True, fits, True])
+    total = 65536 * np.float32(number) ** 2
+    assert np.isfinite(np.float32(total)) == fits
+
+
+def test_a_slot_holds_what_its_precision_can():
+    buffer = jnp.zeros((2, 3), jnp.float16)
+    held = _rows.update_slot(buffer, jnp.full((1, 3), -1e6), jnp.asarray(1))
+    np.testing.assert_array_equal(held, np.float16([[0] * 3, [-65504] * 3]))
 
 
 def test_a_slot_of_the_ring_buffer_is_replaced(make, stack, dtype):

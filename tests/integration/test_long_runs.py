@@ -1,0 +1,93 @@
+"""Twenty thousand steps with every default: nothing grows or is compiled again."""
+
+import gc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+
+import optax_cgfac
+
+STEPS, CHUNKS, SEEDS = 20_000, 8, 10
+
+
+class Tiny(nn.Module):
+    """One layer whose eigenpairs are kept (more than 16 features), and one without."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1)(nn.tanh(nn.Dense(2)(x)))
+
+
+def model_fn(params, x):
+    return Tiny().apply({"params": params}, x)
+
+
+def data(seed):
+    """A batch of 32: noisy values of a function, so that the loss has a floor."""
+    x_key, noise_key = jax.random.split(jax.random.key(seed))
+    x = jax.random.normal(x_key, (32, 17))
+    y = jnp.sin(x[:, :1]) + 0.1 * jax.random.normal(noise_key, (32, 1))
+    return x, y
+
+
+def live_bytes():
+    gc.collect()
+    return sum(x.nbytes for x in jax.live_arrays())
+
+
+def test_long_runs_neither_grow_nor_drift():
+    estimator = optax_cgfac.fisher_estimator(model_fn, "squared_error")
+    tx = optax_cgfac.cgfac()
+
+    @jax.jit
+    def start(seed):
+        x, _ = data(seed)
+        params = Tiny().init(jax.random.key(seed), x)["params"]
+        return params, tx.init(params), estimator.init(params, x)
+
+    def step(state, index, seed):
+        params, opt_state, curvature = state
+        x, y = data(seed + index % 64)  # another batch every step
+
+        def loss_fn(params):
+            return jnp.mean(jnp.sum((model_fn(params, x) - y) ** 2, -1))
+
+        value, grads = jax.value_and_grad(loss_fn)(params)
+        rng = jax.random.fold_in(jax.random.key(seed), index)
+        curvature = estimator.update(curvature, params, x, rng=rng)
+        updates, opt_state = tx.update(
+            grads, opt_state, params, curvature=curvature, value=value, value_fn=loss_fn
+        )
+        return (optax.apply_updates(params, updates), opt_state, curvature), value
+
+    @jax.jit
+    def chunk(state, first, seed):
+        indices = first + jnp.arange(STEPS // CHUNKS)
+        state, losses = jax.lax.scan(lambda s, i: step(s, i, seed), state, indices)
+        return state, (jnp.mean(losses), jnp.max(losses), jnp.min(losses))
+
+    ends, sizes = [], []
+    for seed in range(SEEDS):
+        state = start(seed)
+        means = []
+        for number in range(CHUNKS):
+            first = number * (STEPS // CHUNKS)
+            state, (mean, *extremes) = chunk(state, first, seed)
+            means.append(float(mean))
+            assert np.isfinite([float(x) for x in extremes]).all()
+            sizes.append(live_bytes())
+        params, opt_state, curvature = state
+        for leaf in jax.tree.leaves((params, opt_state, curvature)):
+            assert np.isfinite(np.asarray(leaf, np.float32)).all()
+        diagnosed = optax_cgfac.diagnostics(opt_state)
+        assert 0 < float(diagnosed["damping"]) < 1e6
+        assert not any(int(x["num_fallbacks"]) for x in diagnosed["layers"].values())
+        # The last eighth is as good as the best one, up to the noise of the batches.
+        assert means[-1] < 1.5 * min(means), means
+        ends.append(means[-1])
+    assert max(ends) < 0.5
+    assert max(sizes) - sizes[0] < 4096, sizes
+    assert chunk._cache_size() == 1
