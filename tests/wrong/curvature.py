@@ -121,7 +121,7 @@ wrong(
     "an unknown option in `report`",
     TypeError,
     lambda g: g.curvature.report(dampings="factored"),
-    r"report\(\) takes the options of the solve, axis, damping_form",
+    r"report\(\) takes the options of the solve, axis, certify, damping_form",
     "got dampings",
     "Leave out what scale_by_cgfac does not take",
 )
