@@ -20,8 +20,6 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # what runs the code of pages and notebooks are the tests
-# Pages that are not there yet may be named by a pattern.
-suppress_warnings = ["toc.empty_glob"]
 
 # ---------------------------------------------------------------- the reference
 
@@ -40,7 +38,9 @@ nitpicky = True
 OTHERS = "chex|flax|jax|jnp|lax|matplotlib|nn|nnx|np|numpy|optax|typing|collections"
 nitpick_ignore_regex = [
     ("py:.*", rf"({OTHERS})(\..*)?"),
-    ("py:class", "Any|Array|Axes|Callable|Literal|Mapping|Sequence|PyTree|optional"),
+    ("py:class", "Any|Array|ArrayTree|Axes|Callable|Literal|Mapping|Sequence|PyTree"),
+    # Types of private modules, in signatures; public ones are known by both names.
+    ("py:class", r"optax_cgfac\._.*"),
 ]
 
 # ---------------------------------------------------------------- how it looks
@@ -48,6 +48,10 @@ nitpick_ignore_regex = [
 html_theme = "sphinx_book_theme"
 html_title = "optax_cgfac"
 html_theme_options = {"show_toc_level": 2, "use_download_button": False}
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+# The theme's own, without a second field to search in.
+html_sidebars = {"**": ["navbar-logo.html", "sbt-sidebar-nav.html"]}
 
 
 def results_page(app, docname, source):
@@ -57,18 +61,21 @@ def results_page(app, docname, source):
         return
     from report import RESULTS, WORKLOADS, details, load
 
-    text = details(load(RESULTS))
-    text = re.sub("^# ", "## ", text, flags=re.MULTILINE)
-    pictures = {"widths": "## Widths"}
-    for name, result in load(RESULTS).items():
-        if name in WORKLOADS:
-            pictures[name] = f"## {result['workload']['title']}"
-    for name, heading in pictures.items():
+    results = load(RESULTS)
+    text = re.sub("^# ", "## ", details(results), flags=re.MULTILINE)
+    titles = {"widths": "Widths"}
+    titles |= {n: r["workload"]["title"] for n, r in results.items() if n in WORKLOADS}
+    for name, title in titles.items():
         if (RESULTS / f"{name}.png").exists():
             path = f"../benchmarks/results/{name}.png"
-            picture = f"![{heading[3:]}: what was measured]({path})"
-            text = text.replace(f"{heading}\n", f"{heading}\n\n{picture}\n")
-    source[0] = source[0].replace("<!-- results -->", text)
+            picture = f"![{title}: what was measured]({path})"
+            text = text.replace(f"## {title}\n", f"## {title}\n\n{picture}\n")
+    # The races first, what was wanted after them, the machines last.
+    wanted, *races = re.split("^(?=## )", text, flags=re.MULTILINE)[1:]
+    first = next(name for name, result in results.items() if "environment" in result)
+    measured, facts = "".join(races).split(f"\n\n{first}: ")
+    parts = [measured, wanted, "## Machines", f"{first}: {facts}"]
+    source[0] = source[0].replace("<!-- results -->", "\n\n".join(parts))
 
 
 def setup(app):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 History = Sequence[Mapping[str, Any]] | Mapping[str, Any]
 
 INK, PAPER, SHADE = "black", "white", "0.6"
-_LINES = ("-", "--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)))
+_LINES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D", "v", "x", "P")
 _MARKS = 8  # of a line's points have a marker
 

@@ -115,9 +115,9 @@ def cost(
 
     Args:
       curvature: Of ``estimator.init``, or any later one.
-      damping_form: As in `Curvature.report`.
+      damping_form: As in `optax_cgfac.Curvature.report`.
       ax: Where to draw; None for a new figure.
-      **options: Further options of the solve, as in `scale_by_cgfac`.
+      **options: Further options of the solve, as in `optax_cgfac.scale_by_cgfac`.
 
     Returns:
       The axes: operations of one solve, all layers of a stack together; beside each
@@ -132,7 +132,7 @@ def cost(
       >>> estimator = optax_cgfac.fisher_estimator(model.apply, "squared_error", rows=4)
       >>> ax = plot.cost(estimator.init(params, x))
       >>> [label.get_text() for label in ax.get_yticklabels()]
-      ['params/layers_0', 'params/layers_2']
+      ['params/layers_0', 'params/layers_1']
     """
     structure = options.get("structure", "kronecker")
     form = damping_form or default_damping_form(structure)
@@ -170,8 +170,8 @@ def residuals(
     """Draws the relative residual of every layer's conjugate gradients over training.
 
     Args:
-      history: What `diagnostics` returned after each update, or its arrays stacked,
-        as `jax.lax.scan` returns them.
+      history: What `optax_cgfac.diagnostics` returned after each update, or its
+        arrays stacked, as `jax.lax.scan` returns them.
       layers: Names of the layers to draw; None for all.
       steps: The update of each entry; None for 1, 2, 3 and so on.
       ax: Where to draw; None for a new figure.
@@ -182,7 +182,7 @@ def residuals(
     Raises:
       ValueError: If there is nothing to draw: no entries, an unknown layer, or direct
         solves, whose residuals are zero.
-      TypeError: If the entries are not what `diagnostics` returns.
+      TypeError: If the entries are not what `optax_cgfac.diagnostics` returns.
 
     Example:
       >>> from optax_cgfac import plot
@@ -221,7 +221,7 @@ def damping(
     steps: Sequence[float] | None = None,
     ax: "Axes | None" = None,
 ) -> "Axes":
-    """Draws damping, step size and momentum of `cgfac` over training.
+    """Draws damping, step size and momentum of `optax_cgfac.cgfac` over training.
 
     Args:
       history: As in `residuals`.
@@ -233,8 +233,8 @@ def damping(
       the right, ``ax.figure.axes[-1]``. A cross is an update that was not taken.
 
     Raises:
-      ValueError: If there are no entries, or none of `cgfac`.
-      TypeError: If the entries are not what `diagnostics` returns.
+      ValueError: If there are no entries, or none of `optax_cgfac.cgfac`.
+      TypeError: If the entries are not what `optax_cgfac.diagnostics` returns.
 
     Example:
       >>> from optax_cgfac import plot
