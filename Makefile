@@ -15,13 +15,15 @@ IN_VENV := $(VENV)/bin/python
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help example layers docs test lint clean
+.PHONY: help example layers docs test coverage mutants lint clean
 
 help:
 	@echo 'make example   train the MNIST autoencoder; its options: make example ARGS="..."'
 	@echo 'make layers    a table of what is covered, for every kind of layer (minutes)'
 	@echo 'make docs      the documentation, into build/site; a warning is an error'
 	@echo 'make test      unit tests and doctests; pytest options: make test ARGS="..."'
+	@echo 'make coverage  the same, and which lines and branches of the package they miss'
+	@echo 'make mutants   small changes of the core modules that no test notices (hours)'
 	@echo 'make lint      ruff, pyright and the import order'
 	@echo 'make clean     remove $(VENV), caches and build results'
 	@echo 'Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  JOBS=$(JOBS)  ARGS=$(ARGS)'
@@ -38,6 +40,12 @@ docs: $(VENV)/.installed-docs
 
 test: $(VENV)/.installed-test
 	MPLBACKEND=Agg $(IN_VENV) -m pytest -n $(JOBS) $(ARGS)
+
+coverage: $(VENV)/.installed-test
+	MPLBACKEND=Agg $(IN_VENV) -m pytest -n $(JOBS) --cov --cov-report=term-missing $(ARGS)
+
+mutants: $(VENV)/.installed-mutants
+	$(IN_VENV) .ci/mutants.py --jobs $(JOBS) $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(IN_VENV) -m ruff check
@@ -67,4 +75,4 @@ $(IN_VENV):
 clean:
 	@if [ -f '$(VENV)/pyvenv.cfg' ]; then rm -rf '$(VENV)'; fi
 	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache
-	find optax_cgfac tests examples benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find .ci optax_cgfac tests examples benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -11,6 +11,7 @@ that parts can be run again one by one.
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import pathlib
 import time
@@ -244,16 +245,17 @@ def run_tune(
 ) -> None:
     """Tunes rivals on workloads; keeps what the file has of the others."""
     path = out / "tuned.json"
-    for name in names:
+    # One at a time: what was found is written before the next one starts.
+    for name, method in itertools.product(names, methods):
         tuned = read(path)
         workload = workloads.get(name, smoke)
         known = tuned.get(name, {})
         tuned[name] = with_environment(
-            lambda workload=workload, known=known: tune(
+            lambda workload=workload, method=method, known=known: tune(
                 workload,
                 budget=budget,
                 smoke=smoke,
-                methods=methods,
+                methods=(method,),
                 known=known,
                 **options,
             )

@@ -1,9 +1,9 @@
 """K-FAC's natural gradient by conjugate gradients, as an Optax transformation."""
 
 from optax_cgfac._alias import cgfac
-from optax_cgfac._cg import CGInfo, conjugate_gradient
+from optax_cgfac._cg import CGInfo, StopReason, conjugate_gradient
 from optax_cgfac._curvature import Curvature
-from optax_cgfac._diagnostics import diagnostics, scalars
+from optax_cgfac._diagnostics import diagnostics, scalars, stop_reasons
 from optax_cgfac._estimator import CurvatureEstimator, fisher_estimator
 from optax_cgfac._fisher_blocks import BlockFisherOperator, FullFisherOperator
 from optax_cgfac._gradient_check import GradientCheck, check_gradients
@@ -41,6 +41,7 @@ __all__ = [
     "LinearOperator",
     "Loss",
     "ScaleByCGFACState",
+    "StopReason",
     "TrainState",
     "capture_axes",
     "cgfac",
@@ -52,6 +53,7 @@ __all__ = [
     "scalars",
     "scale_by_cgfac",
     "scale_by_kfac",
+    "stop_reasons",
     "tag_layer",
     "value_and_grad",
 ]

@@ -66,6 +66,7 @@ def cgfac(
     min_damping: float | None = None,
     max_damping: float | None = None,
     solve_axis: str | None = None,
+    certify: bool = False,
     missing: Missing = "raise",
 ) -> optax.GradientTransformationExtraArgs:
     r"""CG-FAC with step size, momentum and damping chosen for you.
@@ -124,6 +125,7 @@ def cgfac(
         0.1 where the structure has no factors, or the initial damping if that is less.
       max_damping: Upper end of the adapted damping; None for 1e5 times the initial one.
       solve_axis: As in `scale_by_cgfac`.
+      certify: As in `scale_by_cgfac`.
       missing: As in `scale_by_cgfac`.
 
     Returns:
@@ -177,6 +179,7 @@ def cgfac(
         rtol=rtol,
         preconditioner=preconditioner,
         axis=solve_axis,
+        certify=certify,
     )
     if damping is None and learning_rate is not None and structure == "kronecker":
         damping = _DAMPING_WITH_RATE
@@ -351,11 +354,8 @@ def _check_modes(
     if learning_rate is not None:
         return
     if is_number(damping):
-        _check_initial_damping(
-            damping,
-            low if is_number(low) else 0.0,
-            high if is_number(high) else math.inf,
-        )
+        ends = low if is_number(low) else 0.0, high if is_number(high) else math.inf
+        _check_initial_damping(damping, *ends)
     if callable(damping):
         raise ValueError(
             "Without a learning_rate the damping adapts itself: pass its initial "

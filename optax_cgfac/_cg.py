@@ -1,7 +1,14 @@
-"""Conjugate gradients in a `jax.lax.while_loop`, for any operator and inner product."""
+"""Conjugate gradients in a `jax.lax.while_loop`, for any operator and inner product.
 
+The residual of the recurrence and the true one drift apart by rounding (Greenbaum 1997,
+"Estimating the attainable accuracy of recursively computed residual methods"). So every
+solve ends with one more product, which tells the true residual and whether the
+quadratic model ``½ xᵀFx - bᵀx`` fell on the way.
+"""
+
+import enum
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,19 +18,86 @@ from optax_cgfac._numerics import tree_dot, tree_dtype
 from optax_cgfac._types import Array, LinearOperator, PyTree
 
 
+class StopReason(enum.IntEnum):
+    """Why a solve ended, an int32 in the states; the larger, the worse.
+
+    Attributes:
+      UNSOLVED: Nothing has been solved so far.
+      CONVERGED: The true residual fell to the tolerance.
+      DIRECT: By a factorisation: exact but for rounding.
+      LOW_RANK: With the leading eigenpairs of the factors: exact but for the rest.
+      STEP_LIMIT: After the largest number of iterations.
+      STAGNATED: Rounding left nothing to gain.
+      INDEFINITE: The operator or the preconditioner is not positive definite.
+      NOT_FINITE: A number was not finite, or overflowed.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> StopReason(int(jnp.array(4, jnp.int32))).name
+      'STEP_LIMIT'
+    """
+
+    UNSOLVED = 0
+    CONVERGED = 1
+    DIRECT = 2
+    LOW_RANK = 3
+    STEP_LIMIT = 4
+    STAGNATED = 5
+    INDEFINITE = 6
+    NOT_FINITE = 7
+
+
+UNKNOWN = -1.0
+"""The residual of a solve that did not compute it."""
+
+# The true residual may be larger than the recurrence's by this factor for a solve to
+# count as converged: well above their difference where rounding does not matter.
+_AGREEMENT = 1.1
+
+
 class CGInfo(NamedTuple):
     """How a solve ended.
 
     Attributes:
       num_steps: Iterations done, int32.
-      residual_norm: Euclidean norm of the residual ``b - F x`` as carried by the
-        recurrence.
-      converged: Whether ``residual_norm`` fell to the tolerance.
+      residual_norm: Euclidean norm of the true residual ``b - F x``, recomputed from
+        the solution; -1 where that was not done (direct solves).
+      converged: Whether ``residual_norm`` is within the tolerance; true for direct
+        solves that did not compute it.
+      reason: Why it ended, a `StopReason` as int32.
     """
 
     num_steps: Array
     residual_norm: Array
     converged: Array
+    reason: Array
+
+
+def direct_info(dtype: Any, reason: StopReason = StopReason.DIRECT) -> CGInfo:
+    """Returns the info of a solve without iterations, whose residual is unknown."""
+    return CGInfo(
+        jnp.zeros((), jnp.int32),
+        jnp.asarray(UNKNOWN, dtype),
+        jnp.array(reason is StopReason.DIRECT),
+        jnp.array(reason.value, jnp.int32),
+    )
+
+
+def with_residual(info: CGInfo, norm: Array, tolerance: Array) -> CGInfo:
+    """Returns the info of a solve whose residual was computed afterwards.
+
+    Args:
+      info: The info.
+      norm: The residual's norm.
+      tolerance: Within which it should be.
+
+    Returns:
+      The `CGInfo`.
+    """
+    within = norm <= _AGREEMENT * tolerance
+    claims = info.reason == StopReason.CONVERGED.value
+    reason = jnp.where(claims & ~within, StopReason.STAGNATED.value, info.reason)
+    return CGInfo(info.num_steps, norm, within, reason.astype(jnp.int32))
 
 
 def conjugate_gradient(
@@ -40,7 +114,9 @@ def conjugate_gradient(
 
     Stops when ``‖b - F x‖ ≤ max(rtol ‖b‖, atol)``, after ``max_steps``
     iterations, or at a breakdown (a direction of non-positive or non-finite
-    curvature), where it returns the last good iterate.
+    curvature), where it returns the last good iterate. The quadratic model
+    ``½ xᵀFx - bᵀx`` of the solution is never above that of the start, rounding
+    included: the start is returned where it would be.
 
     Args:
       operator: Provides ``matvec``.
@@ -52,7 +128,8 @@ def conjugate_gradient(
       preconditioner: An operator whose ``matvec`` applies ``M⁻¹``.
 
     Returns:
-      The solution, like ``b``, and a `CGInfo`.
+      The solution, like ``b``, and a `CGInfo`, whose residual costs one more product
+      than the iterations.
 
     Raises:
       ValueError: If ``x0`` does not have the structure, shapes and dtypes of
@@ -64,8 +141,8 @@ def conjugate_gradient(
       >>> from optax_cgfac import DiagonalOperator
       >>> op = DiagonalOperator(jnp.array([1.0, 2.0]))
       >>> x, info = conjugate_gradient(op, jnp.array([1.0, 1.0]), max_steps=5)
-      >>> print(x, int(info.num_steps), bool(info.converged))
-      [1.  0.5] 2 True
+      >>> print(x, int(info.num_steps), StopReason(int(info.reason)).name)
+      [1.  0.5] 2 CONVERGED
 
     References:
       Hestenes & Stiefel (1952), "Methods of conjugate gradients for solving
@@ -88,7 +165,7 @@ def conjugate_gradient(
     tolerance = jnp.maximum(
         jnp.asarray(rtol) ** 2 * tree_dot(b, b), jnp.asarray(atol) ** 2
     ).astype(tree_dtype(b))
-    x, squared_norm, num_steps = cg_loop(
+    end = cg_loop(
         operator.matvec,
         residual,
         x0,
@@ -97,8 +174,37 @@ def conjugate_gradient(
         max_steps=max_steps,
         precondition=None if preconditioner is None else preconditioner.matvec,
     )
-    converged = (squared_norm <= tolerance) & jnp.isfinite(tolerance)
-    return x, CGInfo(num_steps, jnp.sqrt(squared_norm), converged)
+    end = certified(
+        end,
+        start=x0,
+        start_residual=residual,
+        residual=jax.tree.map(jnp.subtract, b, operator.matvec(end.x)),
+        dot=tree_dot,
+        squared_tolerance=tolerance,
+    )
+    return end.x, end.info()
+
+
+class LoopEnd(NamedTuple):
+    """Where the iteration ended, one system or ``k`` columns of them.
+
+    Attributes:
+      x: The last iterate.
+      squared_norm: Its squared residual norm.
+      num_steps: Iterations of the slowest system.
+      reason: Why each of them ended, a `StopReason` as int32.
+    """
+
+    x: PyTree
+    squared_norm: Array
+    num_steps: Array
+    reason: Array
+
+    def info(self) -> CGInfo:
+        """Returns the info of one system."""
+        converged = self.reason == StopReason.CONVERGED.value
+        norm = jnp.sqrt(self.squared_norm)
+        return CGInfo(self.num_steps, norm, converged, self.reason)
 
 
 class _LoopState(NamedTuple):
@@ -107,8 +213,8 @@ class _LoopState(NamedTuple):
     residual: PyTree
     direction: PyTree
     rz: Array  # <residual, M⁻¹ residual>
-    rr: Array  # <residual, residual>
-    active: Array
+    rr: Array  # <residual, residual>, at least its rounding error
+    reason: Array  # UNSOLVED while the iteration goes on
 
 
 def cg_loop(
@@ -120,7 +226,8 @@ def cg_loop(
     squared_tolerance: Array,
     max_steps: int | Array,
     precondition: Callable[[PyTree], PyTree] | None = None,
-) -> tuple[PyTree, Array, Array]:
+    rounding: Callable[[PyTree, PyTree], Array] | None = None,
+) -> LoopEnd:
     """The iteration itself, in the inner product ``dot``.
 
     ``dot`` may return an array of shape ``(k,)`` for vectors whose leaves have
@@ -135,14 +242,32 @@ def cg_loop(
       squared_tolerance: The squared residual norm at which a system is done.
       max_steps: The largest number of iterations.
       precondition: The action of ``M⁻¹``.
+      rounding: The size of the rounding errors of ``dot``, where they matter: a
+        curvature or a residual below them says nothing, and no step is taken on it.
 
     Returns:
-      The last iterate, its squared residual norm, and the number of iterations
-      of the slowest system.
+      The `LoopEnd`, with the residual of the recurrence.
     """
     precondition = precondition or (lambda vector: vector)
+    rounding = rounding or (lambda u, v: jnp.zeros((), squared_tolerance.dtype))
+
+    def judged(residual: PyTree) -> tuple[Array, Array]:
+        """Returns the squared norm and what it says."""
+        rr, noise = dot(residual, residual), rounding(residual, residual)
+        certain = jnp.maximum(rr, noise)
+        reason = jnp.where(
+            certain <= squared_tolerance,
+            StopReason.CONVERGED.value,
+            jnp.where(
+                rr <= noise, StopReason.STAGNATED.value, StopReason.UNSOLVED.value
+            ),
+        )
+        finite = jnp.isfinite(certain) & jnp.isfinite(squared_tolerance)
+        reason = jnp.where(finite, reason, StopReason.NOT_FINITE.value)
+        return certain, reason.astype(jnp.int32)
+
     z = precondition(residual)
-    rr = dot(residual, residual)
+    rr, reason = judged(residual)
     state = _LoopState(
         step=jnp.zeros((), jnp.int32),
         x=x,
@@ -150,40 +275,101 @@ def cg_loop(
         direction=z,
         rz=dot(residual, z),
         rr=rr,
-        # A non-finite residual compares false: such a system is never entered.
-        active=(rr > squared_tolerance) & jnp.isfinite(rr),
+        reason=reason,
     )
 
     def keep_going(state: _LoopState) -> Array:
-        return jnp.any(state.active) & (state.step < max_steps)
+        active = state.reason == StopReason.UNSOLVED.value
+        return jnp.any(active) & (state.step < max_steps)
 
     def body(state: _LoopState) -> _LoopState:
+        active = state.reason == StopReason.UNSOLVED.value
         product = matvec(state.direction)
         curvature = dot(state.direction, product)
-        usable = state.active & (curvature > 0) & (state.rz > 0)
+        noise = rounding(state.direction, product)
+        usable = active & (curvature > noise) & (state.rz > 0)
         step_size = jnp.where(usable, state.rz / jnp.where(usable, curvature, 1), 0)
         residual = _axpy(-step_size, product, state.residual)
         z = precondition(residual)
-        rr, rz = dot(residual, residual), dot(residual, z)
+        (rr, reason), rz = judged(residual), dot(residual, z)
         # A step whose residual overflows is not taken.
-        usable = usable & jnp.isfinite(rr) & jnp.isfinite(rz)
-        momentum = jnp.where(usable, rz / jnp.where(usable, state.rz, 1), 0)
+        taken = usable & jnp.isfinite(rr) & jnp.isfinite(rz)
+        momentum = jnp.where(taken, rz / jnp.where(taken, state.rz, 1), 0)
+        refused = jnp.where(
+            (curvature + noise > 0) & (state.rz > 0),
+            StopReason.STAGNATED.value,
+            StopReason.INDEFINITE.value,
+        )
+        blown_up = usable | ~jnp.isfinite(curvature) | ~jnp.isfinite(state.rz)
+        refused = jnp.where(blown_up, StopReason.NOT_FINITE.value, refused)
+        reason = jnp.where(taken, reason, refused).astype(jnp.int32)
 
         def select(new: PyTree, old: PyTree) -> PyTree:
-            return jax.tree.map(lambda n, o: jnp.where(usable, n, o), new, old)
+            return jax.tree.map(lambda n, o: jnp.where(taken, n, o), new, old)
 
         return _LoopState(
             step=state.step + 1,
             x=select(_axpy(step_size, state.direction, state.x), state.x),
             residual=select(residual, state.residual),
             direction=select(_axpy(momentum, state.direction, z), state.direction),
-            rz=jnp.where(usable, rz, state.rz),
-            rr=jnp.where(usable, rr, state.rr),
-            active=usable & (rr > squared_tolerance),
+            rz=jnp.where(taken, rz, state.rz),
+            rr=jnp.where(taken, rr, state.rr),
+            reason=jnp.where(active, reason, state.reason),
         )
 
     state = jax.lax.while_loop(keep_going, body, state)
-    return state.x, state.rr, state.step
+    ran_out = state.reason == StopReason.UNSOLVED.value
+    reason = jnp.where(ran_out, StopReason.STEP_LIMIT.value, state.reason)
+    return LoopEnd(state.x, state.rr, state.step, reason.astype(jnp.int32))
+
+
+def certified(
+    end: LoopEnd,
+    *,
+    start: PyTree,
+    start_residual: PyTree,
+    residual: PyTree,
+    dot: Callable[[PyTree, PyTree], Array],
+    squared_tolerance: Array,
+    rounding: Callable[[PyTree, PyTree], Array] | None = None,
+) -> LoopEnd:
+    """Judges the end of the iteration by its true residual.
+
+    The fall of the quadratic model from ``x₀`` to ``x`` is
+    ``½ ⟨x - x₀, r₀ + r⟩``, without a difference of large numbers. Where it is
+    negative, by rounding or an operator that is not symmetric, the start is returned.
+
+    Args:
+      end: What `cg_loop` returned.
+      start: The first iterate.
+      start_residual: Its residual.
+      residual: That of ``end.x``, recomputed.
+      dot: As in `cg_loop`.
+      squared_tolerance: As in `cg_loop`.
+      rounding: As in `cg_loop`.
+
+    Returns:
+      The `LoopEnd` with the squared norm of the true residual.
+    """
+    moved = jax.tree.map(jnp.subtract, end.x, start)
+    # A number that is not finite compares false.
+    falls = dot(moved, jax.tree.map(jnp.add, start_residual, residual)) >= 0
+
+    def select(new: PyTree, old: PyTree) -> PyTree:
+        return jax.tree.map(lambda n, o: jnp.where(falls, n, o), new, old)
+
+    residual = select(residual, start_residual)
+    rr = dot(residual, residual)
+    if rounding is not None:
+        rr = jnp.maximum(rr, rounding(residual, residual))
+    # Where the recurrence alone is within the tolerance, rounding has the last word.
+    stagnates = ~falls | (
+        (end.reason == StopReason.CONVERGED.value)
+        & ~(rr <= _AGREEMENT**2 * squared_tolerance)
+    )
+    worse = jnp.maximum(end.reason, StopReason.STAGNATED.value)
+    reason = jnp.where(stagnates, worse, end.reason).astype(jnp.int32)
+    return LoopEnd(select(end.x, start), rr, end.num_steps, reason)
 
 
 def _axpy(scale: Array, x: PyTree, y: PyTree) -> PyTree:

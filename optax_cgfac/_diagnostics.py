@@ -3,7 +3,9 @@
 from typing import Any
 
 import jax
+import numpy as np
 
+from optax_cgfac._cg import StopReason
 from optax_cgfac._paths import leaves_by_path, text
 from optax_cgfac._step import CGFACState
 from optax_cgfac._transform import ScaleByCGFACState
@@ -22,10 +24,11 @@ def diagnostics(opt_state: Any, params: PyTree = None) -> dict[str, Any]:
         state holds none.
 
     Returns:
-      A dict with ``"layers"``, for every layer its ``"cg_steps"``, its relative
-      ``"residual"`` and its ``"num_fallbacks"`` (by the number of the parameter
-      where the solves are direct and the state holds no names); for `cgfac` also
-      ``"damping"``, ``"step_size"``, ``"momentum"``, ``"reduction_ratio"`` and
+      A dict with ``"layers"``, for every layer its ``"cg_steps"``, its true relative
+      ``"residual"`` (-1 where it was not computed), its ``"num_fallbacks"`` and the
+      ``"stop_reason"`` of its solve, a `StopReason` as int32 (by the number of the
+      parameter where the solves are direct and the state holds no names); for `cgfac`
+      also ``"damping"``, ``"step_size"``, ``"momentum"``, ``"reduction_ratio"`` and
       ``"num_rejected"``.
 
     Raises:
@@ -101,6 +104,36 @@ def scalars(
     return flat
 
 
+def stop_reasons(opt_state: Any, params: PyTree = None) -> dict[str, str]:
+    """Returns why the last solve of every layer ended, by name.
+
+    For people to read: it waits for the device, and is not for use under `jax.jit`,
+    where `diagnostics` has the same as numbers.
+
+    Args:
+      opt_state: As in `diagnostics`.
+      params: As in `diagnostics`.
+
+    Returns:
+      Names of `StopReason` by layer; of several states side by side, the worst.
+
+    Raises:
+      ValueError: As `diagnostics`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_cgfac
+      >>> tx = optax_cgfac.cgfac(damping=0.1)
+      >>> state = tx.init({"Dense_0": {"kernel": jnp.ones((2, 3))}})
+      >>> stop_reasons(state)
+      {'Dense_0': 'UNSOLVED'}
+    """
+    layers = diagnostics(opt_state, params)["layers"]
+    return {
+        name: StopReason(int(np.max(values["stop_reason"]))).name
+        for name, values in layers.items()
+    }
+
+
 def _layers(
     state: CGFACState | ScaleByCGFACState, params: PyTree
 ) -> dict[str, dict[str, Any]]:
@@ -116,6 +149,7 @@ def _layers(
             "cg_steps": state.info.num_steps[..., index],
             "residual": state.info.residual[..., index],
             "num_fallbacks": state.info.num_fallbacks[..., index],
+            "stop_reason": state.info.reason[..., index],
         }
         for index, path in enumerate(paths)
     }

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from optax_cgfac._cg import CGInfo, cg_loop
+from optax_cgfac._cg import CGInfo, StopReason, certified, cg_loop
 from optax_cgfac._numerics import (
     matmul,
     safe_divide,
@@ -227,8 +227,8 @@ def solve_by_cg(
 
     Returns:
       The solution, like ``b``, and a `CGInfo` of both sides: the iterations of
-      the two together, and the relative residuals of the two, as one norm, times
-      ``‖b‖``.
+      the two together, the relative residuals of the two systems, recomputed, as one
+      norm, times ``‖b‖``, and the worse of the two reasons.
 
     Example:
       >>> import jax.numpy as jnp
@@ -250,6 +250,7 @@ def solve_by_cg(
         jnp.hypot(left_info.residual_norm, right_info.residual_norm)
         * jnp.sqrt(jnp.sum(b * b)),
         left_info.converged & right_info.converged,
+        jnp.maximum(left_info.reason, right_info.reason),
     )
 
 
@@ -272,17 +273,30 @@ def _cg_side(
         residual = rhs - matmul(system, start)
     rhs_squared = jnp.sum(rhs * rhs, 0)
     tolerance = jnp.asarray(rtol, b.dtype) ** 2 * rhs_squared
-    z, squared_norms, num_steps = cg_loop(
+
+    def dot(u: Array, v: Array) -> Array:
+        return jnp.sum(u * v, 0)
+
+    end = cg_loop(
         lambda v: matmul(system, v),
         residual,
         start,
-        dot=lambda u, v: jnp.sum(u * v, 0),
+        dot=dot,
         squared_tolerance=tolerance,
         max_steps=max_steps,
     )
-    relative = safe_divide(jnp.sum(squared_norms), jnp.sum(rhs_squared))
-    return side.lift(b, z), CGInfo(
-        num_steps,
+    end = certified(
+        end,
+        start=start,
+        start_residual=residual,
+        residual=rhs - matmul(system, end.x),
+        dot=dot,
+        squared_tolerance=tolerance,
+    )
+    relative = safe_divide(jnp.sum(end.squared_norm), jnp.sum(rhs_squared))
+    return side.lift(b, end.x), CGInfo(
+        end.num_steps,
         jnp.sqrt(relative),
-        jnp.all((squared_norms <= tolerance) & jnp.isfinite(tolerance)),
+        jnp.all(end.reason == StopReason.CONVERGED.value),
+        jnp.max(end.reason),
     )

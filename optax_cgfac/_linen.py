@@ -7,8 +7,8 @@ backward pass. Both collections are put into the root scope when the outermost
 module call begins, so the user's model and ``apply`` call stay as they are, and
 Flax's lifted transforms carry them like any other variables.
 
-This file alone touches `flax.core.Scope`; ``tests/unit/test_linen.py`` fails with
-a clear message where Flax changes what it relies on.
+What it relies on in `flax.core.Scope` is hardly documented there:
+``tests/contract/test_flax_hooks.py`` says by name what Flax has changed.
 """
 
 import contextlib

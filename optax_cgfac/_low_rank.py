@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_cgfac._factored import split_damping
-from optax_cgfac._numerics import matmul, over_batch, safe_divide, scaled
+from optax_cgfac._numerics import matmul, orthonormal, over_batch, safe_divide, scaled
 from optax_cgfac._operators import KroneckerOperator
 from optax_cgfac._types import Array
 
@@ -233,7 +233,7 @@ def _leading_eigenpairs(matrices: Array, start: Array | None) -> tuple[Array, Ar
         norm = jnp.sqrt(jnp.sum(start**2, (-2, -1), keepdims=True))
         basis = safe_divide(start, norm) + 0.1 / noise.size**0.5 * noise
         for _ in range(_POWER_STEPS):
-            basis, _ = over_batch(jnp.linalg.qr, matmul(scaled_down, basis))
+            basis = orthonormal(matmul(scaled_down, basis))
         small = matmul(basis.mT, matmul(scaled_down, basis))
         values, rotation = over_batch(jnp.linalg.eigh, small)
         vectors = matmul(basis, rotation)

@@ -206,6 +206,54 @@ def _pad_with_identity(matrix: Array, size: int) -> Array:
     return padded + jnp.diag(ones.astype(matrix.dtype))
 
 
+def orthonormal(matrices: Array) -> Array:
+    """Returns orthonormal bases of the columns of a batch ``(k, m, n)``, ``m >= n``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(jnp.abs(orthonormal(jnp.array([[[3.0], [4.0]]]))))
+      [[[0.6]
+        [0.8]]]
+    """
+    # GPU libraries factorise the matrices of a batch one after the other, by
+    # Householder reflections that are no matrix products (benchmarks/LOG.md, 21).
+    return jax.lax.platform_dependent(
+        matrices,
+        cpu=lambda x: over_batch(lambda y: jnp.linalg.qr(y)[0], x),
+        default=cholesky_qr,
+    )
+
+
+def cholesky_qr(matrices: Array) -> Array:
+    """Orthonormalizes the columns of a batch ``(k, m, n)`` by Cholesky factorisations.
+
+    Three rounds, each with a shift that keeps the matrix definite, so that dependent
+    columns do no harm: ``QᵀQ ≤ I`` always, and columns that depend on others to within
+    rounding come out shorter than one, where `jnp.linalg.qr` makes up directions.
+
+    Args:
+      matrices: Shape ``(k, m, n)``, ``m >= n``.
+
+    Returns:
+      The bases, like ``matrices``.
+
+    References:
+      Fukaya, Kannan, Nakatsukasa, Yamamoto & Yanagisawa (2020), "Shifted Cholesky QR
+      for computing the QR factorization of ill-conditioned matrices", algorithm 4.2,
+      with the shift of its first round in all three.
+    """
+    identity = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
+    for _ in range(3):
+        gram = matmul(matrices.mT, matrices)
+        # Of the largest entry, not the trace: the last shift is what a length lacks.
+        shift = tiny_shift(jnp.max(jnp.diagonal(gram, axis1=-2, axis2=-1), -1))
+        factor = jnp.linalg.cholesky(gram + shift[..., None, None] * identity)
+        matrices = jax.lax.linalg.triangular_solve(
+            factor, matrices, left_side=False, lower=True, transpose_a=True
+        )
+    return matrices
+
+
 def over_batch(function: Callable[[Array], Any], matrices: Array) -> Any:
     """Calls a function of LAPACK's for every matrix of a batch ``(k, m, n)``.
 

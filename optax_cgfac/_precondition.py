@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_cgfac._auto_axes import with_auto_axes
+from optax_cgfac._cg import UNKNOWN, CGInfo, StopReason, direct_info
 from optax_cgfac._curvature import Curvature, check_units
 from optax_cgfac._layers import (
     LayerTag,
@@ -19,10 +20,16 @@ from optax_cgfac._layers import (
     rows_for_leaves,
 )
 from optax_cgfac._low_rank import LayerSpectra, solve_low_rank, split_dampings
-from optax_cgfac._numerics import safe_divide
 from optax_cgfac._paths import Path, leaves_by_path, map_with_path, text
 from optax_cgfac._rows import num_rows
-from optax_cgfac._solve import SolveConfig, exact_info, make_plan, solve_layers
+from optax_cgfac._solve import (
+    SolveConfig,
+    checked,
+    damped_operator,
+    make_plan,
+    relative_residual,
+    solve_layers,
+)
 from optax_cgfac._spread import spread, spread_size
 from optax_cgfac._types import Array, PyTree
 
@@ -36,22 +43,26 @@ class SolveInfo(NamedTuple):
 
     Attributes:
       num_steps: CG iterations, int32; 0 for direct solves.
-      residual: Residual norm relative to the gradient's.
+      residual: Norm of the true residual relative to the gradient's; -1 where it was
+        not computed: a direct solve computes it with ``certify=True`` only.
       num_fallbacks: Solves so far whose result was not finite and was replaced.
+      reason: Why the solve ended, a `StopReason` as int32.
     """
 
     num_steps: Array
     residual: Array
     num_fallbacks: Array
+    reason: Array
 
 
 def init_info(params: PyTree) -> SolveInfo:
     """Returns the info of before the first solve."""
     shape = (len(jax.tree.leaves(params)),)
     return SolveInfo(
-        jnp.zeros(shape, jnp.int32),
-        jnp.zeros(shape, jnp.float32),
-        jnp.zeros(shape, jnp.int32),
+        num_steps=jnp.zeros(shape, jnp.int32),
+        residual=jnp.full(shape, UNKNOWN, jnp.float32),
+        num_fallbacks=jnp.zeros(shape, jnp.int32),
+        reason=jnp.full(shape, StopReason.UNSOLVED.value, jnp.int32),
     )
 
 
@@ -159,6 +170,7 @@ class _Solved(NamedTuple):
     num_steps: Array
     residual: Array
     failed: Array
+    reason: Array
 
 
 def _problem(
@@ -218,6 +230,7 @@ def _solve_spread(
                 jnp.max(jnp.stack([x.num_steps for x in of_problem])),
                 jnp.max(jnp.stack([x.residual for x in of_problem])),
                 jnp.max(jnp.stack([x.failed for x in of_problem])),
+                jnp.max(jnp.stack([x.reason for x in of_problem])),
             )
         )
     return results
@@ -271,9 +284,12 @@ def _solve(
     dampings = split_dampings([spectra for _, _, spectra in pairs], gamma)
     for (index, problem, spectra), split in zip(pairs, dampings, strict=True):
         blocks, is_finite = solve_low_rank(spectra, split, problem.blocks)
-        exact = exact_info(problem.tag.dtype)
-        failed = (~is_finite).astype(jnp.int32)
-        solved[index] = _Solved(blocks, exact.num_steps, exact.residual_norm, failed)
+        info, b = direct_info(problem.tag.dtype, StopReason.LOW_RANK), problem.blocks[0]
+        if config.certify:
+            b, x = (jnp.concatenate(part, -2) for part in (problem.blocks, blocks))
+            damped = damped_operator(problem.operator, gamma, config.damping_form)
+            info = checked(config, damped, b, x, info)
+        solved[index] = _as_solved(blocks, info, b, ~is_finite)
     others = [(i, p, p.blocks[0]) for i, p in enumerate(problems) if p.spectra is None]
     results = solve_layers(
         config,
@@ -284,14 +300,21 @@ def _solve(
     )
     for (index, problem, b), (x, info) in zip(others, results, strict=True):
         x, failed = _replace_non_finite(x, b, problem.operator, gamma)
-        relative = safe_divide(info.residual_norm, jnp.sqrt(jnp.sum(b**2, (-2, -1))))
-        solved[index] = _Solved(
-            [x],
-            jnp.max(info.num_steps),
-            jnp.max(relative),
-            failed.astype(jnp.int32),
-        )
+        solved[index] = _as_solved([x], info, b, failed)
     return [solved[index] for index in range(len(problems))]
+
+
+def _as_solved(blocks: list[Array], info: CGInfo, b: Array, failed: Array) -> _Solved:
+    """Returns one layer's result; of stacked layers, the worst."""
+    relative = relative_residual(info, jnp.sqrt(jnp.sum(b**2, (-2, -1))))
+    reason = jnp.where(failed, StopReason.NOT_FINITE.value, jnp.max(info.reason))
+    return _Solved(
+        blocks,
+        jnp.max(info.num_steps),
+        jnp.max(relative),
+        failed.astype(jnp.int32),
+        reason.astype(jnp.int32),
+    )
 
 
 def _replace_non_finite(
@@ -311,12 +334,16 @@ def _merge_info(
 ) -> SolveInfo:
     columns = []
     for index, path in enumerate(paths):
-        steps, residual, failed = (x[index] for x in info)
+        column = SolveInfo(*(x[index] for x in info))
         if path in infos:
             solved = infos[path]
-            steps, residual = solved.num_steps, solved.residual
-            failed = failed + solved.failed
-        columns.append((steps, residual, failed))
+            column = SolveInfo(
+                num_steps=solved.num_steps,
+                residual=solved.residual,
+                num_fallbacks=column.num_fallbacks + solved.failed,
+                reason=solved.reason,
+            )
+        columns.append(column)
     stacked = [jnp.stack(x) for x in zip(*columns, strict=True)]
     return SolveInfo(*(x.astype(y.dtype) for x, y in zip(stacked, info, strict=True)))
 

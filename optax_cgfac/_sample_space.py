@@ -13,8 +13,9 @@ An iteration costs ``4R³`` flops instead of the ``8Rn`` of parameter space (the
 idea of Ren & Goldfarb 2019, section 3, carried from a direct solve to CG).
 
 Attainable accuracy: the inner product of a small vector is a difference of terms of the
-size of ``‖d‖²``, so that residuals below ``√eps ‖b‖`` are rounding. Iterations for such
-a tolerance are wasted; solve in parameter space, or directly, where they are needed.
+size of ``‖d‖²``, so that residuals below about ``√eps ‖d‖`` are rounding. No step is
+taken on such numbers, and the solve ends as `StopReason.STAGNATED`; solve in parameter
+space, or directly, where a smaller tolerance is needed.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._cg import CGInfo, cg_loop
+from optax_cgfac._cg import CGInfo, certified, cg_loop, direct_info
 from optax_cgfac._fisher_blocks import BlockFisherOperator, FullFisherOperator
 from optax_cgfac._numerics import (
     matmul,
@@ -35,6 +36,11 @@ from optax_cgfac._numerics import (
 from optax_cgfac._operators import KroneckerOperator
 from optax_cgfac._rows import gram, times, transpose_times
 from optax_cgfac._types import Array, PyTree
+
+# Rounding errors of an inner product in units of eps times the sum of its terms'
+# magnitudes. Each term is a sum of R² products, and the products with the Gram matrices
+# are rounded too.
+_ROUNDING = 8.0
 
 
 class _Coefficients(NamedTuple):
@@ -168,36 +174,52 @@ def cg_on_coefficients(
             damping * vector.q + s * space.gram(image),
         )
 
-    def dot(x: _Coefficients, y: _Coefficients) -> Array:
+    def terms(x: _Coefficients, y: _Coefficients) -> tuple[Array, ...]:
         return (
-            x.c * y.c * d_squared
-            + x.c * jnp.sum(t * y.theta)
-            + y.c * jnp.sum(t * x.theta)
-            + jnp.sum(x.theta * y.q)
+            x.c * y.c * d_squared,
+            x.c * jnp.sum(t * y.theta),
+            y.c * jnp.sum(t * x.theta),
+            jnp.sum(x.theta * y.q),
         )
 
+    def dot(x: _Coefficients, y: _Coefficients) -> Array:
+        return sum(terms(x, y), start=jnp.zeros((), dtype))
+
+    def rounding(x: _Coefficients, y: _Coefficients) -> Array:
+        sizes = [jnp.abs(term) for term in terms(x, y)]
+        return _ROUNDING * jnp.finfo(dtype).eps * sum(sizes, start=jnp.zeros((), dtype))
+
     zeros = jnp.zeros_like(t)
+    start = _Coefficients(jnp.zeros((), dtype), zeros, zeros)
     tolerance = jnp.maximum(
         jnp.asarray(rtol) ** 2 * tree_dot(b, b), jnp.asarray(atol) ** 2
     ).astype(dtype)
-    solution, squared_norm, num_steps = cg_loop(
+    end = cg_loop(
         matvec,
         residual,
-        _Coefficients(jnp.zeros((), dtype), zeros, zeros),
+        start,
         dot=dot,
         squared_tolerance=tolerance,
         max_steps=max_steps,
+        rounding=rounding,
     )
-    x = jax.tree.map(
-        lambda d, back: solution.c * d + back, d, space.lift(solution.theta)
+    # The coefficients are the solution, and what travelled along is computed anew.
+    c, theta = end.x.c, end.x.theta
+    q = space.gram(theta)
+    left = residual.theta - damping * theta - s * (c * t + q)
+    end = certified(
+        end._replace(x=_Coefficients(c, theta, q)),
+        start=start,
+        start_residual=residual,
+        residual=_Coefficients(residual.c - damping * c, left, space.gram(left)),
+        dot=dot,
+        squared_tolerance=tolerance,
+        rounding=rounding,
     )
-    # The inner product of a small vector is a difference of large terms: below their
-    # rounding it says nothing, and may be negative.
-    squared_norm = jnp.maximum(squared_norm, jnp.finfo(dtype).eps * tree_dot(b, b))
-    norm = jnp.sqrt(squared_norm)
+    back = space.lift(end.x.theta)
+    x = jax.tree.map(lambda d, back: end.x.c * d + back, d, back)
     x = x if x0 is None else jax.tree.map(jnp.add, x0, x)
-    converged = (squared_norm <= tolerance) & jnp.isfinite(tolerance)
-    return x, CGInfo(num_steps, norm, converged)
+    return x, end.info()
 
 
 def solve_on_units(
@@ -239,5 +261,4 @@ def solve_on_units(
     z = matmul(spd_inverses([system])[0], operator.project(b)[:, None])[:, 0]
     back = operator.lift(z * jnp.asarray(operator.scale, z.dtype))
     x = jax.tree.map(lambda b, back: (b - back) / damping, b, back)
-    zero = jnp.zeros((), k.dtype)
-    return x, CGInfo(jnp.zeros((), jnp.int32), zero, jnp.array(True))
+    return x, direct_info(k.dtype)

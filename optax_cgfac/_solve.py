@@ -7,7 +7,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._cg import CGInfo, conjugate_gradient
+from optax_cgfac._cg import (
+    UNKNOWN,
+    CGInfo,
+    conjugate_gradient,
+    direct_info,
+    with_residual,
+)
 from optax_cgfac._checks import check_positive, is_number
 from optax_cgfac._factored import factored_damping, solve_by_cg, solve_directly
 from optax_cgfac._fisher_blocks import FullFisherOperator
@@ -45,13 +51,14 @@ class SolveConfig:
     preconditioner: Literal["jacobi"] | None = None
     structure: Structure = "kronecker"
     axis: str | None = None
+    certify: bool = False
 
     def __post_init__(self):
         """Checks every option.
 
         Raises:
           ValueError: If an option has an unknown value or two do not go together.
-          TypeError: If ``axis`` is no name.
+          TypeError: If ``axis`` is no name or ``certify`` no bool.
         """
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
@@ -71,6 +78,8 @@ class SolveConfig:
                 "solve_axis must be the name of a mesh axis or None, got "
                 f"{self.axis!r}."
             )
+        if not isinstance(self.certify, bool):
+            raise TypeError(f"certify must be True or False, got {self.certify!r}.")
         check_positive("max_steps", self.max_steps, may_be_array=True)
         if is_number(self.rtol) and not 0 <= self.rtol < 1:
             raise ValueError(f"rtol must lie in [0, 1), got {self.rtol!r}.")
@@ -272,7 +281,7 @@ def solve_layers(
 
     Returns:
       For each layer the solution, like its ``b``, and a `CGInfo` with entries of
-      shape ``stack`` (scalars for direct solves).
+      shape ``stack`` (scalars for direct solves that are not certified).
     """
     if config.structure == "full":
         return _solve_jointly(config, operators, damping, bs, x0s)
@@ -282,7 +291,10 @@ def solve_layers(
             for operator, b, x0 in zip(operators, bs, x0s, strict=True)
         ]
     damped = [factored_damping(operator, damping) for operator in operators]
-    return [(x, exact_info(x.dtype)) for x in solve_directly(damped, bs)]
+    return [
+        (x, checked(config, operator, b, x, direct_info(x.dtype)))
+        for x, operator, b in zip(solve_directly(damped, bs), damped, bs, strict=True)
+    ]
 
 
 def _solve_layer(
@@ -308,8 +320,6 @@ def _solve_layer(
     n_in, n_out = num_features(operator.a), num_features(operator.g)
     plan = make_plan(config, num_rows(operator.a), n_in, n_out)
     damped = damped_operator(operator, damping, config.damping_form)
-    if plan.solver == "eigendecomposition":
-        return solve_by_eigendecomposition(damped, b), exact_info(b.dtype)
     limits = {"max_steps": config.max_steps, "rtol": config.rtol}
     if plan.space == "parameter":
         jacobi = config.preconditioner == "jacobi"
@@ -320,9 +330,13 @@ def _solve_layer(
             **limits,
             preconditioner=jacobi_preconditioner(damped) if jacobi else None,
         )
-    if config.damping_form == "tikhonov":
-        return conjugate_gradient_on_rows(operator, damping, b, x0, **limits)
-    return solve_by_cg(damped, b, x0, **limits)
+    if plan.solver == "eigendecomposition":
+        x, info = solve_by_eigendecomposition(damped, b), direct_info(b.dtype)
+    elif config.damping_form == "tikhonov":
+        x, info = conjugate_gradient_on_rows(operator, damping, b, x0, **limits)
+    else:
+        x, info = solve_by_cg(damped, b, x0, **limits)
+    return x, checked(config, damped, b, x, info)
 
 
 def _solve_units(
@@ -331,9 +345,11 @@ def _solve_units(
     """The solve with an exact Fisher, of one layer or of all."""
     limits = {"max_steps": config.max_steps, "rtol": config.rtol}
     direct = config.solver == "cholesky"
+    damped = DampedOperator(operator, damping)
     if config.space == "parameter" and not direct:
-        return conjugate_gradient(DampedOperator(operator, damping), b, x0, **limits)
-    return solve_on_units(operator, damping, b, x0, direct=direct, **limits)
+        return conjugate_gradient(damped, b, x0, **limits)
+    x, info = solve_on_units(operator, damping, b, x0, direct=direct, **limits)
+    return x, checked(config, damped, b, x, info)
 
 
 def _solve_jointly(
@@ -349,15 +365,39 @@ def _solve_jointly(
     full = FullFisherOperator(tuple(operators))
     xs, info = _solve_units(config, full, damping, b, x0)
     # Every layer reports the residual of the whole system, relative to its gradient.
-    relative = safe_divide(info.residual_norm, jnp.sqrt(tree_dot(b, b)))
+    relative = relative_residual(info, jnp.sqrt(tree_dot(b, b)))
     norms = [jnp.sqrt(jnp.sum(leaf**2, (-2, -1))) for leaf in b]
     return [
-        (x, info._replace(residual_norm=relative * norm))
-        for x, norm in zip(xs, norms, strict=True)
+        (x, info._replace(residual_norm=jnp.where(relative < 0, UNKNOWN, relative * n)))
+        for x, n in zip(xs, norms, strict=True)
     ]
 
 
-def exact_info(dtype: jnp.dtype | str) -> CGInfo:
-    """Returns the info of a direct solve."""
-    zero = jnp.zeros((), dtype)
-    return CGInfo(jnp.zeros((), jnp.int32), zero, jnp.array(True))
+def relative_residual(info: CGInfo, b_norm: Array) -> Array:
+    """Returns the residual relative to the right-hand side, -1 where it is unknown."""
+    relative = safe_divide(info.residual_norm, b_norm)
+    return jnp.where(info.residual_norm < 0, UNKNOWN, relative)
+
+
+def checked(config: SolveConfig, damped: Any, b: Any, x: Any, info: CGInfo) -> CGInfo:
+    """Computes the residual of ``damped x = b`` with one product, if asked for.
+
+    Args:
+      config: The options.
+      damped: The damped operator.
+      b: The right-hand side, a matrix (or stacked ones), or one for each layer.
+      x: The solution, like ``b``.
+      info: How the solve went.
+
+    Returns:
+      The `CGInfo` with the residual's norm, of shape ``stack``.
+    """
+    if not config.certify:
+        return info
+
+    def norm(v: Any) -> Array:
+        squares = tree_dot(v, v) if isinstance(v, list) else jnp.sum(v**2, (-2, -1))
+        return jnp.sqrt(squares)
+
+    residual = jax.tree.map(jnp.subtract, b, damped.matvec(x))
+    return with_residual(info, norm(residual), config.rtol * norm(b))

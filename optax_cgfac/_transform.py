@@ -43,6 +43,7 @@ def scale_by_cgfac(
     warm_start: bool = True,
     preconditioner: Literal["jacobi"] | None = None,
     solve_axis: str | None = None,
+    certify: bool = False,
     missing: Missing = "raise",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales gradients by the inverse of the damped Kronecker-factored Fisher.
@@ -81,6 +82,10 @@ def scale_by_cgfac(
         cost, and the solutions gathered; None to solve all of them on every device.
         The axis of the `jax.shard_map` around the update, or under `jax.jit` one of
         the mesh that `jax.set_mesh` has set.
+      certify: Whether every solve ends with one more product with the layer's operator
+        that tells its true residual (see `diagnostics`). Without it CG reports the
+        residual that it recomputes in its own space (among rows accurate to the root
+        of the precision), and a solve without iterations none.
       missing: What to do without ``curvature=``: ``"raise"``, or ``"gradient"``
         to pass gradients through.
 
@@ -118,6 +123,7 @@ def scale_by_cgfac(
         preconditioner=preconditioner,
         structure=structure,
         axis=solve_axis,
+        certify=certify,
     )
     return _scale_by(config, damping, warm_start and config.is_iterative, missing)
 
@@ -127,6 +133,7 @@ def scale_by_kfac(
     *,
     damping_form: Literal["tikhonov", "factored"] = "tikhonov",
     solve_axis: str | None = None,
+    certify: bool = False,
     missing: Missing = "raise",
 ) -> optax.GradientTransformationExtraArgs:
     """Like `scale_by_cgfac`, solved exactly by eigendecompositions of the factors.
@@ -138,6 +145,7 @@ def scale_by_kfac(
       damping: As in `scale_by_cgfac`.
       damping_form: As in `scale_by_cgfac`.
       solve_axis: As in `scale_by_cgfac`.
+      certify: As in `scale_by_cgfac`.
       missing: As in `scale_by_cgfac`.
 
     Returns:
@@ -153,7 +161,10 @@ def scale_by_kfac(
       Martens & Grosse (2015); Chen (2021), Algorithm 1.
     """
     config = SolveConfig(
-        damping_form=damping_form, solver="eigendecomposition", axis=solve_axis
+        damping_form=damping_form,
+        solver="eigendecomposition",
+        axis=solve_axis,
+        certify=certify,
     )
     return _scale_by(config, damping, False, missing)
 

@@ -167,7 +167,7 @@ def residuals(
     steps: Sequence[float] | None = None,
     ax: "Axes | None" = None,
 ) -> "Axes":
-    """Draws the relative residual of every layer's conjugate gradients over training.
+    """Draws the relative residual of every layer's solve over training.
 
     Args:
       history: What `optax_cgfac.diagnostics` returned after each update, or its
@@ -177,11 +177,11 @@ def residuals(
       ax: Where to draw; None for a new figure.
 
     Returns:
-      The axes. A residual of zero is left out of its line.
+      The axes. A residual that was not computed, or is zero, is left out of its line.
 
     Raises:
       ValueError: If there is nothing to draw: no entries, an unknown layer, or direct
-        solves, whose residuals are zero.
+        solves, which compute no residual unless told to.
       TypeError: If the entries are not what `optax_cgfac.diagnostics` returns.
 
     Example:
@@ -203,8 +203,8 @@ def residuals(
     found = {name: series[name]["residual"] for name in layers or series}
     if not any(np.any(values > 0) for values in found.values()):
         raise ValueError(
-            "Every residual is zero, as those of direct solves are. Residuals come "
-            "from conjugate gradients: cgfac(solver='cg') or scale_by_cgfac."
+            "No residual was computed. Conjugate gradients have one, as in "
+            "cgfac(solver='cg'); direct solves with certify=True only."
         )
     x = positions_of(steps, len(next(iter(found.values()))))
     ax = new_axes(ax)

@@ -179,29 +179,35 @@ def test_parameters_on_a_mesh_with_explicit_axes():
 
 
 class Module(nnx.Module):
-    def __init__(self, rngs, sharded):
+    def __init__(self, rngs, sharded, gathers=False):
         init = nnx.initializers.lecun_normal()
 
         def by(*names):
             return nnx.with_partitioning(init, names) if sharded else init
 
+        self.gathers = gathers
+        out = by(None, None) if gathers else by("model", None)
         self.hidden = nnx.Linear(20, 24, rngs=rngs, kernel_init=by(None, "model"))
-        self.out = nnx.Linear(24, 4, rngs=rngs, kernel_init=by("model", None))
+        self.out = nnx.Linear(24, 4, rngs=rngs, kernel_init=out)
 
     def __call__(self, x):
-        return self.out(nnx.tanh(self.hidden(x)))
+        x = nnx.tanh(self.hidden(x))
+        if self.gathers:  # explicit axes have to be told where features come together
+            x = jax.sharding.reshard(x, P())
+        return self.out(x)
 
 
-def nnx_run(sharded):
+def nnx_run(sharded, kind=AxisType.Auto):
     x, y = data()
-    module = Module(nnx.Rngs(0), sharded)
+    gathers = sharded and kind == AxisType.Explicit
+    module = Module(nnx.Rngs(0), sharded, gathers)
     est = optax_cgfac.fisher_estimator(
         lambda m, x: m(x), "squared_error", kind="exact", rows=32, rank=None
     )
     optimizer = nnx.Optimizer(module, optax_cgfac.cgfac(), wrt=nnx.Param)
     curvature = est.init(module, x)
     if sharded:
-        split = NamedSharding(mesh(), P("data"))
+        split = NamedSharding(mesh(kind), P("data"))
         x, y = jax.device_put(x, split), jax.device_put(y, split)
 
     @nnx.jit
@@ -226,10 +232,11 @@ def nnx_run(sharded):
     return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
 
-def test_nnx_parameters_with_sharding_metadata():
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_nnx_parameters_with_sharding_metadata(kind):
     expected = nnx_run(False)
-    with jax.set_mesh(mesh()):
-        params = nnx_run(True)
+    with jax.set_mesh(mesh(kind)):
+        params = nnx_run(True, kind)
     assert params["hidden"]["kernel"].sharding.spec == P(None, "model")
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),

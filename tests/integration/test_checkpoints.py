@@ -1,5 +1,6 @@
 """A run that is stopped, saved by Orbax and resumed goes on as if nothing had been."""
 
+import functools
 import pathlib
 import subprocess
 import sys
@@ -10,8 +11,8 @@ import numpy as np
 import orbax.checkpoint
 import pytest
 
-from optax_cgfac import cgfac, scale_by_cgfac
-from steps import problem
+from optax_cgfac import TrainState, cgfac, scale_by_cgfac
+from steps import model_fn, problem
 
 FACTORIES = {
     "cgfac": cgfac,
@@ -28,20 +29,52 @@ def run(step, state, batch, first, last):
     return state, losses
 
 
-@pytest.mark.parametrize("name", FACTORIES)
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, tmp_path):
-    p, tx = problem(), FACTORIES[name]()
-    step = jax.jit(p.step(tx))
-    whole, losses = run(step, p.start(tx), p.batch, 0, 12)
+def plain_loop(tx):
+    p = problem()
+    return functools.partial(p.start, tx), p.step(tx)
 
-    state, before = run(step, p.start(tx), p.batch, 0, 7)
+
+def flax_train_state(tx):
+    p = problem()
+
+    def start():
+        return TrainState.create(
+            apply_fn=model_fn, params=p.params, tx=tx, curvature=p.curvature()
+        )
+
+    def step(state, batch, rng):
+        value, grads = jax.value_and_grad(p.loss)(state.params, batch)
+        curvature = p.estimator.update(
+            state.curvature, state.params, batch["x"], rng=rng
+        )
+        state = state.apply_gradients(
+            grads=grads,
+            curvature=curvature,
+            value=value,
+            value_fn=lambda params: p.loss(params, batch),
+        )
+        return state, value
+
+    return start, step
+
+
+@pytest.mark.parametrize(
+    ("name", "loop"),
+    [*((name, plain_loop) for name in FACTORIES), ("cgfac", flax_train_state)],
+)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, loop, tmp_path):
+    batch, (start, step) = problem().batch, loop(FACTORIES[name]())
+    step = jax.jit(step)
+    whole, losses = run(step, start(), batch, 0, 12)
+
+    state, before = run(step, start(), batch, 0, 7)
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "saved", state)
         checkpointer.wait_until_finished()
-        like = jax.eval_shape(lambda: p.start(tx))
+        like = jax.eval_shape(start)
         restored = checkpointer.restore(tmp_path / "saved", like)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
-    resumed, after = run(step, restored, p.batch, 7, 12)
+    resumed, after = run(step, restored, batch, 7, 12)
     np.testing.assert_array_equal(before + after, losses)
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
 

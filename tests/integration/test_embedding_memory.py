@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen as nn
-from jax.extend.core import subjaxprs
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 import optax_cgfac
 
@@ -21,13 +21,17 @@ class Tokens(nn.Module):
         return embed.attend(x) if self.tied else nn.Dense(7, name="out")(x)
 
 
+def is_program(x):
+    return isinstance(x, (ClosedJaxpr, Jaxpr))
+
+
 def sizes(jaxpr):
     """The size and shape of everything a program computes, loops included."""
     for equation in jaxpr.eqns:
         for variable in equation.outvars:
             yield variable.aval.size, variable.aval.shape, str(equation.primitive)
-    for inner in subjaxprs(jaxpr):
-        yield from sizes(inner)
+        for inner in filter(is_program, jax.tree.leaves(equation.params, is_program)):
+            yield from sizes(getattr(inner, "jaxpr", inner))
 
 
 OPTIONS = {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import oracles
-from optax_cgfac import CGInfo, DiagonalOperator, conjugate_gradient
+from optax_cgfac import CGInfo, DiagonalOperator, StopReason, conjugate_gradient
 from optax_cgfac._cg import cg_loop
 
 
@@ -147,7 +147,7 @@ def test_a_zero_right_hand_side_gives_zero():
     matrix, b, x0 = dense_problem("float32")
     x, info = solve(DenseOperator(matrix), 0 * b, max_steps=5)
     assert not np.any(x)
-    assert info == CGInfo(0, 0.0, True)
+    assert info == CGInfo(0, 0.0, True, StopReason.CONVERGED)
     # From a warm start there is no relative tolerance to reach.
     x, _ = solve(DenseOperator(matrix), 0 * b, x0, max_steps=50)
     assert np.linalg.norm(x) < 1e-3 * np.linalg.norm(x0)
@@ -223,6 +223,14 @@ def test_at_least_one_step_is_asked_for(max_steps):
         )
 
 
+@pytest.mark.parametrize("value", [-0.5, float("nan")])
+@pytest.mark.parametrize("name", ["rtol", "atol"])
+def test_a_negative_tolerance_is_refused(name, value):
+    operator, b = DiagonalOperator(jnp.ones(2)), jnp.ones(2)
+    with pytest.raises(ValueError, match=f"{name} must not be negative, got {value}"):
+        conjugate_gradient(operator, b, max_steps=2, **{name: value})
+
+
 def columns_problem():
     matrix, b, x0 = dense_problem("float32")
     return matrix, jnp.stack([b, 0 * b, 1e3 * x0, matrix @ b], 1)
@@ -243,7 +251,9 @@ def solve_columns(matrix, b, squared_tolerance, max_steps):
 def test_columns_are_independent_systems_with_their_own_stop(max_steps):
     matrix, b = columns_problem()
     tolerance = 1e-6 * jnp.sum(b * b, 0)
-    x, squared_norms, num_steps = solve_columns(matrix, b, tolerance, max_steps)
+    x, squared_norms, num_steps, reasons = solve_columns(
+        matrix, b, tolerance, max_steps
+    )
     steps = []
     for column in range(b.shape[1]):
         expected, info = solve(
@@ -252,6 +262,7 @@ def test_columns_are_independent_systems_with_their_own_stop(max_steps):
         scale = max(np.linalg.norm(expected), 1.0)
         assert np.linalg.norm(x[:, column] - expected) < 1e-3 * scale
         assert info.converged == (squared_norms[column] <= tolerance[column])
+        assert info.reason == reasons[column]
         steps.append(int(info.num_steps))
     assert num_steps == max(steps)
     assert len(set(steps)) > 1
@@ -260,7 +271,8 @@ def test_columns_are_independent_systems_with_their_own_stop(max_steps):
 def test_a_bad_column_does_not_spoil_the_others():
     matrix, b = columns_problem()
     tolerance = 1e-6 * jnp.sum(b * b, 0)
-    expected, _, _ = solve_columns(matrix, b, tolerance, 20)
-    x, _, _ = solve_columns(matrix, b.at[3, 1].set(jnp.nan), tolerance, 20)
+    expected = solve_columns(matrix, b, tolerance, 20).x
+    x, _, _, reasons = solve_columns(matrix, b.at[3, 1].set(jnp.nan), tolerance, 20)
     np.testing.assert_allclose(x[:, [0, 2, 3]], expected[:, [0, 2, 3]], rtol=1e-6)
     assert not np.any(x[:, 1])
+    assert np.flatnonzero(reasons == StopReason.NOT_FINITE) == [1]

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from flax.core.scope import union_filters
 
 from layer_models import LAYER_CASES
 from models import (
@@ -13,7 +12,6 @@ from models import (
     NUM_EXAMPLES,
     Compact,
     by_name,
-    init,
     normal,
     rebuild_gradients,
 )
@@ -183,44 +181,3 @@ def test_an_error_in_the_users_model_leaves_capture_usable():
         value_and_grad(broken)(case.params, case.inputs)
     _, grads, curvature = value_and_grad(case.loss)(case.params, case.inputs)
     assert_close(rebuild_gradients(curvature, case.params), by_name(grads), 1e-6)
-
-
-def test_flax_scopes_still_have_what_capture_relies_on():
-    """A failure here means Flax changed: see ``optax_cgfac/_linen.py``."""
-    seen = []
-
-    class Probing(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            scope = self.scope
-            seen.append((scope, scope.root, scope.mutable))
-            return nn.Dense(2)(x)
-
-    def intercept(next_function, args, kwargs, context):
-        if context.module.scope is not None and isinstance(context.module, Probing):
-            root = context.module.scope.root
-            old = root.mutable
-            root.mutable = union_filters(old, ["probes", "inputs"])
-            root.put_variable("probes", "p", 1)
-            context.module.scope.mutable = root.mutable
-            outputs = next_function(*args, **kwargs)
-            root.put_variable("inputs", "i", 2)
-            variables = root.variables()
-            root.mutable = old
-            assert context.orig_method.func is not None, "orig_method is no partial"
-            assert variables["inputs"]["i"] == 2, "Scope.put_variable changed"
-            assert root.get_variable("probes", "p") == 1, "Scope.get_variable changed"
-            assert scope_path_is_a_tuple(root), "Scope.path changed"
-            return outputs
-        return next_function(*args, **kwargs)
-
-    def scope_path_is_a_tuple(scope):
-        return tuple(scope.path) == () and scope.root is scope
-
-    params = init(Probing(), X)
-    seen.clear()
-    with nn.intercept_methods(intercept):
-        outputs, state = Probing().apply({"params": params}, X, mutable=["own"])
-    assert len(seen) == 1, "Flax's interceptors changed"
-    assert outputs.shape == (NUM_EXAMPLES, 2)
-    assert set(state) <= {"own"}, "Flax returns collections that were mutable inside"

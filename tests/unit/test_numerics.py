@@ -137,3 +137,43 @@ def test_a_bad_matrix_does_not_spoil_the_others_of_its_batch():
     bad, inverse = numerics.spd_inverses([-good, good])
     assert not np.all(np.isfinite(bad))
     np.testing.assert_allclose(inverse, np.diag([0.5, 0.25]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e3, 1e6])
+def test_three_rounds_of_cholesky_give_an_orthonormal_basis(condition):
+    rng = np.random.default_rng(0)
+    left = np.linalg.qr(rng.normal(size=(2, 40, 7)))[0]
+    right = np.linalg.qr(rng.normal(size=(7, 7)))[0]
+    matrices = (left * np.geomspace(1, 1 / condition, 7)) @ right
+    basis = np.asarray(numerics.cholesky_qr(jnp.asarray(matrices, jnp.float32)))
+    eps = np.finfo(np.float32).eps
+    gram = np.swapaxes(basis, -1, -2) @ basis
+    np.testing.assert_allclose(gram, np.broadcast_to(np.eye(7), gram.shape), atol=1e-5)
+    # The columns' span: what lies outside is rounding, seen through the condition.
+    outside = basis - left @ (np.swapaxes(left, -1, -2) @ basis)
+    assert np.linalg.norm(outside, 2, (-2, -1)).max() < 10 * eps * condition
+
+
+def test_dependent_columns_leave_the_others_alone():
+    rng = np.random.default_rng(0)
+    three = rng.normal(size=(40, 3))
+    matrices = np.concatenate([three, three @ rng.normal(size=(3, 4))], -1)[None]
+    basis = np.asarray(numerics.cholesky_qr(jnp.asarray(matrices, jnp.float32)))[0]
+    gram = basis.T @ basis
+    np.testing.assert_allclose(gram[:3, :3], np.eye(3), atol=1e-5)
+    # No direction twice, whatever rounding made of the dependent columns.
+    assert np.linalg.eigvalsh(gram).max() < 1 + 1e-5
+    zero = numerics.cholesky_qr(jnp.zeros((1, 5, 2)))
+    np.testing.assert_array_equal(zero, 0)
+
+
+def test_a_gpu_orthonormalizes_by_products_and_a_cpu_by_reflections():
+    traced = jax.jit(numerics.orthonormal).trace(jnp.ones((2, 8, 3)))
+    programs = {
+        name: traced.lower(lowering_platforms=(name,)).as_text()
+        for name in ("cpu", "cuda")
+    }
+    assert "geqrf" in programs["cpu"]
+    assert "cholesky" in programs["cuda"] or "potrf" in programs["cuda"]
+    assert "geqrf" not in programs["cuda"]
+    assert "householder" not in programs["cuda"]

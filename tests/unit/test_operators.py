@@ -83,6 +83,29 @@ def test_every_view_of_an_operator_agrees_with_the_dense_oracle(name, stack, dty
         assert oracles.relative_error(view, expected) < oracles.tolerance(dtype)
 
 
+@jax.jit
+def extremes(operator):
+    return operator.eigenvalue_extremes()
+
+
+@pytest.mark.parametrize("num_rows", [5, 2], ids=["many rows", "few rows"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_extreme_eigenvalues_are_those_of_the_dense_oracle(name, num_rows, x64):
+    a, g, _ = rows((2,), "float64", sizes=(num_rows, 4, 3))
+    values = np.linalg.eigvalsh(dense_layers(name, a, g))
+    low, high = extremes(make(name, a, g))
+    np.testing.assert_allclose(low, values[:, 0], atol=1e-12)
+    np.testing.assert_allclose(high, values[:, -1], rtol=1e-12)
+
+
+def test_no_eigenvalue_is_negative_by_rounding():
+    a, g, _ = rows((20,), "float32")
+    a = a.at[..., 0].set(a[..., 1])
+    assert np.any(np.linalg.eigvalsh(np.asarray(a.mT @ a)) < 0)
+    low, _ = extremes(make("kronecker", a, g))
+    assert np.all(low >= 0)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_operators_are_pytrees(name):
     a, g, vector = rows((), "float32")
@@ -155,6 +178,7 @@ def test_views_of_a_diagonal_operator_agree(dtype):
     np.testing.assert_array_equal(operator.matvec(vector), oracles.apply(dense, vector))
     np.testing.assert_array_equal(operator.diagonal(), entries)
     assert operator.trace() == 21
+    assert operator.eigenvalue_extremes() == (1, 6)
 
 
 def test_a_damped_diagonal_operator_agrees_with_its_dense_form():
@@ -162,6 +186,7 @@ def test_a_damped_diagonal_operator_agrees_with_its_dense_form():
     np.testing.assert_array_equal(operator.to_dense(), np.diag([1.5, 2.5, 3.5]))
     np.testing.assert_array_equal(operator.diagonal(), [1.5, 2.5, 3.5])
     assert operator.trace() == 7.5
+    assert operator.eigenvalue_extremes() == (1.5, 3.5)
 
 
 def test_the_inverse_of_a_diagonal_skips_entries_that_are_not_positive():

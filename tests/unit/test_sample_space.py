@@ -69,6 +69,13 @@ def test_a_right_hand_side_that_is_not_finite_is_not_solved(value):
     assert not info.converged
 
 
+def test_a_right_hand_side_whose_norm_overflows_is_not_reported_as_solved():
+    problem, operator = setup()
+    x, info = solve(operator, DAMPING, 1e25 * problem.b, max_steps=5)
+    assert np.all(np.isfinite(x))
+    assert not info.converged
+
+
 def test_a_window_without_rows_divides_by_the_damping():
     problem, operator = setup()
     empty = jax.tree.map(jnp.zeros_like, operator)

@@ -1,0 +1,153 @@
+"""What the curvature of a model does when its loss, batch or inputs are transformed."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+import oracles
+import problems
+from optax_cgfac import value_and_grad
+from strategies import factors, precision, properties
+
+# (examples, inputs, widths, biases): programs that the examples of a property share.
+MODELS = (
+    (1, 3, (2,), True),
+    (6, 3, (3, 2), True),
+    (4, 2, (4, 3), (False, True)),
+)
+DTYPES = ("float64", "float32")
+DAMPING = 0.1
+
+
+def make(model, dtype, seed):
+    """Returns the model, its parameters, inputs and targets, in NumPy."""
+    num_examples, n_in, widths, use_bias = model
+    module = problems.MLP(widths, use_bias=use_bias, dtype=dtype)
+    _, params, x = problems.model_problem(module, (num_examples, n_in), seed)
+    y = np.random.default_rng(seed).normal(size=(num_examples, widths[-1]))
+    return module, params, x, jnp.asarray(y, dtype)
+
+
+drawn = {
+    "model": st.sampled_from(MODELS),
+    "dtype": st.sampled_from(DTYPES),
+    "seed": st.integers(0, 2**32 - 1),
+}
+
+
+def curvature_of(module, params, x, y, weight=1.0):
+    def loss(params, x, y):
+        outputs = module.apply({"params": params}, x)
+        return weight * jnp.mean(jnp.sum((outputs - y) ** 2, -1))
+
+    _, grads, curvature = value_and_grad(loss, num_examples=len(x))(params, x, y)
+    return grads, curvature
+
+
+def structures(curvature):
+    """Every exact structure as dense matrices."""
+    names = [tag.name for tag in curvature.tags]
+    dense = {("full", "all"): curvature.operator(None, structure="full").to_dense()}
+    for structure in ("kronecker", "block"):
+        for name in names:
+            operator = curvature.operator(name, structure=structure)
+            dense[structure, name] = operator.to_dense()
+    return dense
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def plain(module, params, x, y, weight):
+    grads, curvature = curvature_of(module, params, x, y, weight)
+    return grads, structures(curvature)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def twice(module, params, x, y):
+    grads, curvature = curvature_of(
+        module, params, jnp.concatenate([x, x]), jnp.concatenate([y, y])
+    )
+    return grads, structures(curvature)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def again(module, params, x, y, count):
+    """The same batch several times in a window of three."""
+    _, curvature = curvature_of(module, params, x, y)
+    window = curvature.with_window(3)
+    window = jax.lax.fori_loop(0, count, lambda _, w: w.push(curvature), window)
+    return structures(window)
+
+
+def assert_same(actual, expected, dtype):
+    for name, matrix in expected.items():
+        scale = np.linalg.norm(oracles.float64(matrix))
+        difference = oracles.float64(actual[name]) - oracles.float64(matrix)
+        assert np.linalg.norm(difference) <= oracles.tolerance(dtype) * scale, name
+
+
+@properties
+@given(**drawn, weight=factors(1e-2, 1e2))
+def test_a_loss_times_c_has_a_curvature_times_c_squared(model, dtype, seed, weight):
+    with precision(dtype):
+        given = make(model, dtype, seed)
+        _, expected = plain(*given, 1.0)
+        _, found = plain(*given, weight)
+    found = {name: oracles.float64(x) / weight**2 for name, x in found.items()}
+    assert_same(found, expected, dtype)
+
+
+@properties
+@given(**drawn)
+def test_a_batch_repeated_twice_is_the_batch(model, dtype, seed):
+    with precision(dtype):
+        given = make(model, dtype, seed)
+        grads, expected = plain(*given, 1.0)
+        same_grads, found = twice(*given)
+    assert_same(found, expected, dtype)
+    leaves = zip(jax.tree.leaves(same_grads), jax.tree.leaves(grads), strict=True)
+    for actual, leaf in leaves:
+        size = np.linalg.norm(leaf) + np.finfo(dtype).tiny
+        assert np.linalg.norm(actual - leaf) <= oracles.tolerance(dtype, 10) * size
+
+
+@properties
+@given(**drawn, count=st.integers(1, 7))
+def test_a_window_of_identical_batches_is_one_batch(model, dtype, seed, count):
+    with precision(dtype):
+        given = make(model, dtype, seed)
+        _, expected = plain(*given, 1.0)
+        found = again(*given, count)
+    assert_same(found, expected, dtype)
+
+
+@properties
+@given(**drawn, scale=factors(0.1, 10))
+def test_inputs_times_c_and_weights_over_c_transform_the_first_layer(
+    model, dtype, seed, scale
+):
+    """The function stays, and ``F`` changes with the parameters' coordinates.
+
+    With ``W = W'/c`` the gradient is ``T ∇`` and the curvature ``T F T``, ``T`` being
+    ``c`` for the kernel and 1 for everything else.
+    """
+    with precision(dtype):
+        module, params, x, y = make(model, dtype, seed)
+        _, expected = plain(module, params, x, y, 1.0)
+        first = params["Dense_0"] | {"kernel": params["Dense_0"]["kernel"] / scale}
+        grads, found = plain(module, params | {"Dense_0": first}, scale * x, y, 1.0)
+        old_grads, _ = plain(module, params, x, y, 1.0)
+    kernel = oracles.float64(old_grads["Dense_0"]["kernel"])
+    error = oracles.float64(grads["Dense_0"]["kernel"]) / scale - kernel
+    allowed = oracles.tolerance(dtype, 100)
+    assert np.linalg.norm(error) <= allowed * (np.linalg.norm(kernel) + 1e-30)
+    for (structure, name), matrix in expected.items():
+        change = np.ones(len(matrix))
+        if name in ("all", "Dense_0"):
+            change[: kernel.size] = scale
+        predicted = change[:, None] * oracles.float64(matrix) * change
+        error = np.linalg.norm(oracles.float64(found[structure, name]) - predicted)
+        assert error <= allowed * np.linalg.norm(predicted), (structure, name)
