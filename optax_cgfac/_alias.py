@@ -1,6 +1,5 @@
 """The ready-made optimizer."""
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -8,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_cgfac._checks import check_damping, check_positive, is_number
+from optax_cgfac._checks import is_number
 from optax_cgfac._curvature import Curvature
 from optax_cgfac._fallback import Rest, select
 from optax_cgfac._numerics import tree_is_finite
+from optax_cgfac._option_checks import check_step_options
+from optax_cgfac._parameter_checks import check_trained
 from optax_cgfac._precondition import init_info, precondition
 from optax_cgfac._solve import SolveConfig, Structure, default_damping_form
 from optax_cgfac._step import (
@@ -19,21 +20,28 @@ from optax_cgfac._step import (
     Objective,
     StepOptions,
     adaptive_step,
-    current,
     has_l2,
-    is_scalar,
     scheduled_step,
     settle,
     with_initial_damping,
 )
 from optax_cgfac._transform import (
-    Missing,
     ScalarOrSchedule,
-    check_curvature,
+    check_limits,
     check_missing,
+    current,
     gradient_transformation,
 )
 from optax_cgfac._types import Array, PyTree
+from optax_cgfac._update_checks import (
+    Missing,
+    check_curvature,
+    check_dtypes,
+    check_state,
+    check_trees,
+    check_value,
+    check_value_fn,
+)
 
 # Initial damping and floor of the structures without factors. The exact Fisher of few
 # rows has γ alone outside of their span; training of small MNIST models turned up
@@ -92,8 +100,8 @@ def cgfac(
         independent of the scale of the loss, or 0.1 with a learning rate; for 1 where
         the structure has no factors: the exact Fisher of a few examples knows few
         directions.
-      momentum: A constant ``μ``; None lets the quadratic model choose it, and is
-        0 with a learning rate.
+      momentum: A constant ``μ`` in [0, 1); None lets the quadratic model choose it,
+        and is 0 with a learning rate.
       l2: ``η`` of a regularizer ``½ η ‖θ‖²`` that is part of ``h``; the ``value``
         and gradients passed in do not contain it.
       kl_clip: ``κ``, with a learning rate: bounds the step's Fisher norm.
@@ -135,6 +143,7 @@ def cgfac(
 
     Raises:
       ValueError: If an option is out of range or two do not go together.
+      TypeError: If one is of another type.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, optax_cgfac
@@ -170,9 +179,12 @@ def cgfac(
     References:
       Chen (2021); Martens & Grosse (2015), sections 6 and 7; Ba et al. (2017).
     """
+    check_limits(max_steps, rtol, warm_start)
+    if damping_form is None:
+        damping_form = default_damping_form(structure)
     config = SolveConfig(
         structure=structure,
-        damping_form=damping_form or default_damping_form(structure),
+        damping_form=damping_form,
         space=space,
         solver=solver,
         max_steps=max_steps,
@@ -199,11 +211,8 @@ def cgfac(
         min_damping,
         max_damping,
     )
-    if damping is not None:
-        check_damping(damping)
     check_missing(missing)
-    _check_options(options)
-    _check_modes(options, learning_rate, damping)
+    check_step_options(options, learning_rate, damping, fallback, where)
     rest = Rest(fallback, where)
     keeps_start = warm_start and config.is_iterative
 
@@ -211,6 +220,8 @@ def cgfac(
         def scalar(value, dtype=jnp.float32):
             return jnp.asarray(value, dtype)
 
+        if missing == "raise":
+            check_trained("cgfac", params, rest.keeps)
         zeros = jax.tree.map(jnp.zeros_like, params)
         start = jax.tree.map(jnp.zeros_like, params) if keeps_start else None
         start_damping = 0.0 if callable(damping) or damping is None else damping
@@ -238,15 +249,21 @@ def cgfac(
         value_fn: Callable[[PyTree], Array] | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, CGFACState]:
+        check_state("cgfac", state, CGFACState)
         count = jnp.asarray(optax.safe_increment(state.cgfac_count))
         curvature = check_curvature(curvature, missing)
         if curvature is None:
             return updates, state._replace(cgfac_count=count)
-        rest.check(curvature, updates, whole=learning_rate is None)
         if params is None:
             raise ValueError(
-                "cgfac needs the parameters: tx.update(grads, opt_state, params, ...)."
+                "cgfac needs the parameters, got None: pass them as the third argument "
+                "of tx.update(grads, opt_state, params, curvature=curvature, ...)."
             )
+        num_leaves = state.info.num_steps.shape[-1]
+        check_trees("cgfac", updates, params, state.velocity, num_leaves, rest.keeps)
+        check_dtypes("cgfac", params, state.velocity)
+        rest.check(curvature, updates, whole=learning_rate is None)
+        objective = _objective(value, value_fn, is_needed=learning_rate is None)
         grads = jax.tree.map(_like_parameter, updates, params)
         if has_l2(options):
             grads = jax.tree.map(lambda g, p: g + l2 * p, grads, params)
@@ -256,7 +273,8 @@ def cgfac(
         if learning_rate is None or damping is None:
             gamma = state.damping
         else:
-            gamma = current(damping, state)
+            gamma = current("damping", damping, state.cgfac_count)
+            gamma = jnp.asarray(gamma, jnp.float32)
         solution, info = precondition(
             # The regularizer's own curvature: Martens & Grosse (2015), section 6.
             config,
@@ -269,7 +287,6 @@ def cgfac(
         direction = jax.tree.map(jnp.negative, solution)
         old = state
         if learning_rate is None:
-            objective = _objective(value, value_fn)
             step, finite, state = adaptive_step(
                 options, state, curvature, params, grads, direction, objective
             )
@@ -316,84 +333,18 @@ def _like(old: PyTree | None, new: PyTree) -> PyTree | None:
     return jax.tree.map(lambda x, y: y.astype(x.dtype), old, new)
 
 
-def _check_options(options: StepOptions) -> None:
-    for name in ("damping_interval", "model_interval"):
-        if getattr(options, name) is not None:
-            check_positive(name, getattr(options, name), may_be_array=True)
-    for name in ("l2", "momentum", "kl_clip"):
-        number = getattr(options, name)
-        if is_number(number) and not 0 <= number < float("inf"):
-            raise ValueError(f"{name} must be finite and not negative, got {number}.")
-    decay, low, high = options.damping_decay, options.min_damping, options.max_damping
-    if is_number(decay) and not 0 < decay < 1:
-        raise ValueError(f"damping_decay must lie in (0, 1), got {decay}.")
-    least = low if is_number(low) else 0.0
-    most = high if is_number(high) else math.inf
-    if not 0 <= least <= most:
+def _objective(value: Any, value_fn: Any, *, is_needed: bool) -> Objective:
+    """Returns the loss, which with a learning rate nobody needs."""
+    given: dict[str, Any] = {"value": value, "value_fn": value_fn}
+    absent = [name for name, x in given.items() if x is None]
+    if is_needed and absent:
         raise ValueError(
-            "Dampings must satisfy 0 <= min_damping <= max_damping, got "
-            f"{low} and {high}."
-        )
-
-
-def _check_modes(
-    options: StepOptions,
-    learning_rate: ScalarOrSchedule | None,
-    damping: ScalarOrSchedule | None,
-) -> None:
-    low, high = options.min_damping, options.max_damping
-    if is_number(learning_rate) and not 0 <= learning_rate < float("inf"):
-        raise ValueError(
-            f"learning_rate must be finite and not negative, got {learning_rate}."
-        )
-    if learning_rate is None and options.kl_clip is not None:
-        raise ValueError(
-            "kl_clip needs a learning_rate; without one the quadratic model sets the "
-            "step size."
-        )
-    if learning_rate is not None:
-        return
-    if is_number(damping):
-        ends = low if is_number(low) else 0.0, high if is_number(high) else math.inf
-        _check_initial_damping(damping, *ends)
-    if callable(damping):
-        raise ValueError(
-            "Without a learning_rate the damping adapts itself: pass its initial "
-            "value, or a learning_rate to use a schedule of dampings."
-        )
-
-
-def _objective(value: Any, value_fn: Callable[..., Any] | None) -> Objective:
-    absent = [
-        name for name, x in (("value", value), ("value_fn", value_fn)) if x is None
-    ]
-    if absent:
-        raise ValueError(
-            f"cgfac() without a learning_rate needs {' and '.join(absent)}:\n"
+            f"cgfac() without a learning_rate needs {' and '.join(absent)}, got None:\n"
             "  tx.update(grads, opt_state, params, curvature=curvature,\n"
             "            value=loss, value_fn=lambda p: loss_fn(p, batch))"
         )
-    if value_fn is None or not callable(value_fn):
-        raise TypeError(
-            "value_fn must be a function of the parameters, such as "
-            f"lambda p: loss_fn(p, batch); got {type(value_fn).__name__}."
-        )
-    if not is_scalar(value):
-        raise ValueError(
-            "value must be the scalar loss of this batch, got shape "
-            f"{jax.tree.map(jnp.shape, value)}."
-        )
-    return Objective(value, value_fn)
-
-
-def _check_initial_damping(damping: float, low: float, high: float) -> None:
-    """Checks that the damping starts between its bounds.
-
-    Raises:
-      ValueError: If it does not.
-    """
-    if not low <= damping <= high:
-        raise ValueError(
-            "The initial damping must lie in [min_damping, max_damping] = "
-            f"[{low:g}, {high:g}], got {damping:g}. Move the bounds to start there."
-        )
+    if value is not None:
+        check_value(value)
+    if value_fn is not None:
+        check_value_fn(value_fn)
+    return Objective(**given)

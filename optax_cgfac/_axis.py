@@ -53,9 +53,9 @@ def share(name: str, count: int, axis_name: str | None) -> int:
     return count // size
 
 
-def own_key(rng: Array | None, axis_name: str | None) -> Array | None:
+def own_key(rng: Array, axis_name: str | None) -> Array:
     """Returns a key that differs from device to device."""
-    if rng is None or axis_name is None:
+    if axis_name is None:
         return rng
     return jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
 

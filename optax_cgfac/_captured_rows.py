@@ -17,6 +17,9 @@ from optax_cgfac._probes import probe_calls
 from optax_cgfac._tagging import calls_of
 from optax_cgfac._types import Array, LayerRows, PyTree, user_inputs
 
+# Of the draws that are made without a user's key: one that no user has by chance.
+_SEED = 0xCFAC
+
 
 class CaptureOptions(NamedTuple):
     """What `fisher_estimator` was told about captures; see there."""
@@ -54,14 +57,17 @@ def captured_rows(
     criterion = options.criterion
     axis_name = criterion.axis_name
     rows = share("rows", options.rows, axis_name)
-    rng = own_key(rng, axis_name)
     batched = curvature.spec.batched
     num_examples = num_kept(inputs, batched)
     if rng is None:
-        # Without randomness the choice of examples and positions cycles.
+        # Without randomness the choice of examples and positions cycles; what cannot
+        # do without is the same in every run.
         start, sample_rng, position_rng = curvature.num_updates, None, None
+        fixed = jax.random.fold_in(jax.random.key(_SEED), curvature.num_updates)
+        sign_rng, entry_rng = jax.random.split(own_key(fixed, axis_name))
     else:
-        start_rng, sample_rng, position_rng = jax.random.split(rng, 3)
+        keys = jax.random.split(own_key(rng, axis_name), 5)
+        start_rng, sample_rng, position_rng, sign_rng, entry_rng = keys
         # One draw where `randint` takes three, and as good as uniform.
         start = (jax.random.bits(start_rng) % num_examples).astype(jnp.int32)
     indices = strided_indices(start, rows, num_examples)
@@ -83,11 +89,13 @@ def captured_rows(
 
     outputs, backward, calls = jax.vjp(forward, discovery.probes, has_aux=True)
     all_heads = criterion.heads(outputs)
-    draw = Draw(position_rng, indices + cycle, examples)
+    draw = Draw(position_rng, indices + cycle, examples, entry_rng)
     heads = [draw.pick(head, 0) for head in all_heads]
     precise = [head.astype(_at_least_float32(head)) for head in heads]
 
-    def rows_of(tangents: Sequence[Array]) -> dict[str, LayerRows]:
+    def rows_of(tangents: Sequence[Array], column: Array | int) -> dict[str, LayerRows]:
+        # The columns of an example share its positions, and nothing else.
+        own = draw._replace(entries=jax.random.fold_in(entry_rng, column))
         cast = [
             draw.place(t.astype(head.dtype), head)
             for t, head in zip(tangents, all_heads, strict=True)
@@ -95,26 +103,29 @@ def captured_rows(
         cotangent = jax.tree.unflatten(jax.tree.structure(outputs), cast)
         by_call = probe_calls(*backward(cotangent))
         return {
-            tag.name: example_rows(tag, calls_of(tag, calls, by_call), captured, draw)
-            for tag in curvature.tags
+            tag.name: example_rows(
+                tag, calls_of(tag, calls, by_call), captured, own.of_part(number)
+            )
+            for number, tag in enumerate(curvature.tags)
         }
 
     columns = cotangents(
         criterion,
         options.kind,
         precise,
-        criterion.scales(user_inputs(inputs), heads, indices),
+        criterion.scales(user_inputs(inputs), heads, indices, num_examples),
         factor=criterion.factor(num_examples * axis_size(axis_name)),
         samples=options.samples,
         rng=sample_rng,
         targets=few_targets,
     )
     if options.kind != "mc" and any(tag.sharing > 1 for tag in curvature.tags):
-        columns = _with_random_signs(columns, rng, curvature.num_updates)
+        columns = _with_random_signs(columns, sign_rng)
     if columns[0].shape[0] == 1:
-        new = rows_of([column[0] for column in columns])
+        new = rows_of([column[0] for column in columns], 0)
     else:
-        by_column = jax.vmap(rows_of)(list(columns))
+        numbers = jnp.arange(columns[0].shape[0])
+        by_column = jax.vmap(rows_of)(list(columns), numbers)
         new = {name: merge_columns(x) for name, x in by_column.items()}
     new = {
         tag.name: gathered(new[tag.name], curvature.spec.rows_dtype_of(tag), axis_name)
@@ -151,9 +162,7 @@ def discover_few(
     return discovery
 
 
-def _with_random_signs(
-    columns: Sequence[Array], rng: Array | None, num_updates: Array
-) -> list[Array]:
+def _with_random_signs(columns: Sequence[Array], rng: Array) -> list[Array]:
     """Gives the cotangents of every example and column a random sign.
 
     In a layer whose input all examples share, their cotangents arrive added up; with
@@ -163,9 +172,7 @@ def _with_random_signs(
     Returns:
       Arrays like ``columns``.
     """
-    key = jax.random.key(0) if rng is None else rng
-    key = jax.random.fold_in(key, num_updates)
-    signs = jax.random.rademacher(key, columns[0].shape[:2])
+    signs = jax.random.rademacher(rng, columns[0].shape[:2])
     return [
         x * signs.reshape(*x.shape[:2], *([1] * (x.ndim - 2))).astype(x.dtype)
         for x in columns

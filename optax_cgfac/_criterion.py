@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_cgfac._axis import mean_over
+from optax_cgfac._checks import check_choice, check_function, describe
 from optax_cgfac._losses import Loss, get_loss
 from optax_cgfac._types import Array, PyTree
 
@@ -46,6 +47,7 @@ class Criterion:
 
         Raises:
           ValueError: If they do not have the form that the losses ask for.
+          TypeError: If they are no real floating-point arrays.
         """
         heads = tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
         is_tuple = isinstance(outputs, (tuple, list))
@@ -55,18 +57,27 @@ class Criterion:
                 f"model_fn must return {expected} array(s), as many as there are "
                 f"losses ({', '.join(loss.name for loss in self.losses)}); got "
                 f"{jax.tree.structure(outputs)}. For several outputs pass a tuple of "
-                "losses."
+                "losses; return nothing else, such as updated statistics."
             )
         for head in heads:
             if not hasattr(head, "shape") or len(head.shape) < 2:
                 raise ValueError(
                     "model_fn must return one array of shape (N, ..., C), examples "
-                    f"first and one prediction on the last axis; got {head}."
+                    "first and one prediction on the last axis; got "
+                    f"{describe(head)}. Return predictions and not the loss, with "
+                    "outputs[:, None] for one number an example."
+                )
+            if not jnp.issubdtype(head.dtype, jnp.floating):
+                raise TypeError(
+                    "model_fn must return real floating-point predictions, got "
+                    f"{describe(head)}. Return logits, and not the classes that they "
+                    "are largest for."
                 )
         if len({head.shape[0] for head in heads}) != 1:
             raise ValueError(
-                "The model's outputs disagree on the number of examples: "
-                f"{[head.shape for head in heads]}."
+                "The model's outputs must agree on the number of examples, got shapes "
+                f"{[head.shape for head in heads]}. Bring the batch to the first axis "
+                "of each."
             )
         return heads
 
@@ -75,6 +86,7 @@ class Criterion:
         inputs: PyTree,
         heads: Sequence[Array],
         indices: Array | None = None,
+        num_examples: int | None = None,
     ) -> list[Array]:
         """Returns ``c`` for every output's predictions, up to `factor`.
 
@@ -82,6 +94,7 @@ class Criterion:
           inputs: The inputs to which the weights belong.
           heads: Outputs, of which the shapes of one example are read.
           indices: The examples of ``inputs`` that ``heads`` holds; None for all.
+          num_examples: The examples of ``inputs``; None for those of ``heads``.
 
         Returns:
           Arrays of the shapes of ``heads`` without their last axis.
@@ -94,6 +107,12 @@ class Criterion:
             given = self.weights(inputs)
             given = list(given) if isinstance(given, (tuple, list)) else [given]
             given = given * len(heads) if len(given) == 1 else given
+            if len(given) != len(heads):
+                raise ValueError(
+                    "weights(inputs) must return one array, or a tuple of "
+                    f"{len(heads)} as the outputs are; got {len(given)}. Return a "
+                    "weight for each prediction."
+                )
         scales = []
         for weights, head in zip(given, heads, strict=True):
             dtype = jnp.promote_types(head.dtype, jnp.float32)
@@ -102,18 +121,13 @@ class Criterion:
                 weights = jnp.ones(head.shape[:1], dtype)
                 picked = None
             else:
+                expected = heads[0].shape[0] if num_examples is None else num_examples
+                _check_weights(weights, expected, inner)
                 weights, picked = jnp.asarray(weights, dtype), indices
             shape = weights.shape[:1] + inner
             padded = (1,) * (len(shape) - weights.ndim)
-            try:
-                weights = weights.reshape(*weights.shape, *padded)
-                weights = jnp.broadcast_to(weights, shape)
-            except (TypeError, ValueError):
-                raise ValueError(
-                    f"weights(inputs) has shape {jnp.shape(weights)}; expected one "
-                    f"that broadcasts to (N, {', '.join(map(str, inner))}), a weight "
-                    "for each prediction."
-                ) from None
+            weights = weights.reshape(*weights.shape, *padded)
+            weights = jnp.broadcast_to(weights, shape)
             if self.reduction == "mean":
                 total = mean_over(jnp.sum(weights) / shape[0], self.axis_name)
                 weights = weights / jnp.where(total > 0, total, 1)
@@ -123,6 +137,11 @@ class Criterion:
     def factor(self, batch_size: int) -> int:
         """Returns the factor of a sum over the examples, beside their mean."""
         return batch_size if self.reduction == "sum" else 1
+
+    @property
+    def num_targets(self) -> int | None:
+        """How many targets an example has; None for one that is not in a tuple."""
+        return len(self.losses) if self.is_tuple else None
 
     @property
     def is_nonnegative(self) -> bool:
@@ -151,7 +170,10 @@ class Criterion:
         ):
             own = [tangent[index] for tangent in tangents]
             factor = scale[..., None].astype(head.dtype) * loss.weight
-            images = [factor * loss.hessian_product(head, t) for t in own]
+            images = [loss.hessian_product(head, t) for t in own]
+            for image in images:
+                _check_returned(loss, "hessian_product(outputs, tangents)", image, head)
+            images = [factor * image for image in images]
             products = jnp.array([[jnp.vdot(u, v) for v in images] for u in own])
             total = total + products / head.shape[0]
         return total
@@ -169,22 +191,23 @@ def make_criterion(
       ValueError: If an option is unknown.
       TypeError: If ``loss`` is no loss or ``weights`` no function.
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(
-            f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, "
-            f"got {reduction!r}."
-        )
-    if weights is not None and not callable(weights):
+    check_choice("reduction", reduction, REDUCTIONS)
+    if weights is not None:
+        check_function("weights", weights, ["inputs"], "lambda inputs: inputs['mask']")
+    if not isinstance(axis_name, str | None):
         raise TypeError(
-            "weights must be a function of inputs, such as "
-            f"lambda inputs: inputs['mask'], got {type(weights).__name__}."
+            f"axis_name must be the name of a mesh axis, got {describe(axis_name)}. "
+            "Pass axis_name='batch' inside jax.shard_map over such an axis, else None."
         )
     if isinstance(loss, (tuple, list)):
         losses, is_tuple = tuple(get_loss(one) for one in loss), True
     else:
         losses, is_tuple = (get_loss(loss),), False  # pyright: ignore[reportArgumentType]
     if not losses:
-        raise ValueError("loss is an empty tuple: pass a loss for each output.")
+        raise ValueError(
+            "loss must be a loss, or a tuple of them; got an empty tuple. Pass a loss "
+            "for each output."
+        )
     return Criterion(losses, is_tuple, reduction, weights, axis_name)
 
 
@@ -256,10 +279,11 @@ def cotangents(
 def _gradient(loss: Loss, head: Array, targets: PyTree, scale: Array) -> Array:
     def total(head: Array) -> Array:
         value = loss.value(head, targets)
-        if value.shape != head.shape[:-1]:
+        if jnp.shape(value) != head.shape[:-1]:
             raise ValueError(
-                f"Loss {loss.name!r}: value(outputs, targets) has shape {value.shape}; "
-                f"expected {head.shape[:-1]}, one number for each prediction."
+                f"Loss {loss.name!r}: value(outputs, targets) has shape "
+                f"{jnp.shape(value)}; expected {head.shape[:-1]}, one number for each "
+                "prediction. Sum over the last axis only."
             )
         return jnp.sum(value * scale)
 
@@ -276,7 +300,10 @@ def _columns(
             raise ValueError(
                 f"kind='exact' needs Loss.hessian_columns, which {loss.name!r} lacks."
             )
-        columns = loss.hessian_columns(head) * jnp.sqrt(scale)[..., None]
+        columns = loss.hessian_columns(head)
+        expected = jax.ShapeDtypeStruct((head.shape[-1], *head.shape), head.dtype)
+        _check_returned(loss, "hessian_columns(outputs)", columns, expected)
+        columns = columns * jnp.sqrt(scale)[..., None]
         num, inner = head.shape[0], head.shape[1:-1]
         columns = columns.reshape(-1, 1, num, math.prod(inner), head.shape[-1])
         alone = jnp.eye(math.prod(inner), dtype=head.dtype)[:, None, :, None]
@@ -288,3 +315,30 @@ def _columns(
         result.append(zeros.at[start : start + len(block)].set(block))
         start += len(block)
     return tuple(result)
+
+
+def _check_returned(loss: Loss, call: str, got: Any, like: Any) -> None:
+    """Checks the shape of what a function of a user's loss has returned."""
+    if jnp.shape(got) != like.shape:
+        raise ValueError(
+            f"Loss {loss.name!r}: {call} has shape {jnp.shape(got)}; expected "
+            f"{like.shape}. Return an array of that shape, as optax_cgfac.Loss "
+            "describes it."
+        )
+
+
+def _check_weights(weights: Any, num_examples: int, inner: tuple[int, ...]) -> None:
+    """Checks that there is a weight for each prediction."""
+    expected = (num_examples, *inner)
+    shape = getattr(weights, "shape", None)
+    fits = shape is not None and shape[:1] == (num_examples,)
+    if shape is not None and fits:
+        # Axes that are not there are added at the end.
+        sizes = zip(shape[1:], inner, strict=False)
+        fits = len(shape) <= len(expected) and all(n in (1, m) for n, m in sizes)
+    if not fits:
+        raise ValueError(
+            f"weights(inputs) is {describe(weights)}; expected one that broadcasts to "
+            f"({', '.join(map(str, ('N', *inner)))}) with N = {num_examples}. Return a "
+            "weight for each prediction, or for each example."
+        )

@@ -8,7 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from optax_cgfac._checks import check_damping, check_positive
+from optax_cgfac._checks import (
+    NOT_NEGATIVE,
+    check_number,
+    check_positive,
+    describe,
+)
 from optax_cgfac._curvature_spec import CurvatureSpec
 from optax_cgfac._examples import num_kept
 from optax_cgfac._fisher_blocks import BlockFisherOperator, FullFisherOperator
@@ -93,6 +98,11 @@ class Curvature:
 
     def covers(self, path: str) -> bool:
         """Whether a parameter, such as ``"encoder/Dense_0/kernel"``, is tagged."""
+        if not isinstance(path, str):
+            raise TypeError(
+                "covers() takes a parameter's path as a text, got "
+                f"{describe(path)}. Write curvature.covers('hidden/kernel')."
+            )
         return path in {text(leaf) for tag in self.tags for leaf in tag.leaves}
 
     def num_rows(self, name: str) -> Array:
@@ -126,11 +136,12 @@ class Curvature:
         """
         SolveConfig(structure=structure, damping_form=damping_form)
         if damping is not None:
-            check_damping(damping)
+            check_number("damping", damping, NOT_NEGATIVE, 0.1)
         if (path is None) != (structure == "full"):
             raise ValueError(
                 "structure='full' takes path=None, all layers together; the others "
-                f"take one layer. Got path={path!r}, structure={structure!r}."
+                f"take one layer. Got path={path!r}, structure={structure!r}. Pass "
+                "operator('hidden'), say, or operator(None, structure='full')."
             )
         if path is None:
             blocks = (self.block_operator(t, self.layers[t.name]) for t in self.tags)
@@ -195,7 +206,13 @@ class Curvature:
 
         Raises:
           ValueError: If the layers or their numbers of rows differ.
+          TypeError: If ``other`` is no curvature.
         """
+        if not isinstance(other, Curvature):
+            raise TypeError(
+                f"push() takes a Curvature, got {describe(other)}. Pass the third "
+                "result of value_and_grad(loss_fn)(params, batch)."
+            )
         if other.tags != self.tags or other.spec.window != 1:
             raise ValueError(
                 "push() takes a curvature of the same layers with window 1.\n"
@@ -260,7 +277,13 @@ class Curvature:
         Raises:
           ValueError: If those do not divide by the devices of the axis, as far as the
             mesh is set (`jax.set_mesh`).
+          TypeError: If ``axis_name`` is no name.
         """
+        if not isinstance(axis_name, str):
+            raise TypeError(
+                "partition_specs() takes the name of a mesh axis, got "
+                f"{describe(axis_name)}. Write curvature.partition_specs('batch')."
+            )
         devices = jax.sharding.get_abstract_mesh().shape.get(axis_name, 1)
         if any(self.spec.batched):
             kept = num_kept(self.model_inputs, self.spec.batched)
@@ -291,7 +314,18 @@ class Curvature:
 
         Returns:
           A text to print.
+
+        Raises:
+          ValueError: If an option is out of range.
+          TypeError: If one is unknown.
         """
+        known = {field.name for field in dataclasses.fields(SolveConfig)}
+        if options.keys() - known:
+            raise TypeError(
+                "report() takes the options of the solve, "
+                f"{', '.join(sorted(known))}; got {', '.join(options.keys() - known)}. "
+                "Leave out what scale_by_cgfac does not take."
+            )
         structure = options.get("structure", "kronecker")
         form = damping_form or default_damping_form(structure)
         config = SolveConfig(damping_form=form, **options)
@@ -312,7 +346,8 @@ class Curvature:
                 return tag
         raise ValueError(
             f"No tagged layer {name!r}. Tagged layers: "
-            f"{', '.join(tag.name for tag in self.tags) or 'none'}."
+            f"{', '.join(tag.name for tag in self.tags) or 'none'}. Pass one of them, "
+            "or see curvature.report()."
         )
 
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from optax_cgfac._cg import StopReason
+from optax_cgfac._checks import describe
 from optax_cgfac._paths import leaves_by_path, text
 from optax_cgfac._step import CGFACState
 from optax_cgfac._transform import ScaleByCGFACState
@@ -49,8 +50,9 @@ def diagnostics(opt_state: Any, params: PyTree = None) -> dict[str, Any]:
     ]
     if len(found) != 1:
         raise ValueError(
-            f"Expected one CG-FAC state inside opt_state, found {len(found)}. Pass the "
-            "state of one optimizer."
+            f"Expected one CG-FAC state inside opt_state, found {len(found)} (in "
+            f"{describe(opt_state)}). Pass the state of one optimizer that contains "
+            "cgfac, scale_by_cgfac or scale_by_kfac."
         )
     (state,) = found
     result: dict[str, Any] = {"layers": _layers(state, params)}
@@ -85,6 +87,7 @@ def scalars(
 
     Raises:
       ValueError: As `diagnostics`.
+      TypeError: If ``prefix`` is no text.
 
     Example:
       >>> import jax.numpy as jnp, optax_cgfac
@@ -96,6 +99,10 @@ def scalars(
       cgfac/layers/Dense_0/cg_steps 0
       cgfac/layers/Dense_0/num_fallbacks 0
     """
+    if not isinstance(prefix, str):
+        raise TypeError(
+            f"prefix must be a text, got {describe(prefix)}. Pass prefix='cgfac', say."
+        )
     result = diagnostics(opt_state, params)
     layers = result.pop("layers")
     flat = {f"{prefix}/{name}": value for name, value in result.items()}

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from optax_cgfac._auto_axes import with_auto_axes, without_shardings
 from optax_cgfac._axis import share
 from optax_cgfac._captured_rows import CaptureOptions, captured_rows, discover_few
-from optax_cgfac._checks import check_positive
 from optax_cgfac._criterion import (
     Kind,
     Reduction,
@@ -25,14 +24,19 @@ from optax_cgfac._defaults import (
 )
 from optax_cgfac._discovery import discover_wider
 from optax_cgfac._estimator_checks import (
+    check_estimator_counts,
     check_options,
     check_update,
+    checked_key,
     rows_dtype_name,
     warn_of_hanging_lapack,
 )
 from optax_cgfac._examples import (
     batched_leaves,
+    check_enough,
     check_examples,
+    check_input_axes,
+    check_inputs,
     check_targets,
     num_kept,
     slice_examples,
@@ -40,6 +44,7 @@ from optax_cgfac._examples import (
 )
 from optax_cgfac._losses import Loss
 from optax_cgfac._modules import bind
+from optax_cgfac._parameter_checks import check_parameters
 from optax_cgfac._tagging import RowOptions, Where, make_tags
 from optax_cgfac._types import Array, PyTree
 
@@ -76,7 +81,8 @@ class CurvatureEstimator(NamedTuple):
     Attributes:
       init: ``init(params, inputs) -> Curvature``.
       update: ``update(curvature, params, inputs, *, rng=None, targets=None) ->
-        Curvature``.
+        Curvature``. ``rng`` is a key of `jax.random.key` that nothing else uses, or
+        one of `jax.random.PRNGKey`.
     """
 
     init: InitFn
@@ -190,7 +196,8 @@ def fisher_estimator(
 
     Raises:
       ValueError: If an option has no meaning.
-      TypeError: If ``model_fn`` is no function or ``loss`` no loss.
+      TypeError: If ``model_fn`` is no function, ``loss`` no loss, or another option of
+        another type. Every error and what to do: ``docs/errors.md``.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -247,11 +254,10 @@ def fisher_estimator(
     check_options(model_fn, criterion, kind, samples, weight_sharing, where)
     counts = {"window": window, "rows": rows, "model_rows": model_rows}
     counts |= {"samples": samples, "refresh_every": refresh_every}
-    counts |= {} if rank in (None, "auto") else {"rank": rank}
-    counts |= {} if capture_every is None else {"capture_every": capture_every}
-    counts |= {} if positions is None else {"positions": positions}
-    for name, value in counts.items():
-        check_positive(name, value)
+    counts |= {"capture_every": capture_every, "positions": positions}
+    switches = {"fallback": fallback, "whole_batch": whole_batch}
+    check_estimator_counts(counts, rank, switches)
+    check_input_axes(input_axes)
     dtype = None if rows_dtype is None else rows_dtype_name(rows_dtype)
     options = (
         kind,
@@ -270,15 +276,12 @@ def fisher_estimator(
     capture_options = CaptureOptions(criterion, kind, rows, samples, whole_batch)
 
     def init(params: PyTree, inputs: PyTree) -> Curvature:
+        check_inputs(inputs)
         function, params, (inputs,) = bind(model_fn, params, inputs)
+        check_parameters(params)
         heads = criterion.heads(jax.eval_shape(function, params, inputs))
         num_examples = heads[0].shape[0]
-        if num_examples < rows:
-            raise ValueError(
-                f"rows={rows} examples are captured per update, but the inputs hold "
-                f"{num_examples}. Pass fisher_estimator(..., rows={num_examples}) or "
-                "initialise with a whole batch."
-            )
+        check_enough(num_examples, rows)
         batched = batched_leaves(inputs, num_examples, input_axes)
 
         def shapes(count: int) -> PyTree:
@@ -337,13 +340,16 @@ def fisher_estimator(
         rng: Array | None = None,
         targets: PyTree = None,
     ) -> Curvature:
+        check_inputs(inputs)
+        rng = checked_key(rng, kind, inputs)
         function, params, (inputs,) = bind(model_fn, params, inputs)
-        check_update(curvature, (function, criterion, options), kind, rng, targets)
+        source = (function, criterion, options)
+        check_update(curvature, source, params, kind, targets)
         own_rows = share("rows", rows, axis_name)
         kept_inputs = curvature.model_inputs
         batched = curvature.spec.batched
         num_examples = check_examples(inputs, batched, kept_inputs, own_rows)
-        check_targets(targets, num_examples)
+        check_targets(targets, num_examples, criterion.num_targets)
 
         def run(*given: Any) -> Curvature:
             return _updated(capture_options, function, *given)

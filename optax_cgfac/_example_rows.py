@@ -43,11 +43,25 @@ class Draw(NamedTuple):
       rng: A key that draws positions, or None to take turns.
       turn: The turn of each example, shape ``(N,)``.
       examples: The examples of a captured batch, shape ``(N,)``; None for all.
+      entries: A key that draws entries of rows; None where whole rows are kept.
+      part: The layer, and the form of its calls: each draws with keys of its own.
     """
 
     rng: Array | None = None
     turn: Array | None = None
     examples: Array | None = None
+    entries: Array | None = None
+    part: tuple[int, ...] = ()
+
+    def of_part(self, number: int) -> "Draw":
+        """Returns the draw for a part of what it was for."""
+        return self._replace(part=(*self.part, number))
+
+    def own(self, key: Array) -> Array:
+        """Returns a key's own descendant for this part."""
+        for number in self.part:
+            key = jax.random.fold_in(key, number)
+        return key
 
     def pick(self, x: Array, axis: int) -> Array:
         """Returns the chosen examples along an axis."""
@@ -84,16 +98,18 @@ def example_rows(
         # The sum of N independent cotangents without mean: squares add up to N times
         # those of an example.
         num_examples = 1
-        draw = Draw(draw.rng, None if draw.turn is None else draw.turn[:1])
+        turn = None if draw.turn is None else draw.turn[:1]
+        draw = draw._replace(turn=turn, examples=None)
         root = tag.sharing**-0.5
         calls = [
             call._replace(y=call.y * jnp.asarray(root, call.y.dtype)) for call in calls
         ]
     parts: list[LayerRows] = []
     total = sum(use.positions for use in tag.uses)
-    for use in tag.uses:
+    for number, use in enumerate(tag.uses):
         members = [captured for captured in calls if captured.call.form == use.form]
-        rows = _EXTRACT[use.form](tag, use, members, num_examples, draw)
+        own = draw.of_part(number)
+        rows = _EXTRACT[use.form](tag, use, members, num_examples, own)
         if len(tag.uses) > 1 and use.kept < use.positions:
             # One form may stand for more positions than the other.
             share = use.positions / total * len(tag.uses)
@@ -139,11 +155,9 @@ def _swapped(
     rows = _dense(tag, use, calls, num_examples, draw)
     if not use.sampled:
         return LayerRows(rows.g, rows.a)
-    key = jax.random.key(0) if draw.rng is None else draw.rng
-    if draw.rng is None and draw.turn is not None:
-        key = jax.random.fold_in(key, draw.turn[0])
+    key = jax.random.key(0) if draw.entries is None else draw.entries
     squares = rows.g**2
-    picked = jax.random.categorical(key, jnp.log(squares)).astype(jnp.int32)
+    picked = jax.random.categorical(draw.own(key), jnp.log(squares)).astype(jnp.int32)
     weights = jnp.sqrt(jnp.sum(squares, -1))
     return LayerRows(IndexRows(picked, weights, tag.n_in), rows.a)
 
@@ -330,7 +344,8 @@ def _choose(use: Use, num_examples: int, draw: Draw) -> Array | None:
     if draw.rng is None:
         start = draw.turn if draw.turn is not None else jnp.arange(num_examples)
     else:
-        start = jax.random.randint(draw.rng, (num_examples,), 0, use.positions)
+        key = draw.own(draw.rng)
+        start = jax.random.randint(key, (num_examples,), 0, use.positions)
     steps = jnp.arange(use.kept) * (use.positions // use.kept)
     return (start[:, None] + steps) % use.positions
 

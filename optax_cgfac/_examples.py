@@ -4,8 +4,15 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from optax_cgfac._checks import describe
 from optax_cgfac._types import Array, ModuleInputs, PyTree
+
+_EMPTY = (
+    "The batch must hold examples, got one of 0. Drop empty batches, and initialise "
+    "with a whole one."
+)
 
 
 def batched_leaves(
@@ -23,7 +30,7 @@ def batched_leaves(
 
     Raises:
       ValueError: If no leaf has an axis of examples, one that should has another
-        length, or ``input_axes`` is no prefix with 0 and None.
+        length, or ``input_axes`` is no prefix.
     """
     if isinstance(inputs, ModuleInputs):
         # A statistic or a key has no examples, whatever its length.
@@ -31,23 +38,24 @@ def batched_leaves(
         return rest + batched_leaves(inputs.args[0], num_examples, input_axes)
     leaves = jax.tree.leaves(inputs)
     if isinstance(input_axes, str):
-        if input_axes != "auto":
-            raise ValueError(
-                "input_axes must be 'auto' or a pytree prefix of inputs with 0 and "
-                f"None, got {input_axes!r}."
-            )
         batched = tuple(jnp.shape(leaf)[:1] == (num_examples,) for leaf in leaves)
     else:
-        axes = jax.tree.broadcast(input_axes, inputs, is_leaf=lambda axis: axis is None)
-        axes = jax.tree.leaves(axes, is_leaf=lambda axis: axis is None)
-        if any(axis not in (0, None) for axis in axes):
-            raise ValueError(f"input_axes takes 0 and None, got {input_axes!r}.")
-        batched = tuple(axis == 0 for axis in axes)
+        try:
+            axes = jax.tree.broadcast(input_axes, inputs, is_leaf=_is_none)
+        except ValueError:
+            raise ValueError(
+                "input_axes must be a pytree prefix of inputs with 0 and None.\n"
+                f"  expected: a prefix of {jax.tree.structure(inputs)}\n"
+                f"  got:      {input_axes!r}\n"
+                "Write 0 or None in the place of every leaf, or of a whole subtree."
+            ) from None
+        batched = tuple(axis == 0 for axis in jax.tree.leaves(axes, is_leaf=_is_none))
         for leaf, is_batched in zip(leaves, batched, strict=True):
             if is_batched and jnp.shape(leaf)[:1] != (num_examples,):
                 raise ValueError(
                     f"A leaf of inputs with input_axes 0 has shape {jnp.shape(leaf)}, "
-                    f"but the outputs have {num_examples} examples on their first axis."
+                    f"but the outputs have {num_examples} examples on their first "
+                    "axis. Write None for it if it has no axis of examples."
                 )
     if not any(batched):
         raise ValueError(
@@ -80,7 +88,8 @@ def check_examples(
     if structure != expected:
         raise ValueError(
             "inputs must have the structure that estimator.init was given.\n"
-            f"  expected: {expected}\n  got:      {structure}"
+            f"  expected: {expected}\n  got:      {structure}\n"
+            "Pass the same tree at every update, or initialise a new curvature."
         )
     sizes, kept = set(), 0
     leaves = zip(
@@ -107,10 +116,14 @@ def check_examples(
             )
     if len(sizes) != 1:
         raise ValueError(
-            f"Leaves of inputs disagree on the number of examples: {sorted(sizes)}."
+            "Leaves of inputs must agree on the number of examples, got "
+            f"{sorted(sizes)}. Cut them to one length, or say by "
+            "fisher_estimator(..., input_axes=...) which of them have examples."
         )
     ((num_examples,),) = sizes
     if num_examples < max(kept, rows):
+        if num_examples == 0:
+            raise ValueError(_EMPTY)
         raise ValueError(
             f"The batch has {num_examples} examples; the curvature was initialised to "
             f"capture rows={rows} and to keep {kept} for the quadratic model. Drop "
@@ -120,18 +133,99 @@ def check_examples(
     return num_examples
 
 
-def check_targets(targets: PyTree, num_examples: int) -> None:
-    """Checks that targets belong to the batch.
+def check_enough(num_examples: int, rows: int) -> None:
+    """Checks that a batch has the examples that are captured of it.
 
     Raises:
-      ValueError: If they are of another number of examples.
+      ValueError: If it has fewer.
     """
-    for leaf in jax.tree.leaves(targets):
-        if jnp.shape(leaf)[:1] != (num_examples,):
-            raise ValueError(
-                f"targets have shape {jnp.shape(leaf)}; expected the {num_examples} "
-                "examples of inputs on the first axis."
+    if num_examples == 0:
+        raise ValueError(_EMPTY)
+    if num_examples < rows:
+        raise ValueError(
+            f"rows={rows} examples are captured per update, but the inputs hold "
+            f"{num_examples}. Pass fisher_estimator(..., rows={num_examples}) or "
+            "initialise with a whole batch."
+        )
+
+
+def check_inputs(inputs: PyTree) -> None:
+    """Checks that inputs hold nothing but arrays and numbers.
+
+    Raises:
+      TypeError: If a leaf is something else.
+    """
+    for leaf in jax.tree.leaves(inputs):
+        is_array = isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))
+        is_number = isinstance(leaf, (bool, int, float, complex))
+        if isinstance(leaf, (np.ndarray, np.generic)):
+            is_array = leaf.dtype.kind not in "OSUMm"  # objects, texts and times
+        if not is_array and not is_number:
+            raise TypeError(
+                f"A leaf of inputs is {describe(leaf)}; expected arrays and numbers "
+                "only. Convert it by jnp.asarray; what is no data belongs in model_fn, "
+                "lambda params, x: model.apply({'params': params}, x, train=True)."
             )
+
+
+def check_input_axes(input_axes: PyTree) -> None:
+    """Checks the option ``input_axes``, as far as it can be without inputs.
+
+    Raises:
+      ValueError: If it holds something else than 0 and None.
+    """
+    if isinstance(input_axes, str):
+        if input_axes != "auto":
+            raise ValueError(
+                "input_axes must be 'auto' or a pytree prefix of inputs with 0 and "
+                f"None, got {input_axes!r}. Pass {{'x': 0, 'scale': None}}, say."
+            )
+        return
+    for axis in jax.tree.leaves(input_axes, is_leaf=_is_none):
+        if axis is not None and not (type(axis) is int and axis == 0):
+            raise ValueError(
+                f"input_axes takes 0 and None, got {describe(axis)} in it. Bring "
+                "examples to the first axis, and write 0 for leaves that have one."
+            )
+
+
+def check_targets(targets: PyTree, num_examples: int, num_outputs: int | None) -> None:
+    """Checks that targets belong to the batch.
+
+    Args:
+      targets: The targets; None for none.
+      num_examples: Examples of the batch.
+      num_outputs: How many outputs the model returns a tuple of; None for one array.
+
+    Raises:
+      ValueError: If they are of another number of examples or outputs.
+      TypeError: If one is no array.
+    """
+    if targets is None:
+        return
+    if num_outputs is not None and (
+        not isinstance(targets, (tuple, list)) or len(targets) != num_outputs
+    ):
+        count = f" of {len(targets)}" if isinstance(targets, (tuple, list)) else ""
+        raise ValueError(
+            f"targets must be a tuple of {num_outputs}, as the losses are; got "
+            f"{describe(targets)}{count}. Pass targets=(targets_of_first, ...)."
+        )
+    for leaf in jax.tree.leaves(targets):
+        if not isinstance(leaf, (jax.Array, np.ndarray)):
+            raise TypeError(
+                f"targets must be arrays, got {describe(leaf)}. Pass "
+                "targets=jnp.asarray(targets)."
+            )
+        if leaf.shape[:1] != (num_examples,):
+            raise ValueError(
+                f"targets have shape {leaf.shape}; expected the {num_examples} "
+                "examples of inputs on the first axis. Pass the targets of this batch."
+            )
+
+
+def _is_none(axis: object) -> bool:
+    return axis is None
 
 
 def num_kept(model_inputs: PyTree, batched: Sequence[bool]) -> int:

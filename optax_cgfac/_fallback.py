@@ -29,7 +29,7 @@ class Rest:
         if self.fallback is not None and self.where is None:
             raise ValueError(
                 "fallback needs where=, true for the parameters that CG-FAC updates; "
-                "usually where=curvature.covers."
+                "got None. Pass cgfac(fallback=..., where=curvature.covers)."
             )
 
     def keeps(self, path: str) -> bool:

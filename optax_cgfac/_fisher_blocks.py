@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_cgfac._numerics import matmul
+from optax_cgfac._operators import check_matrix
 from optax_cgfac._rows import (
     Rows,
     StackedRows,
@@ -91,6 +92,7 @@ class BlockFisherOperator:
 
     def project(self, vector: Array) -> Array:
         """Returns ``D V``, the inner products with the gradients, ``(*stack, M)``."""
+        check_matrix(self, vector, *self.shape)
         return sum(
             jnp.sum(times(a, vector) * g, -1).reshape(*g.shape[:-2], -1, count).sum(-1)
             for a, g, count in self._parts()
@@ -219,7 +221,25 @@ class FullFisherOperator:
         return jnp.maximum(low, 0), jnp.maximum(values[-1], 0)
 
     def project(self, vector: Sequence[Array]) -> Array:
-        """Returns ``D V``, shape ``(M,)``."""
+        """Returns ``D V``, shape ``(M,)``.
+
+        Args:
+          vector: A matrix for each layer.
+
+        Returns:
+          The inner products with the gradients.
+
+        Raises:
+          ValueError: If there is not one matrix for each layer.
+        """
+        if not isinstance(vector, (list, tuple)) or len(vector) != len(self.blocks):
+            raise ValueError(
+                "FullFisherOperator acts on a list of matrices, one for each layer.\n"
+                f"  expected: {len(self.blocks)} of shapes "
+                f"{[block.shape for block in self.blocks]}\n"
+                f"  got:      {jax.tree.map(jnp.shape, vector)}\n"
+                "Pass them in the order of curvature.tags."
+            )
         return sum(
             _over_stack(block.project(v), 1)
             for block, v in zip(self.blocks, vector, strict=True)

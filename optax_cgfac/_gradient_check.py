@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 
+from optax_cgfac._checks import NOT_NEGATIVE, check_number
 from optax_cgfac._curvature import Curvature
 from optax_cgfac._layers import leaves_from_matrix
 from optax_cgfac._paths import leaves_by_path, text
@@ -70,6 +72,10 @@ def check_gradients(
     Returns:
       A `GradientCheck`; print it.
 
+    Raises:
+      ValueError: If ``rtol`` is out of range, or as `value_and_grad`.
+      TypeError: As `value_and_grad`.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from flax import linen as nn
@@ -84,6 +90,12 @@ def check_gradients(
       >>> check_gradients(loss_fn, params, 1.0).mismatches
       ('kernel',)
     """
+    check_number("rtol", rtol, NOT_NEGATIVE, 1e-3)
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves((params, args))):
+        raise TypeError(
+            "check_gradients must be given arrays, got traced ones: its result is a "
+            "report to print. Call it outside jax.jit."
+        )
     options = {"fallback": True} | options
     run = value_and_grad(loss_fn, **options)
     # A loss may change the state of a module, a check may not.

@@ -6,6 +6,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from optax_cgfac._checks import (
+    FINITE,
+    NOT_NEGATIVE,
+    check_function,
+    check_number,
+    describe,
+    is_number,
+)
 from optax_cgfac._types import Array, PyTree
 
 
@@ -58,25 +66,72 @@ class Loss:
     weight: float = 1.0
     lower_bound: float | None = None
 
+    def __post_init__(self):
+        """Checks every field.
+
+        Raises:
+          ValueError: If a number is out of range.
+          TypeError: If a field is of another type.
+        """
+        if not isinstance(self.name, str):
+            raise TypeError(
+                f"Loss.name must be a text, got {describe(self.name)}. Pass "
+                "name='poisson', say: messages show it."
+            )
+        for field, arguments in _FUNCTIONS.items():
+            function = getattr(self, field)
+            if function is not None or field != "hessian_columns":
+                example = f"lambda {', '.join(arguments)}: ..."
+                check_function(f"Loss.{field}", function, arguments, example)
+        if not is_number(self.weight):  # it is compared and hashed
+            raise TypeError(
+                f"Loss.weight must be a plain number, got {describe(self.weight)}. "
+                "Pass a float such as weight=0.1."
+            )
+        check_number("Loss.weight", self.weight, NOT_NEGATIVE, 0.1)
+        if self.lower_bound is not None:
+            check_number("Loss.lower_bound", self.lower_bound, FINITE, 0.0)
+
     @staticmethod
     def named(name: str, weight: float = 1.0) -> "Loss":
         """Returns the loss of a name that `fisher_estimator` knows, weighted."""
         return dataclasses.replace(get_loss(name), weight=weight)
 
 
-def _check_shape(name: str, targets: Array, *expected: tuple[int, ...]) -> None:
+_FUNCTIONS = {
+    "value": ["outputs", "targets"],
+    "sample": ["rng", "outputs"],
+    "hessian_product": ["outputs", "tangents"],
+    "hessian_columns": ["outputs"],
+}
+
+
+def _check_targets(name: str, targets: Array, *expected: tuple[int, ...]) -> None:
+    if jnp.issubdtype(targets.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"Targets of {name} must be real, got dtype {targets.dtype}. Pass their "
+            "real and imaginary parts as two predictions."
+        )
     if jnp.shape(targets) not in expected:
         raise ValueError(
             f"Targets of {name} have shape {jnp.shape(targets)}; expected "
-            f"{' or '.join(map(str, expected))}."
+            f"{' or '.join(map(str, expected))}. Reshape them: a last axis of 1 too "
+            "many goes by targets[..., 0], one too few comes by targets[..., None]."
         )
 
 
 def _softmax_value(logits: Array, targets: Array) -> Array:
     log_probs = jax.nn.log_softmax(logits)
-    _check_shape("softmax_cross_entropy", targets, logits.shape[:-1], logits.shape)
+    _check_targets("softmax_cross_entropy", targets, logits.shape[:-1], logits.shape)
     if targets.ndim == logits.ndim:  # one-hot or soft labels
         return -jnp.sum(targets * log_probs, -1)
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise TypeError(
+            f"Targets of softmax_cross_entropy with shape {targets.shape} must be "
+            f"integers, the numbers of classes; got dtype {targets.dtype}. Pass "
+            "targets.astype(jnp.int32), or probabilities of shape "
+            f"{logits.shape}."
+        )
     return -jnp.take_along_axis(log_probs, targets[..., None], -1)[..., 0]
 
 
@@ -111,12 +166,12 @@ def _diagonal_columns(root: Array) -> Array:
 
 
 def _squared_value(outputs: Array, targets: Array) -> Array:
-    _check_shape("squared_error", targets, outputs.shape)
+    _check_targets("squared_error", targets, outputs.shape)
     return jnp.sum((outputs - targets) ** 2, -1)
 
 
 def _sigmoid_value(logits: Array, targets: Array) -> Array:
-    _check_shape("sigmoid_binary_cross_entropy", targets, logits.shape)
+    _check_targets("sigmoid_binary_cross_entropy", targets, logits.shape)
     targets = targets.astype(logits.dtype)
     positive = targets * jax.nn.log_sigmoid(logits)
     return -jnp.sum(positive + (1 - targets) * jax.nn.log_sigmoid(-logits), -1)
@@ -189,8 +244,9 @@ def get_loss(loss: str | Loss) -> Loss:
         return loss
     if not isinstance(loss, str):
         raise TypeError(
-            "loss must be a name or an optax_cgfac.Loss, "
-            f"got {type(loss).__name__}. Names: {', '.join(_LOSSES)}."
+            "loss must be a name or an optax_cgfac.Loss, got "
+            f"{describe(loss) if loss is None else type(loss).__name__}. "
+            f"Pass one of the names {', '.join(_LOSSES)}, or a Loss of your own."
         )
     if loss not in _LOSSES:
         raise ValueError(

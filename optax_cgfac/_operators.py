@@ -10,6 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from optax_cgfac._checks import describe
 from optax_cgfac._numerics import matmul, scaled
 from optax_cgfac._rows import (
     Rows,
@@ -61,6 +62,7 @@ class KroneckerOperator:
 
     def matvec(self, vector: Array) -> Array:
         """Returns ``A V G`` for ``V`` of shape ``(*stack, n_in, n_out)``."""
+        check_matrix(self, vector, num_features(self.a), num_features(self.g))
         weights = matmul(times(self.a, vector), self.g.mT)
         return self._scale(transpose_times(self.a, matmul(weights, self.g)))
 
@@ -177,6 +179,7 @@ class FactoredDampedOperator:
     def matvec(self, vector: Array) -> Array:
         """Returns ``(A + αI) V (G + βI)``."""
         op = self.operator
+        check_matrix(op, vector, num_features(op.a), num_features(op.g))
         left = transpose_times(op.a, times(op.a, vector))
         left = scaled(left, op.a_scale) + scaled(vector, self.a_damping)
         if op.g.shape[-1] <= op.g.shape[-2]:
@@ -235,6 +238,13 @@ class DiagonalOperator:
 
     def matvec(self, vector: Array) -> Array:
         """Returns the elementwise product."""
+        if jnp.shape(vector) != jnp.shape(self.entries):
+            raise ValueError(
+                "DiagonalOperator acts on vectors in the shape of its entries.\n"
+                f"  expected: {jnp.shape(self.entries)}\n"
+                f"  got:      {jnp.shape(vector)}\n"
+                "Reshape the vector, or build the operator from a diagonal like it."
+            )
         return self.entries * vector
 
     def diagonal(self) -> Array:
@@ -283,10 +293,35 @@ def jacobi_preconditioner(operator: InspectableOperator) -> DiagonalOperator:
     Returns:
       The operator ``diag(F)⁻¹``.
 
+    Raises:
+      TypeError: If the operator has none.
+
     Example:
       >>> import jax.numpy as jnp
       >>> op = DampedOperator(DiagonalOperator(jnp.array([1.0, 3.0])), 1.0)
       >>> print(jacobi_preconditioner(op).entries)
       [0.5  0.25]
     """
+    if not hasattr(operator, "diagonal"):
+        raise TypeError(
+            "jacobi_preconditioner takes an operator with a diagonal(), got "
+            f"{describe(operator)}. Pass DampedOperator(curvature.operator('hidden'), "
+            "0.1), say, or none: conjugate_gradient(..., preconditioner=None)."
+        )
     return DiagonalOperator(operator.diagonal()).inverse()
+
+
+def check_matrix(operator: object, vector: Array, n_in: int, n_out: int) -> None:
+    """Checks that an operator is applied to a matrix of its layer.
+
+    Raises:
+      ValueError: If the matrix is of another shape.
+    """
+    if jnp.shape(vector)[-2:] != (n_in, n_out):
+        raise ValueError(
+            f"{type(operator).__name__} acts on the layer's parameters as one matrix, "
+            "a bias its last row.\n"
+            f"  expected: (..., {n_in}, {n_out})\n  got:      {jnp.shape(vector)}\n"
+            "Bring kernel and bias into that form, "
+            "jnp.concatenate([kernel.reshape(-1, n_out), bias[None]])."
+        )

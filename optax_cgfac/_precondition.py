@@ -122,7 +122,8 @@ def _precondition(
         raise ValueError(
             "None of the curvature's layers is among the gradients: it belongs to "
             f"another model.\n  curvature: {', '.join(t.name for t in curvature.tags)}"
-            f"\n  gradients: {', '.join(map(text, leaves)) or 'no leaves'}"
+            f"\n  gradients: {', '.join(map(text, leaves)) or 'no leaves'}\n"
+            "Call estimator.init(params, inputs) with the parameters that are trained."
         )
     known = {leaf for tag in curvature.tags for leaf in tag.leaves}
     known |= {path for path, _ in curvature.spec.uncovered}
@@ -351,11 +352,6 @@ def _merge_info(
 def _check_shapes(tag: LayerTag, leaves: dict[Path, Array]) -> None:
     expected = dict(zip(tag.leaves, tag.shapes, strict=True))
     for path, leaf in leaves.items():
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise TypeError(
-                f"Gradient {text(path)!r} has dtype {leaf.dtype}; expected a real "
-                "floating-point array."
-            )
         if leaf.shape != expected[path]:
             raise ValueError(
                 f"Gradient {text(path)!r} has shape {leaf.shape}, but the curvature "

@@ -27,8 +27,9 @@ from optax_cgfac._quadratic_model import (
     quadratic_model,
     within_loss,
 )
-from optax_cgfac._transform import ScalarOrSchedule
+from optax_cgfac._transform import ScalarOrSchedule, current
 from optax_cgfac._types import Array, PyTree
+from optax_cgfac._update_checks import check_moved_value
 
 # Updates at the beginning, where step size and damping change most, that all fit the
 # model and look at the loss.
@@ -98,11 +99,6 @@ class Objective(NamedTuple):
     value_fn: Callable[[PyTree], Array]
 
 
-def is_scalar(value: Any) -> bool:
-    """Whether a loss is one number, and no pair with auxiliary outputs."""
-    return jax.tree.structure(value) == jax.tree.structure(0) and jnp.shape(value) == ()
-
-
 def with_initial_damping(state: CGFACState, curvature: Curvature) -> CGFACState:
     """Returns the state with a damping from the data, where it has none yet."""
     is_new = state.initial_damping == 0
@@ -116,12 +112,6 @@ def with_initial_damping(state: CGFACState, curvature: Curvature) -> CGFACState:
 def has_l2(options: StepOptions) -> bool:
     """Whether the regularizer may be non-zero."""
     return not (is_number(options.l2) and options.l2 == 0)
-
-
-def current(value: ScalarOrSchedule, state: CGFACState) -> Array:
-    """Returns a scalar, or a schedule's value at the state's count."""
-    value = value(state.cgfac_count) if callable(value) else value
-    return jnp.asarray(value, jnp.float32)
 
 
 def adaptive_step(
@@ -195,12 +185,7 @@ def adaptive_step(
             lambda p, d, v: p + combine(step, d, v), params, direction, state.velocity
         )
         moved_value = objective.value_fn(moved)
-        if not is_scalar(moved_value):
-            raise ValueError(
-                "value_fn must return the scalar loss, got "
-                f"{jax.tree.map(jnp.shape, moved_value)}. For a loss with auxiliary "
-                "outputs pass lambda p: loss_fn(p, batch)[0]."
-            )
+        check_moved_value(moved_value)
         change = _regularized(moved_value, moved, options)
         change -= _regularized(objective.value, params, options)
         return jnp.asarray(change, predicted.dtype)
@@ -359,7 +344,8 @@ def scheduled_step(
       ``η ν`` and ``μ``, whether gradients and direction are finite, and the state with
       the new scalars.
     """
-    rate = current(learning_rate, state)
+    rate = current("learning_rate", learning_rate, state.cgfac_count)
+    rate = jnp.asarray(rate, jnp.float32)
     if options.kl_clip is not None:
         product = -tree_dot(grads, direction)
         rate = rate * kl_clip_scale(product, rate, options.kl_clip)

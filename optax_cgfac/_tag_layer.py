@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
+from optax_cgfac._checks import describe
 from optax_cgfac._describe import describe_dense, describe_elementwise
 from optax_cgfac._linen import tag_linen
 from optax_cgfac._nnx import tag_nnx
@@ -44,7 +45,7 @@ def tag_layer(
 
     Raises:
       ValueError: If the names or shapes do not fit.
-      TypeError: If ``module`` is no Flax module.
+      TypeError: If ``module`` is no Flax module, or a name none.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax_cgfac
@@ -79,15 +80,29 @@ def tag_layer(
       ['custom']
     """
     names = {"kernel": kernel, "scale": scale, "bias": bias}
+    for role, name in names.items():
+        if not isinstance(name, str | None):
+            raise TypeError(
+                f"tag_layer: {role}= must be the name of a parameter, got "
+                f"{describe(name)}. Pass {role}='{role}', say, and not the parameter."
+            )
     if (kernel is None) == (scale is None) and (kernel is not None or bias is None):
         raise ValueError(
             "tag_layer takes kernel= (with or without bias=), or scale= and bias= or "
-            f"one of them; got {names}."
+            f"one of them; got {names}. Call it once for each layer of the module."
         )
     if not isinstance(module, (nn.Module, nnx.Module)):
         raise TypeError(
-            f"tag_layer takes a Flax module, usually self; got {type(module).__name__}."
+            "tag_layer takes a Flax module, usually self; got "
+            f"{type(module).__name__}. Call tag_layer(self, x, y, kernel='kernel') "
+            "inside its method."
         )
+    for argument, array in (("x", x), ("y", y)):
+        if not hasattr(array, "shape") or array.shape == ():
+            raise TypeError(
+                f"tag_layer: {argument} must be an array of shape (N, ..., features), "
+                f"got {describe(array)}. Pass the layer's input and its output."
+            )
     params = _params_of(module)
     shapes = {
         role: jnp.shape(params[name])
@@ -98,7 +113,8 @@ def tag_layer(
     if absent:
         raise ValueError(
             f"{type(module).__name__} has no parameter {', '.join(absent)}; it has "
-            f"{', '.join(params) or 'none'}."
+            f"{', '.join(params) or 'none'}. Pass the name that self.param or the "
+            "attribute has."
         )
     _check_shapes(jnp.shape(x), jnp.shape(y), shapes)
     if kernel is not None:
@@ -140,9 +156,11 @@ def _check_shapes(
         if shape != expected[role] and not scalar:
             raise ValueError(
                 f"tag_layer: with x {x} and y {y} the {role} must have shape "
-                f"{expected[role]}, got {shape}."
+                f"{expected[role]}, got {shape}. Pass the x and y between which this "
+                "parameter acts."
             )
     if x[:-1] != y[:-1]:
         raise ValueError(
-            f"tag_layer: x {x} and y {y} must agree on all axes but the last."
+            f"tag_layer: x and y must agree on all axes but the last, got {x} and {y}. "
+            "Pass the x and y between which the parameters act."
         )

@@ -80,11 +80,16 @@ def make_tags(
 
     Raises:
       ValueError: If a parameter has no tag although ``where`` keeps it and
-        ``fallback`` is false.
+        ``fallback`` is false, or ``where`` keeps none.
     """
     leaves = leaves_by_path(params)
-    _check_floating(leaves)
     kept = {path for path in leaves if where is None or where(text(path))}
+    if not kept:
+        raise ValueError(
+            "where must be true for the parameters to precondition, got false for all "
+            f"of them: {', '.join(map(text, leaves))}. Test for a part of such a path, "
+            "where=lambda path: 'Dense' in path."
+        )
     tags, problems = [], {}
     for anchor in (path for path in leaves if path in discovery.layers):
         layer = discovery.layers[anchor]
@@ -316,18 +321,6 @@ def _uses(
             kept = (options.positions or total) * options.sharing
             uses.append(Use(form, total, min(kept, total), sampled=sampled))
     return tuple(uses)
-
-
-def _check_floating(leaves: dict[Path, Array]) -> None:
-    if not leaves:
-        raise ValueError("params has no leaves: there is nothing to precondition.")
-    for path, leaf in leaves.items():
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise TypeError(
-                f"Parameter {text(path)!r} has dtype {jnp.result_type(leaf).name}; "
-                "parameters must be real floating-point arrays. Pass counters and "
-                "statistics inside inputs."
-            )
 
 
 def _reason(path: Path, discovery: Discovery) -> str:

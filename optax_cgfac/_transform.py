@@ -7,13 +7,27 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_cgfac._checks import check_damping
+from optax_cgfac._checks import (
+    BELOW_ONE,
+    check_choice,
+    check_damping,
+    check_number,
+    check_positive,
+    check_scheduled,
+    check_switch,
+)
 from optax_cgfac._curvature import Curvature
+from optax_cgfac._parameter_checks import check_trained
 from optax_cgfac._precondition import SolveInfo, init_info, precondition
 from optax_cgfac._solve import SolveConfig, Structure
 from optax_cgfac._types import Array, PyTree
+from optax_cgfac._update_checks import (
+    Missing,
+    check_curvature,
+    check_state,
+    check_trees,
+)
 
-Missing = Literal["raise", "gradient"]
 ScalarOrSchedule = float | Array | Callable[[Array], Array]
 
 
@@ -93,7 +107,8 @@ def scale_by_cgfac(
       A transformation whose ``update`` takes the keyword argument ``curvature``.
 
     Raises:
-      ValueError: If an option is unknown or ``damping`` is negative.
+      ValueError: If an option is unknown or a number out of range.
+      TypeError: If an option is of another type.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -114,6 +129,7 @@ def scale_by_cgfac(
     References:
       Chen (2021), "An Iterative K-FAC Algorithm for Deep Learning", Algorithm 2.
     """
+    check_limits(max_steps, rtol, warm_start)
     config = SolveConfig(
         damping_form=damping_form,
         space=space,
@@ -125,7 +141,8 @@ def scale_by_cgfac(
         axis=solve_axis,
         certify=certify,
     )
-    return _scale_by(config, damping, warm_start and config.is_iterative, missing)
+    keeps_start = warm_start and config.is_iterative
+    return _scale_by("scale_by_cgfac", config, damping, keeps_start, missing)
 
 
 def scale_by_kfac(
@@ -152,7 +169,8 @@ def scale_by_kfac(
       A transformation whose ``update`` takes the keyword argument ``curvature``.
 
     Raises:
-      ValueError: If an option is unknown or ``damping`` is negative.
+      ValueError: If an option is unknown or a number out of range.
+      TypeError: If an option is of another type.
 
     Example:
       >>> tx = scale_by_kfac(1e-3)
@@ -166,16 +184,22 @@ def scale_by_kfac(
         axis=solve_axis,
         certify=certify,
     )
-    return _scale_by(config, damping, False, missing)
+    return _scale_by("scale_by_kfac", config, damping, False, missing)
 
 
 def _scale_by(
-    config: SolveConfig, damping: ScalarOrSchedule, warm_start: bool, missing: Missing
+    name: str,
+    config: SolveConfig,
+    damping: ScalarOrSchedule,
+    warm_start: bool,
+    missing: Missing,
 ) -> optax.GradientTransformationExtraArgs:
     check_damping(damping)
     check_missing(missing)
 
     def init(params: PyTree) -> ScaleByCGFACState:
+        if missing == "raise":
+            check_trained(name, params)
         start = jax.tree.map(jnp.zeros_like, params) if warm_start else None
         return ScaleByCGFACState(jnp.zeros((), jnp.int32), start, init_info(params))
 
@@ -188,13 +212,14 @@ def _scale_by(
         **extra_args: Any,
     ) -> tuple[PyTree, ScaleByCGFACState]:
         del params, extra_args
+        check_state(name, state, ScaleByCGFACState)
         count = jnp.asarray(optax.safe_increment(state.cgfac_count))
         curvature = check_curvature(curvature, missing)
         if curvature is None:
             return updates, state._replace(cgfac_count=count)
-        gamma = jnp.asarray(
-            damping(state.cgfac_count) if callable(damping) else damping
-        )
+        num_leaves = state.info.num_steps.shape[-1]
+        check_trees(name, updates, None, state.warm_start, num_leaves)
+        gamma = jnp.asarray(current("damping", damping, state.cgfac_count))
         solution, info = precondition(
             config, curvature, updates, state.warm_start, gamma, state.info
         )
@@ -215,38 +240,36 @@ def gradient_transformation(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def check_missing(missing: str) -> None:
+def current(name: str, value: ScalarOrSchedule, count: Array) -> Any:
+    """Returns an option's value at a count of updates, a schedule's or its own.
+
+    Raises:
+      ValueError: If a schedule returns several numbers.
+      TypeError: If it returns no number.
+    """
+    if not callable(value):
+        return value
+    value = value(count)
+    check_scheduled(name, value)
+    return value
+
+
+def check_missing(missing: Any) -> None:
     """Checks the option ``missing``.
 
     Raises:
       ValueError: If it is unknown.
     """
-    if missing not in ("raise", "gradient"):
-        raise ValueError(f"missing must be 'raise' or 'gradient', got {missing!r}.")
+    check_choice("missing", missing, ("raise", "gradient"))
 
 
-def check_curvature(curvature: Any, missing: Missing) -> Curvature | None:
-    """Returns the curvature, or None where gradients are to pass through.
+def check_limits(max_steps: Any, rtol: Any, warm_start: Any) -> None:
+    """Checks the options of an iterative solve, as far as they are no names.
 
     Raises:
-      ValueError: If there is none and ``missing`` is ``"raise"``.
-      TypeError: If it is something else.
+      ValueError: If one is out of range.
+      TypeError: If one is of another type.
     """
-    if curvature is None:
-        if missing == "gradient":
-            return None
-        raise ValueError(
-            "update() needs the curvature of this step:\n"
-            "  curvature = estimator.update(curvature, params, inputs, rng=rng)\n"
-            "  updates, opt_state = tx.update(\n"
-            "      grads, opt_state, params, curvature=curvature,\n"
-            "      value=loss, value_fn=lambda p: loss_fn(p, batch))\n"
-            "where estimator = optax_cgfac.fisher_estimator(model_fn, loss). Pass "
-            "missing='gradient' to let gradients through without it."
-        )
-    if not isinstance(curvature, Curvature):
-        raise TypeError(
-            "curvature must be an optax_cgfac.Curvature from estimator.init or "
-            f"estimator.update, got {type(curvature).__name__}."
-        )
-    return curvature
+    check_positive("max_steps", max_steps, may_be_array=True)
+    check_number("rtol", rtol, BELOW_ONE, 1e-2)
+    check_switch("warm_start", warm_start)

@@ -6,15 +6,27 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
 
 from optax_cgfac._capture import run_captured
-from optax_cgfac._checks import check_positive
+from optax_cgfac._checks import (
+    check_choice,
+    check_function,
+    check_positive,
+    check_switch,
+    describe,
+    is_real_scalar,
+    signature_of,
+    takes,
+)
 from optax_cgfac._curvature import Curvature, empty_curvature
 from optax_cgfac._curvature_spec import CurvatureSpec
 from optax_cgfac._discovery import Discovery, discover, discover_wider
 from optax_cgfac._example_rows import Draw, example_rows
 from optax_cgfac._layers import num_positions
 from optax_cgfac._modules import bind, update_module
+from optax_cgfac._parameter_checks import check_parameters
 from optax_cgfac._paths import leaves_by_path
 from optax_cgfac._probes import probe_calls
 from optax_cgfac._tagging import RowOptions, Where, calls_of, make_tags
@@ -58,6 +70,7 @@ def value_and_grad(
 
     Raises:
       ValueError: If an option has no meaning.
+      TypeError: If one is of another type.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -74,16 +87,27 @@ def value_and_grad(
     References:
       Chen (2021), section 3; Kunstner et al. (2019) on the empirical Fisher.
     """
-    if loss_reduction not in ("mean", "sum"):
-        raise ValueError(
-            f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}."
-        )
+    check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
+    check_switch("has_aux", has_aux)
+    check_switch("fallback", fallback)
+    if where is not None:
+        check_function("where", where, ["path"], "lambda path: 'Dense' in path")
     if num_examples is not None:
-        check_positive("num_examples", num_examples)
+        check_positive("num_examples", num_examples, others="None or ")
+    if not callable(loss_fn) or isinstance(loss_fn, (nn.Module, nnx.Module, type)):
+        raise TypeError(
+            "loss_fn must be a function (params, *args) -> loss, got "
+            f"{describe(loss_fn)}. Write lambda params, x, y: "
+            "jnp.mean((model.apply({'params': params}, x) - y) ** 2), say."
+        )
 
-    def wrapped(params: PyTree, *args: Any) -> tuple[Any, PyTree, Curvature]:
+    def wrapped(
+        params: PyTree, *args: Any, **kwargs: Any
+    ) -> tuple[Any, PyTree, Curvature]:
+        _check_arguments(loss_fn, args, kwargs)
         module = params
         function, params, args = bind(loss_fn, params, *args)
+        check_parameters(params)
         discovery = discover(function, params, *args)
         _check_scalar(discovery.outputs, has_aux)
         count = num_examples or _count_examples(discovery, params, args)
@@ -123,14 +147,31 @@ def value_and_grad(
     return wrapped
 
 
+def _check_arguments(loss_fn: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    call = "value_and_grad(loss_fn)(params, *args)"
+    if kwargs:
+        raise TypeError(
+            f"{call} takes arguments by position, got {', '.join(kwargs)} by name. "
+            "Pass them in the order in which loss_fn takes them."
+        )
+    signature = signature_of(loss_fn)
+    if signature is not None and not takes(signature, 1 + len(args)):
+        raise TypeError(
+            f"{call} must be given the arguments of loss_fn, {signature}; got "
+            f"{1 + len(args)}. Pass the parameters first and all others behind them."
+        )
+
+
 def _check_scalar(outputs: Any, has_aux: bool) -> None:
     is_pair = isinstance(outputs, tuple) and len(outputs) == 2
-    value = outputs[0] if has_aux and is_pair else outputs
-    if getattr(value, "shape", None) != () or has_aux != is_pair:
+    value: Any = outputs[0] if has_aux and is_pair else outputs
+    is_loss = is_real_scalar(value) and jnp.issubdtype(value.dtype, jnp.floating)
+    if not is_loss or has_aux != is_pair:
         expected = "a pair (scalar, aux)" if has_aux else "a scalar"
         raise ValueError(
-            f"loss_fn must return {expected}, got {outputs}. "
-            "Set has_aux=True if it returns (loss, aux)."
+            f"loss_fn must return {expected}, the loss a real number; got "
+            f"{jax.tree.map(describe, outputs)}. Set has_aux=True if it returns (loss, "
+            "aux), and take the mean of losses by example."
         )
 
 

@@ -380,12 +380,3 @@ def test_diagnostics_are_arrays_under_jit(wrap):
 def test_diagnostics_of_the_building_block_have_layers_only():
     _, state = first(scale_by_cgfac(0.1))
     assert set(diagnostics(state)) == {"layers"}
-
-
-def test_diagnostics_need_one_state():
-    adam = optax.adam(1e-3).init(problem().params)
-    with pytest.raises(ValueError, match=r"Expected one CG-FAC state .* found 0"):
-        diagnostics(adam)
-    state = cgfac().init(problem().params)
-    with pytest.raises(ValueError, match="found 2"):
-        diagnostics((state, state))

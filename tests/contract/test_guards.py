@@ -3,13 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import linen as nn
 
 import optax_cgfac
 import oracles
-from models import NUM_EXAMPLES, Compact, init, normal
+from models import NUM_EXAMPLES, init, normal
 from steps import ingredients
 
 X = normal(0, NUM_EXAMPLES, 5)
@@ -178,65 +177,6 @@ def test_a_whole_batch_may_be_part_of_the_model():
     curvature = estimator.init(params, inputs)
     curvature = estimator.update(curvature, params, inputs, rng=jax.random.key(0))
     assert curvature.layers["."].a.shape == (32, 7)
-
-
-def test_a_module_is_no_model_fn():
-    with pytest.raises(TypeError, match=r"got Compact.*model\.apply"):
-        optax_cgfac.fisher_estimator(Compact(), "squared_error")
-
-
-@pytest.mark.parametrize("rows", [0, 2.0, True, jnp.array(4)], ids=str)
-def test_counts_must_be_positive_integers(rows):
-    with pytest.raises(ValueError, match="rows must be an int of at least 1"):
-        optax_cgfac.fisher_estimator(lambda p, x: x, "squared_error", rows=rows)
-    optax_cgfac.fisher_estimator(lambda p, x: x, "squared_error", rows=np.int64(4))
-
-
-def test_a_negative_damping_of_any_number_type_is_refused():
-    with pytest.raises(ValueError, match="damping must be finite and not negative"):
-        optax_cgfac.scale_by_cgfac(np.float32(-1))
-    with pytest.raises(ValueError, match="damping must be finite and not negative"):
-        ingredients().curvature.operator("hidden", damping=-1.0)
-
-
-def test_gradients_of_parameters_the_curvature_has_never_seen_are_refused():
-    given = ingredients()
-    more = given.params | {"new": {"kernel": jnp.ones((2, 2))}}
-    tx = optax_cgfac.scale_by_cgfac(0.1)
-    with pytest.raises(ValueError, match=r"not initialised with: new/kernel"):
-        tx.update(more, tx.init(more), more, curvature=given.curvature)
-
-
-def test_the_adaptive_step_under_a_mask_names_the_way_out():
-    given = ingredients()
-    mask = {"hidden": {"kernel": True, "bias": False}, "out": {"kernel": True}}
-    tx = optax.masked(optax_cgfac.cgfac(), mask)
-    with pytest.raises(ValueError, match=r"absent: hidden/bias.*where=\.\.\."):
-        tx.update(
-            given.grads,
-            tx.init(given.params),
-            given.params,
-            curvature=given.curvature,
-            value=0.0,
-            value_fn=lambda p: 0.0,
-        )
-
-
-def test_a_bias_without_its_kernel_is_named():
-    estimator = optax_cgfac.fisher_estimator(
-        lambda p, x: Compact().apply({"params": p}, x),
-        "squared_error",
-        rows=4,
-        where=lambda path: path != "Dense_0/kernel",
-    )
-    with pytest.raises(ValueError, match="Dense_0/bias: where leaves its kernel"):
-        estimator.init(init(Compact(), X), X)
-
-
-def test_integers_are_no_right_hand_side():
-    operator = optax_cgfac.DiagonalOperator(jnp.ones(3))
-    with pytest.raises(TypeError, match="floating-point arrays, got dtype int32"):
-        optax_cgfac.conjugate_gradient(operator, jnp.ones(3, jnp.int32), max_steps=2)
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])

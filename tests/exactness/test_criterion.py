@@ -262,22 +262,14 @@ def test_a_users_own_loss_needs_three_functions(x64):
         estimate(first, poisson, params)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            {"reduction": "none"},
-            "reduction must be one of 'mean', 'mean_of_sums', 'sum'",
-        ),
-        ({"weights": lambda inputs: inputs["mask"][:, :2]}, r"broadcasts to \(N, 3\)"),
-        ({"samples": 2}, "samples=2 needs kind='mc'"),
-        ({"rows_dtype": "int32"}, "rows_dtype must be a floating-point dtype"),
-        ({"weight_sharing": "sum"}, "weight_sharing must be 'expand' or 'reduce'"),
-    ],
-)
-def test_options_without_a_meaning_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        estimate(first, "softmax_cross_entropy", parameters(), **arguments)
+def test_weights_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"broadcasts to \(N, 3\)"):
+        estimate(
+            first,
+            "softmax_cross_entropy",
+            parameters(),
+            weights=lambda inputs: inputs["mask"][:, :2],
+        )
 
 
 @pytest.mark.parametrize(
@@ -292,10 +284,3 @@ def test_targets_of_another_shape_are_refused(targets, message):
         estimate(
             first, "softmax_cross_entropy", parameters(), "empirical", targets=targets
         )
-
-
-def test_outputs_and_losses_must_match():
-    with pytest.raises(ValueError, match=r"must return one array.*got PyTreeDef"):
-        estimate(both, "squared_error", parameters())
-    with pytest.raises(ValueError, match="must return a tuple of 2"):
-        estimate(first, ("squared_error", "squared_error"), parameters())

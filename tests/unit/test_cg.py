@@ -206,23 +206,6 @@ def test_an_overflowing_step_is_not_taken():
     assert np.isfinite(info.residual_norm)
 
 
-def test_a_warm_start_unlike_b_is_refused():
-    operator, b = DiagonalOperator(jnp.ones(2)), jnp.ones(2)
-    for x0 in (jnp.ones(3), jnp.ones(2, jnp.bfloat16), {"w": b}):
-        with pytest.raises(
-            ValueError, match=r"structure, shapes and dtypes of b(.|\n)*got"
-        ):
-            conjugate_gradient(operator, b, x0, max_steps=2)
-
-
-@pytest.mark.parametrize("max_steps", [0, -1])
-def test_at_least_one_step_is_asked_for(max_steps):
-    with pytest.raises(ValueError, match=f"at least 1, got {max_steps}"):
-        conjugate_gradient(
-            DiagonalOperator(jnp.ones(2)), jnp.ones(2), max_steps=max_steps
-        )
-
-
 @pytest.mark.parametrize("value", [-0.5, float("nan")])
 @pytest.mark.parametrize("name", ["rtol", "atol"])
 def test_a_negative_tolerance_is_refused(name, value):

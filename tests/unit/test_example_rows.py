@@ -102,7 +102,7 @@ def test_a_row_of_a_long_table_keeps_one_entry_in_proportion_to_its_square(monke
     draws = 1000
     mean = np.zeros_like(whole)
     for key in jax.random.split(jax.random.key(0), draws):
-        tag, kept, g = rows(Draw(key), positions=1)
+        tag, kept, g = rows(Draw(entries=key), positions=1)
         assert np.all(np.count_nonzero(kept, axis=-1) == 1)
         np.testing.assert_array_equal(g, queries)
         mean += kept**2 / draws

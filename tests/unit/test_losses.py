@@ -151,13 +151,3 @@ def test_an_own_loss_is_taken_as_it_is():
     own = Loss("own", squared.value, squared.sample, squared.hessian_product)
     assert get_loss(own) is own
     assert own.hessian_columns is None
-
-
-def test_an_unknown_name_lists_the_names():
-    with pytest.raises(ValueError, match=f"'mse'.*{', '.join(NAMES)}"):
-        get_loss("mse")
-
-
-def test_what_is_neither_name_nor_loss_is_refused():
-    with pytest.raises(TypeError, match=r"name or an optax_cgfac\.Loss, got function"):
-        get_loss(optax.squared_error)

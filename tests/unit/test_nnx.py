@@ -307,17 +307,6 @@ def test_a_second_step_compiles_nothing():
     assert values[-1] < 0.2 * values[0]
 
 
-def test_a_changed_module_is_told_from_another_estimator():
-    model = Stateful()
-    estimator = fisher_estimator(
-        lambda model, x: nnx.view(model, deterministic=True)(x), "squared_error", rows=4
-    )
-    curvature = estimator.init(model, BATCH)
-    model.eval()
-    with pytest.raises(ValueError, match=r"another structure(.|\n)*model_fn"):
-        estimator.update(curvature, model, BATCH, rng=jax.random.key(0))
-
-
 def test_statistics_as_long_as_the_batch_are_not_sliced():
     model = nnx.Sequential(
         nnx.Linear(5, NUM_EXAMPLES, rngs=rngs()),

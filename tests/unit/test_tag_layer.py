@@ -159,31 +159,3 @@ def test_a_parameter_of_nnx_without_a_tag_is_reported():
 def test_an_nnx_layer_without_the_named_parameter_is_refused():
     with pytest.raises(ValueError, match="Untagged has no parameter w; it has shift"):
         tag_layer(Untagged(), jnp.ones((2, 4)), jnp.ones((2, 4)), bias="w")
-
-
-class Wrong(nn.Module):
-    names: dict[str, str]
-
-    @nn.compact
-    def __call__(self, x):
-        w = self.param("w", nn.initializers.ones, (x.shape[-1], 4))
-        return tag_layer(self, x, x @ w, **self.names)
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        ({}, "takes kernel="),
-        ({"kernel": "w", "scale": "w"}, "takes kernel="),
-        ({"kernel": "v"}, "Wrong has no parameter v; it has w"),
-        ({"scale": "w"}, r"the scale must have shape \(4,\), got \(5, 4\)"),
-    ],
-)
-def test_what_does_not_fit_is_refused(names, message):
-    with pytest.raises(ValueError, match=message):
-        Wrong(names).init(jax.random.key(0), normal(0, 2, 5))
-
-
-def test_something_else_than_a_module_is_refused():
-    with pytest.raises(TypeError, match="takes a Flax module, usually self; got int"):
-        tag_layer(3, jnp.ones((2, 3)), jnp.ones((2, 3)), bias="b")

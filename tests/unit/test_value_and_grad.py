@@ -101,34 +101,6 @@ def test_where_leaves_parameters_out_but_differentiates_them():
     )
 
 
-def test_an_unknown_reduction_is_refused():
-    with pytest.raises(ValueError, match="loss_reduction must be 'mean' or 'sum'"):
-        value_and_grad(loss_fn, loss_reduction="max")
-
-
-def test_a_loss_that_is_no_scalar_is_refused():
-    with pytest.raises(ValueError, match="loss_fn must return a scalar"):
-        value_and_grad(outputs_of)(PARAMS, X)
-
-
-def test_a_forgotten_has_aux_is_named():
-    def with_aux(params, x, y):
-        return loss_fn(params, x, y), None
-
-    with pytest.raises(ValueError, match="has_aux=True"):
-        value_and_grad(with_aux)(PARAMS, X, Y)
-
-
-def test_has_aux_without_aux_is_refused():
-    with pytest.raises(ValueError, match=r"a pair \(scalar, aux\)"):
-        value_and_grad(loss_fn, has_aux=True)(PARAMS, X, Y)
-
-
-def test_a_loss_without_layers_says_what_it_must_call():
-    with pytest.raises(ValueError, match=r"must call\s+model.apply un-jitted"):
-        value_and_grad(lambda params: jnp.sum(params["w"]))({"w": jnp.ones(3)})
-
-
 @pytest.mark.parametrize("traced_before", [False, True])
 def test_a_jitted_apply_inside_the_loss_is_refused(traced_before):
     jitted = jax.jit(lambda params, x: outputs_of(params, x))
