@@ -163,7 +163,7 @@ def fisher_estimator(
       positions: Positions of each example that become rows, chosen anew every update
         and rescaled without bias; None for all, which the structures ``"block"`` and
         ``"full"`` need. Unless it is None, a row of the transposed use of a long table
-        (`attend`, more than 2,048 entries) keeps one entry of the vocabulary's side,
+        (``attend``, more than 2,048 entries) keeps one entry of the vocabulary's side,
         which stands for the diagonal of that factor.
       rows_dtype: The dtype in which rows are kept. None for bfloat16 where there are
         eigenpairs of them (float32 parameters and ``positions=1``): `cgfac` needs

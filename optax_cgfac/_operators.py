@@ -82,7 +82,7 @@ class KroneckerOperator:
         return low_a * low_g, high_a * high_g
 
     def factors(self) -> tuple[Array, Array]:
-        """Returns the dense factors ``A`` and ``G``; for inspection and `kfac`."""
+        """Returns the dense ``A`` and ``G``, for inspection and `scale_by_kfac`."""
         dense = to_dense(self.a)
         a = scaled(matmul(dense.mT, dense), self.a_scale)
         g = scaled(matmul(self.g.mT, self.g), self.g_scale)

@@ -46,7 +46,7 @@ class LayerRows(NamedTuple):
       a: Input activations, one row per example or position, shape
         ``(*stack, R, n_in)``. A layer with a bias has a last column of ones.
         Rows that have not been seen yet are zero. The one-hot rows of an embedding
-        are an `IndexRows`.
+        are kept as indices.
       g: Cotangents of the layer's output, shape ``(*stack, R, n_out)``, per
         example: the gradient of the example's own loss.
     """

@@ -5,11 +5,13 @@ float32), and how far an update by converged CG is from the dense solution (in f
 From a clone:
 
     make layers
+    make layers ARGS="--page docs/layers.md"   # rewrites the page's tables
 """
 
 import argparse
 import dataclasses
 import functools
+import pathlib
 import sys
 
 import jax
@@ -185,15 +187,38 @@ def show(error):
     return "" if error is None else f"{error:.0e}"
 
 
+START, END = "<!-- layers: start -->", "<!-- layers: end -->"
+
+
+def page_line(name, line):
+    """Returns a case's line of docs/layers.md."""
+    reported = ", ".join(f"`{path}`" for path in line.reported)
+    return f"| {name} | {', '.join(line.covered)} | {reported} |"
+
+
+def page_tables(lines):
+    """Returns the tables of docs/layers.md, of `Line`s by framework and case."""
+    parts = []
+    for framework, title in (("linen", "Linen"), ("nnx", "NNX")):
+        body = [page_line(name, line) for name, line in lines[framework].items()]
+        header = ["| case | layers that are covered | reported |", "|---|---|---|"]
+        parts.append("\n".join([f"## {title}", "", *header, *body]))
+    return "\n\n".join(parts)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="part of the cases' names")
-    only = parser.parse_args().only
+    parser.add_argument("--page", type=pathlib.Path, help="a page to rewrite")
+    args = parser.parse_args()
+    if args.page and args.only:
+        parser.error("--page takes all cases")
     print(f"{'case':44} {'in':6} {'covered':28} {'gradient':9} {'update':7} reported")
+    lines = {framework: {} for framework in TABLE}
     for framework, cases in TABLE.items():
         for name in cases:
-            if only in name:
-                line = examine(framework, name)
+            if args.only in name:
+                line = lines[framework][name] = examine(framework, name)
                 worst = max(line.gradient_errors.values(), default=None)
                 print(
                     f"{name:44} {framework:6} {', '.join(line.covered):28} "
@@ -201,6 +226,11 @@ def main():
                     f"{', '.join(line.reported)}",
                     flush=True,
                 )
+    if args.page:
+        before, rest = args.page.read_text().split(START)
+        after = rest.split(END)[1]
+        tables = page_tables(lines)
+        args.page.write_text(f"{before}{START}\n\n{tables}\n\n{END}{after}")
     return 0
 
 

@@ -1,0 +1,361 @@
+"""Pictures of a curvature and of a training: coverage, cost, solves, damping, spectra.
+
+Needs matplotlib, which the extra ``plot`` brings: ``pip install "optax_cgfac[plot]"``.
+Every function draws into ``ax``, or into a figure of its own, and returns the axes.
+Lines differ by their style and marker, never by colour alone.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from flax import nnx
+
+from optax_cgfac._curvature import Curvature
+from optax_cgfac._drawing import (
+    INK,
+    PAPER,
+    SHADE,
+    History,
+    add_legend,
+    as_series,
+    finish,
+    line_styles,
+    name_bars,
+    new_axes,
+    positions_of,
+)
+from optax_cgfac._fisher_blocks import BlockFisherOperator
+from optax_cgfac._operators import KroneckerOperator
+from optax_cgfac._paths import leaves_by_path, text
+from optax_cgfac._report import human_bytes
+from optax_cgfac._rows import Rows, num_bytes, num_features, num_rows, to_dense
+from optax_cgfac._solve import (
+    DampingForm,
+    SolveConfig,
+    default_damping_form,
+    make_plan,
+)
+from optax_cgfac._types import PyTree
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["cost", "coverage", "damping", "residuals", "spectrum"]
+
+
+def coverage(
+    curvature: Curvature, params: PyTree, *, ax: "Axes | None" = None
+) -> "Axes":
+    """Draws which parameters have a curvature, and how many they are.
+
+    A filled bar is a layer of the report, a hatched one a parameter without curvature.
+
+    Args:
+      curvature: Of ``estimator.init``, or any later one.
+      params: The parameters or the `flax.nnx.Module` that it belongs to.
+      ax: Where to draw; None for a new figure.
+
+    Returns:
+      The axes.
+
+    Raises:
+      ValueError: If ``params`` are those of another model.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax_cgfac
+      >>> from flax import linen as nn
+      >>> from optax_cgfac import plot
+      >>> model, x = nn.Sequential([nn.Dense(4), nn.Dense(2)]), jnp.ones((8, 3))
+      >>> params = model.init(jax.random.key(0), x)
+      >>> estimator = optax_cgfac.fisher_estimator(model.apply, "squared_error", rows=4)
+      >>> ax = plot.coverage(estimator.init(params, x), params)
+      >>> ax.get_title(loc="left")
+      '26 of 26 parameters preconditioned (100 %)'
+    """
+    if isinstance(params, nnx.Module):
+        params = nnx.state(params, nnx.Param)
+    sizes = {path: math.prod(x.shape) for path, x in leaves_by_path(params).items()}
+    left_out = [path for path, _ in curvature.spec.uncovered]
+    expected = {*left_out, *(leaf for tag in curvature.tags for leaf in tag.leaves)}
+    if set(sizes) != expected:
+        raise ValueError(
+            "params must be the parameters that the curvature belongs to.\n"
+            f"  expected: {', '.join(sorted(map(text, expected)))}\n"
+            f"  got:      {', '.join(sorted(map(text, sizes)))}"
+        )
+    bars = [(tag.name, sum(sizes[x] for x in tag.leaves)) for tag in curvature.tags]
+    covered, total = sum(size for _, size in bars), sum(sizes.values())
+    bars += [(text(path), sizes[path]) for path in left_out]
+    names, lengths = zip(*bars, strict=True)
+    ax = new_axes(ax, len(bars))
+    drawn = ax.barh(range(len(bars)), lengths, color=SHADE, edgecolor=INK, height=0.7)
+    for bar in drawn[len(curvature.tags) :]:
+        bar.set(facecolor=PAPER, hatch="////")
+    labels = [f"{size:,}" for size in lengths]
+    ax.bar_label(drawn, labels, padding=4, fontsize="small")
+    ax.margins(x=0.15)
+    name_bars(ax, names)
+    ax.set_xlabel("parameters" + (", hatched: without curvature" if left_out else ""))
+    share = 100 * covered / max(total, 1)
+    title = f"{covered:,} of {total:,} parameters preconditioned ({share:.3g} %)"
+    return finish(ax, title, grid="x")
+
+
+def cost(
+    curvature: Curvature,
+    *,
+    damping_form: DampingForm | None = None,
+    ax: "Axes | None" = None,
+    **options: Any,
+) -> "Axes":
+    """Draws what the solve of every layer costs, as the report estimates it.
+
+    Args:
+      curvature: Of ``estimator.init``, or any later one.
+      damping_form: As in `optax_cgfac.Curvature.report`.
+      ax: Where to draw; None for a new figure.
+      **options: Further options of the solve, as in `optax_cgfac.scale_by_cgfac`.
+
+    Returns:
+      The axes: operations of one solve, all layers of a stack together; beside each
+      the solver and the bytes of the layer's rows.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax_cgfac
+      >>> from flax import linen as nn
+      >>> from optax_cgfac import plot
+      >>> model, x = nn.Sequential([nn.Dense(4), nn.Dense(2)]), jnp.ones((8, 3))
+      >>> params = model.init(jax.random.key(0), x)
+      >>> estimator = optax_cgfac.fisher_estimator(model.apply, "squared_error", rows=4)
+      >>> ax = plot.cost(estimator.init(params, x))
+      >>> [label.get_text() for label in ax.get_yticklabels()]
+      ['params/layers_0', 'params/layers_1']
+    """
+    structure = options.get("structure", "kronecker")
+    form = damping_form or default_damping_form(structure)
+    config = SolveConfig(damping_form=form, **options)
+    flops, notes = [], []
+    for tag in curvature.tags:
+        rows = curvature.layers[tag.name]
+        spectra = curvature.spectra.get(tag.name)
+        ranks = None if spectra is None else spectra.ranks
+        plan = make_plan(config, num_rows(rows.a), tag.n_in, tag.n_out, ranks)
+        flops.append(plan.flops * math.prod(tag.stack))
+        held = human_bytes(num_bytes(rows.a) + num_bytes(rows.g))
+        notes.append(f"{plan.solver}, rows {held}")
+    places = range(len(flops))
+    ax = new_axes(ax, len(flops))
+    ax.set_xscale("log")
+    ax.hlines(places, min(flops) / 2, flops, color=INK, lw=1, ls=":")
+    ax.plot(flops, places, "o", color=INK)
+    name_bars(ax, [tag.name for tag in curvature.tags])
+    beside = ax.secondary_yaxis("right")
+    beside.set_yticks(places, notes)
+    beside.tick_params(length=0)
+    beside.spines["right"].set_visible(False)
+    ax.set_xlabel("floating-point operations of a solve, estimated")
+    return finish(ax, f"{sum(flops):.3g} operations for all layers", grid="x")
+
+
+def residuals(
+    history: History,
+    *,
+    layers: Sequence[str] | None = None,
+    steps: Sequence[float] | None = None,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Draws the relative residual of every layer's solve over training.
+
+    Args:
+      history: What `optax_cgfac.diagnostics` returned after each update, or its
+        arrays stacked, as `jax.lax.scan` returns them.
+      layers: Names of the layers to draw; None for all.
+      steps: The update of each entry; None for 1, 2, 3 and so on.
+      ax: Where to draw; None for a new figure.
+
+    Returns:
+      The axes. A residual that was not computed, or is zero, is left out of its line.
+
+    Raises:
+      ValueError: If there is nothing to draw: no entries, an unknown layer, or direct
+        solves, which compute no residual unless told to.
+      TypeError: If the entries are not what `optax_cgfac.diagnostics` returns.
+
+    Example:
+      >>> from optax_cgfac import plot
+      >>> history = [
+      ...     {"layers": {"Dense_0": {"residual": 0.5**i, "cg_steps": 10}}}
+      ...     for i in range(4)
+      ... ]
+      >>> [line.get_label() for line in plot.residuals(history).get_lines()]
+      ['Dense_0']
+    """
+    series = as_series(history)["layers"]
+    unknown = [name for name in layers or () if name not in series]
+    if unknown:
+        raise ValueError(
+            f"No layer {', '.join(map(repr, unknown))} in the history; there are "
+            f"{', '.join(series) or 'none'}."
+        )
+    found = {name: series[name]["residual"] for name in layers or series}
+    if not any(np.any(values > 0) for values in found.values()):
+        raise ValueError(
+            "No residual was computed. Conjugate gradients have one, as in "
+            "cgfac(solver='cg'); direct solves with certify=True only."
+        )
+    x = positions_of(steps, len(next(iter(found.values()))))
+    ax = new_axes(ax)
+    ax.set(yscale="log", xlabel="update")
+    for (name, values), style in zip(found.items(), line_styles(len(x)), strict=False):
+        ax.plot(x, np.where(values > 0, values, np.nan), label=name, **style)
+    add_legend(ax, len(found))
+    return finish(ax, "relative residual of the layers' solves")
+
+
+def damping(
+    history: History,
+    *,
+    steps: Sequence[float] | None = None,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Draws damping, step size and momentum of `optax_cgfac.cgfac` over training.
+
+    Args:
+      history: As in `residuals`.
+      steps: As in `residuals`.
+      ax: Where to draw; None for a new figure.
+
+    Returns:
+      The axes of the damping, on the left. Step size and momentum have their own on
+      the right, ``ax.figure.axes[-1]``. A cross is an update that was not taken.
+
+    Raises:
+      ValueError: If there are no entries, or none of `optax_cgfac.cgfac`.
+      TypeError: If the entries are not what `optax_cgfac.diagnostics` returns.
+
+    Example:
+      >>> from optax_cgfac import plot
+      >>> entry = {"layers": {}, "momentum": 0.5, "num_rejected": 0}
+      >>> history = [
+      ...     entry | {"damping": 0.5**i, "step_size": 0.1 * i} for i in range(4)
+      ... ]
+      >>> plot.damping(history).get_yscale()
+      'log'
+    """
+    series = as_series(history)
+    if "damping" not in series:
+        raise ValueError(
+            "The history has no damping: diagnostics() of cgfac have it, those of "
+            "scale_by_cgfac and scale_by_kfac have not."
+        )
+    values = series["damping"]
+    x = positions_of(steps, len(values))
+    left = new_axes(ax)
+    right = left.twinx()
+    first, second, third = itertools.islice(line_styles(len(x)), 3)
+    lines = left.plot(x, values, label="damping (left)", **first)
+    lines += right.plot(x, series["step_size"], label="step size (right)", **second)
+    lines += right.plot(x, series["momentum"], label="momentum (right)", **third)
+    # An update before the first entry counts as one of its own.
+    rejected = np.diff(series["num_rejected"], prepend=0) > 0
+    if np.any(rejected):
+        crosses = {"color": INK, "ms": 9, "label": "not taken"}
+        lines += left.plot(x[rejected], values[rejected], "x", **crosses)
+    left.set(yscale="log", xlabel="update", ylabel="damping")
+    right.set(ylim=(-0.03, 1.03), ylabel="step size, momentum")
+    right.spines["top"].set_visible(False)
+    above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": len(lines)}
+    left.legend(handles=lines, frameon=False, fontsize="small", **above)
+    return finish(left)
+
+
+def spectrum(
+    curvature: Curvature,
+    layer: str,
+    *,
+    structure: Literal["kronecker", "block"] = "kronecker",
+    damping: float | None = None,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Draws the eigenvalues of a layer's curvature, in descending order.
+
+    Args:
+      curvature: One that has seen rows.
+      layer: The layer's name, as in the report.
+      structure: ``"kronecker"``, or ``"block"`` for the layer's exact Fisher block.
+      damping: ``γ``, drawn as a line; None for none.
+      ax: Where to draw; None for a new figure.
+
+    Returns:
+      The axes: the eigenvalues above rounding, of a stack those of all its layers.
+
+    Raises:
+      ValueError: If the layer or the structure is unknown, or no rows were seen.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax_cgfac
+      >>> from flax import linen as nn
+      >>> from optax_cgfac import plot
+      >>> model, x = nn.Dense(2), jax.random.normal(jax.random.key(0), (8, 3))
+      >>> params = model.init(jax.random.key(1), x)["params"]
+      >>> def loss_fn(params):
+      ...     return jnp.mean(model.apply({"params": params}, x) ** 2)
+      >>> _, _, curvature = optax_cgfac.value_and_grad(loss_fn)(params)
+      >>> plot.spectrum(curvature, ".", damping=0.1).get_title(loc="left")
+      '.: 8 of 8 eigenvalues above rounding'
+    """
+    if structure not in ("kronecker", "block"):
+        raise ValueError(
+            f"structure must be 'kronecker' or 'block', got {structure!r}."
+        )
+    operator: Any = curvature.operator(layer, structure=structure)
+    values = _eigenvalues(operator)
+    if not values.size:
+        raise ValueError(
+            f"The window holds no rows of the layer {layer!r} yet, or all are zero: "
+            "call curvature = estimator.update(curvature, params, inputs, rng=rng) "
+            "first."
+        )
+    size = num_features(operator.a) * operator.g.shape[-1]
+    total = math.prod(operator.g.shape[:-2]) * size
+    ax = new_axes(ax)
+    ax.set(xscale="log", yscale="log", xlabel="eigenvalue, the largest first")
+    ax.plot(np.arange(1, values.size + 1), values, color=INK, label="eigenvalues")
+    if damping is not None:
+        ax.axhline(damping, color=INK, ls="--", lw=1, label=f"damping {damping:.3g}")
+        add_legend(ax, 2)
+    title = f"{layer}: {values.size:,} of {total:,} eigenvalues above rounding"
+    return finish(ax, title)
+
+
+_EPS = float(np.finfo(np.float32).eps)  # of the rows
+
+
+def _eigenvalues(operator: KroneckerOperator | BlockFisherOperator) -> np.ndarray:
+    """Returns the eigenvalues that are more than rounding, the largest first."""
+    if isinstance(operator, BlockFisherOperator):
+        values = np.linalg.eigvalsh(np.asarray(operator.gram(), np.float64))
+        least = operator.num_units * _EPS * values[..., -1:]
+        values = np.where(values > least, values, 0) * _beside(operator.scale)
+    else:
+        a = _squared_singular_values(operator.a) * _beside(operator.a_scale)
+        g = _squared_singular_values(operator.g) * _beside(operator.g_scale)
+        values = a[..., :, None] * g[..., None, :]
+    values = np.sort(np.ravel(values))[::-1]
+    return values[values > 0]
+
+
+def _squared_singular_values(rows: Rows) -> np.ndarray:
+    dense = np.asarray(to_dense(rows), np.float64)
+    values = np.linalg.svd(dense, compute_uv=False)
+    # As numpy.linalg.matrix_rank does.
+    least = max(dense.shape[-2:]) * _EPS * values[..., :1]
+    return np.where(values > least, values, 0) ** 2
+
+
+def _beside(scale: Any) -> np.ndarray:
+    """Returns a scale, or one for each stacked layer, beside its eigenvalues."""
+    return np.asarray(scale, np.float64)[..., None]
