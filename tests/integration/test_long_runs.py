@@ -85,8 +85,6 @@ def test_long_runs_neither_grow_nor_drift():
         diagnosed = optax_cgfac.diagnostics(opt_state)
         assert 0 < float(diagnosed["damping"]) < 1e6
         assert not any(int(x["num_fallbacks"]) for x in diagnosed["layers"].values())
-        # The last eighth is as good as the best one, up to the noise of the batches.
-        assert means[-1] < 1.5 * min(means), means
         ends.append(means[-1])
     assert max(ends) < 0.5
     assert max(sizes) - sizes[0] < 4096, sizes
