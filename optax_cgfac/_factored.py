@@ -17,6 +17,7 @@ import numpy as np
 from optax_cgfac._cg import CGInfo, StopReason, certified, cg_loop
 from optax_cgfac._numerics import (
     matmul,
+    power_of_two,
     safe_divide,
     scaled,
     spd_inverses,
@@ -244,8 +245,13 @@ def solve_by_cg(
         # The left system's solution is x (G + βI).
         left_start, right_start = right.apply(x0.mT).mT, x0.mT
     y, left_info = _cg_side(left, b, left_start, max_steps=max_steps, rtol=rtol)
-    x, right_info = _cg_side(right, y.mT, right_start, max_steps=max_steps, rtol=rtol)
-    return x.mT, CGInfo(
+    # b / α may be so large or small that its squares are no numbers.
+    unit = power_of_two(jnp.max(jnp.abs(y)))
+    right_start = None if right_start is None else right_start / unit
+    x, right_info = _cg_side(
+        right, y.mT / unit, right_start, max_steps=max_steps, rtol=rtol
+    )
+    return x.mT * unit, CGInfo(
         left_info.num_steps + right_info.num_steps,
         jnp.hypot(left_info.residual_norm, right_info.residual_norm)
         * jnp.sqrt(jnp.sum(b * b)),

@@ -374,6 +374,8 @@ def _replace_non_finite(
     safe = b / mean_curvature[..., None, None]
     safe = jnp.where(jnp.all(jnp.isfinite(safe)), safe, 0)
     finite = finite & jnp.all(jnp.isfinite(x)) & jnp.all(jnp.isfinite(b))
+    # Without curvature and damping there is nothing to solve: x would be rounding.
+    finite &= jnp.all(mean_curvature > 0)
     return jnp.where(finite, x, safe), ~finite
 
 
