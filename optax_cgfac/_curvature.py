@@ -238,7 +238,7 @@ class Curvature:
             self,
             layers=layers,
             num_updates=self.num_updates + 1,
-            dropped=self.dropped + jnp.stack(dropped),
+            dropped=self.dropped + jnp.array(dropped, self.dropped.dtype),
         )
         if not self.spectra:
             return pushed

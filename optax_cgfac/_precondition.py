@@ -395,9 +395,9 @@ def _merge_info(
                 residual=solved.residual,
                 num_fallbacks=column.num_fallbacks + solved.failed,
                 reason=solved.reason,
-                num_dropped=column.num_dropped,
+                num_dropped=dropped.get(path, column.num_dropped),
             )
-        columns.append(column._replace(num_dropped=dropped.get(path, column[-1])))
+        columns.append(column)
     stacked = [jnp.stack(x) for x in zip(*columns, strict=True)]
     return SolveInfo(*(x.astype(y.dtype) for x, y in zip(stacked, info, strict=True)))
 
