@@ -186,7 +186,10 @@ def _tuned(found: Mapping[str, Any] | None) -> str:
         return text + f"{number(min(times))} s"
     if any(row["stopped"] == "epochs" for row in rows):
         return text + f"loss {number(found['loss'])}"
-    return text + f"{number(found['loss'])} in {max(r['seconds'] for r in rows):.0f} s"
+    row = next(r for r in rows if found["best"].items() <= r.items())
+    seconds, end = row["seconds"], row["stopped"]
+    text += f"{number(found['loss'])} in {seconds:.0f} s"
+    return text + (", diverged" if end == "diverged" else "")
 
 
 def environment_line(results: Results) -> str:
