@@ -171,7 +171,7 @@ def main(argv=None):
         "--all-rows",
         action="store_true",
         help="solve with all rows: eigenpairs amplify how sums are rounded, and so the "
-        "fifth digit of the loss tells the number of processes",
+        "fourth digit of the loss tells the number of processes",
     )
     parser.add_argument("--out", type=pathlib.Path, help="JSON of the losses")
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
