@@ -202,3 +202,23 @@ def test_the_jacobi_preconditioner_inverts_the_diagonal(name, dtype):
     product = jacobi_preconditioner(operator).matvec(problem.b)
     expected = oracles.float64(problem.b) / diagonal.reshape(problem.b.shape)
     assert oracles.relative_error(product, expected) < oracles.tolerance(dtype)
+
+
+@pytest.mark.parametrize("shape", [(2,), (4,), (3, 1)])
+def test_a_diagonal_takes_vectors_of_its_own_shape_only(shape):
+    with pytest.raises(ValueError, match="shape of its entries"):
+        DiagonalOperator(jnp.ones(3)).matvec(jnp.ones(shape))
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (5, 3), (4, 2), (4, 4), (12,)])
+def test_an_operator_takes_matrices_of_its_own_shape_only(shape):
+    a, g, _ = rows((), "float32")
+    with pytest.raises(ValueError, match=r"expected: \(\.\.\., 4, 3\)"):
+        make("kronecker", a, g).matvec(jnp.ones(shape))
+
+
+def test_layers_of_one_feature_have_extreme_eigenvalues(x64):
+    a, g, _ = rows((), "float64", sizes=(1, 2, 1))
+    low, high = extremes(make("kronecker", a, g))
+    values = np.linalg.eigvalsh(dense_layer("kronecker", a, g))
+    np.testing.assert_allclose([low, high], [values[0], values[-1]], atol=1e-12)
