@@ -17,6 +17,9 @@ from optax_cgfac._rows import (
 )
 from optax_cgfac._types import Array, LayerRows
 
+# The oldest version of JAX seen to gather what it knows to be the same on all devices.
+_GATHERS_INVARIANTLY = (0, 10, 2)
+
 
 def axis_size(axis_name: str | None) -> int:
     """Returns the number of devices that share a batch; 1 without an axis.
@@ -81,7 +84,17 @@ def gathered(rows: LayerRows, dtype: str, axis_name: str | None) -> LayerRows:
 
     def gather(x: Array, axis: int) -> Array:
         axis %= x.ndim
-        return jax.lax.all_gather(x, axis_name, axis=axis, tiled=True, to="invarying")
+        if jax.__version_info__ >= _GATHERS_INVARIANTLY:
+            return jax.lax.all_gather(
+                x, axis_name, axis=axis, tiled=True, to="invarying"
+            )
+        # A sum in which every device has its own part, zeros elsewhere: more is sent.
+        size, index = axis_size(axis_name), jax.lax.axis_index(axis_name)
+        shape = (*x.shape[:axis], size * x.shape[axis], *x.shape[axis + 1 :])
+        whole = jax.lax.dynamic_update_slice_in_dim(
+            jnp.zeros(shape, x.dtype), x, index * x.shape[axis], axis
+        )
+        return jax.lax.psum(whole, axis_name)
 
     def gather_indices(side: IndexRows) -> IndexRows:
         return IndexRows(gather(side.indices, -1), gather(side.weights, -1), side.size)

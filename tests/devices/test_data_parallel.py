@@ -315,6 +315,9 @@ def test_the_model_of_costs_is_what_is_compiled():
         assert 0.8 < part["compiled"] / part["counted"] < 1.25, name
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10, 2), reason="older versions add rows to zeros"
+)
 def test_the_only_traffic_of_the_curvature_are_the_new_rows():
     benchmark = load_benchmark("collectives")
     result = benchmark.measure(benchmark.Autoencoder((96,)), 64, 128)
