@@ -7,11 +7,13 @@ import sys
 import textwrap
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint
 import pytest
+from flax import nnx
 
-from optax_cgfac import TrainState, cgfac, scale_by_cgfac
+from optax_cgfac import TrainState, cgfac, fisher_estimator, scale_by_cgfac
 from steps import model_fn, problem
 
 FACTORIES = {
@@ -58,9 +60,60 @@ def flax_train_state(tx):
     return start, step
 
 
+class Module(nnx.Module):
+    def __init__(self, rngs):
+        self.hidden = nnx.Linear(5, 4, rngs=rngs)
+        self.out = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(nnx.tanh(self.hidden(x)))
+
+
+def nnx_optimizer(tx):
+    """Module and optimizer as pure states, which is what is saved."""
+    estimator = fisher_estimator(
+        lambda module, x: module(x), "squared_error", rows=4, window=2, model_rows=8
+    )
+
+    def make():
+        module = Module(nnx.Rngs(0))
+        return module, nnx.Optimizer(module, tx, wrt=nnx.Param)
+
+    def start():
+        module, optimizer = make()
+        curvature = estimator.init(module, problem().batch["x"])
+        return nnx.state(module), nnx.state(optimizer), curvature
+
+    def step(state, batch, rng):
+        module, optimizer = make()
+        nnx.update(module, state[0])
+        nnx.update(optimizer, state[1])
+
+        def loss_fn(module):
+            return jnp.mean(jnp.sum((module(batch["x"]) - batch["y"]) ** 2, -1))
+
+        value, grads = nnx.value_and_grad(loss_fn)(module)
+        curvature = estimator.update(state[2], module, batch["x"], rng=rng)
+        graphdef, _, rest = nnx.split(module, nnx.Param, ...)
+        optimizer.update(
+            module,
+            grads,
+            curvature=curvature,
+            value=value,
+            value_fn=lambda p: loss_fn(nnx.merge(graphdef, p, rest, copy=True)),
+        )
+        return (nnx.state(module), nnx.state(optimizer), curvature), value
+
+    return start, step
+
+
 @pytest.mark.parametrize(
     ("name", "loop"),
-    [*((name, plain_loop) for name in FACTORIES), ("cgfac", flax_train_state)],
+    [
+        *((name, plain_loop) for name in FACTORIES),
+        ("cgfac", flax_train_state),
+        ("cgfac", nnx_optimizer),
+    ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, loop, tmp_path):
     batch, (start, step) = problem().batch, loop(FACTORIES[name]())
