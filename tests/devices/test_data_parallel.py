@@ -315,9 +315,6 @@ def test_the_model_of_costs_is_what_is_compiled():
         assert 0.8 < part["compiled"] / part["counted"] < 1.25, name
 
 
-@pytest.mark.skipif(
-    jax.__version_info__ < (0, 10, 2), reason="older versions add rows to zeros"
-)
 def test_the_only_traffic_of_the_curvature_are_the_new_rows():
     benchmark = load_benchmark("collectives")
     result = benchmark.measure(benchmark.Autoencoder((96,)), 64, 128)
@@ -328,12 +325,18 @@ def test_the_only_traffic_of_the_curvature_are_the_new_rows():
     assert tuple(result["programs"]) == benchmark.PROGRAMS
     rows, gradient = result["rows of one update"], result["parameters"]
     assert rows == 32 * (65 + 96 + 97 + 64) * 2
+    gathered = total("cgfac, shard_map", "all-gather")
+    reduced = total("cgfac, shard_map", "all-reduce") - gradient
+    if jax.__version_info__ < (0, 10, 2):  # these add the rows to zeros instead
+        assert gathered == 0
+        gathered = reduced // 128 * 128
+        reduced -= gathered
     # XLA's CPU backend sends bfloat16 as float32.
-    assert total("cgfac, shard_map", "all-gather") in (rows, 2 * rows)
+    assert gathered in (rows, 2 * rows)
     kinds = {kind for kind, _ in result["programs"]["cgfac, shard_map"]}
-    assert kinds == {"all-gather", "all-reduce"}
+    assert kinds <= {"all-gather", "all-reduce"}
     # Beside the gradient: three losses and a matrix of 2 x 2.
-    assert 0 <= total("cgfac, shard_map", "all-reduce") - gradient <= 64
+    assert 0 <= reduced <= 64
     assert 0 <= total("Adam, jit", "all-reduce") - gradient <= 8
     # Under jit the compiler finds the same: no examples are sent, but rows.
     total_jit = sum(n for _, n in result["programs"]["cgfac, jit"])
