@@ -39,9 +39,27 @@ class Deep(nn.Module):
         return nn.Dense(3)(x)
 
 
+class Uneven(nn.Module):
+    """A layer dearer than all others together, and three that `nn.vmap` stacks."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.tanh(nn.Dense(24)(x))
+        x = nn.tanh(nn.Dense(72)(x))
+        x = nn.tanh(nn.Dense(8)(x))
+        heads = nn.vmap(
+            nn.Dense,
+            variable_axes={"params": 0} | optax_cgfac.capture_axes(),
+            split_rngs={"params": True},
+            in_axes=None,
+            out_axes=-2,
+            axis_size=3,
+        )
+        return jnp.sum(heads(4)(x), axis=-2)
+
+
 @functools.cache
-def given():
-    model = Deep()
+def given(model):
     x = jax.random.normal(jax.random.key(0), (32, 24))
     params = model.init(jax.random.key(1), x)
     estimator = optax_cgfac.fisher_estimator(
@@ -90,7 +108,7 @@ def assert_close(actual, expected):
     ids=str,
 )
 def test_solutions_under_jit_are_those_of_one_device(name, kind):
-    params, grads, curvature = given()
+    params, grads, curvature = given(Deep())
     expected, info = solve(FACTORIES[name](), grads, params, curvature)
     tx = FACTORIES[name](solve_axis="layers")
     with jax.set_mesh(mesh(kind)):
@@ -102,7 +120,7 @@ def test_solutions_under_jit_are_those_of_one_device(name, kind):
 
 @pytest.mark.parametrize("name", FACTORIES)
 def test_solutions_inside_a_map_are_those_of_one_device(name):
-    params, grads, curvature = given()
+    params, grads, curvature = given(Deep())
     expected, _ = solve(FACTORIES[name](), grads, params, curvature)
     tx = FACTORIES[name](solve_axis="layers")
     mapped = jax.shard_map(
@@ -112,10 +130,21 @@ def test_solutions_inside_a_map_are_those_of_one_device(name):
     assert_close(found, expected)
 
 
-@pytest.mark.parametrize("name", ["eigenpairs", "kfac"])
+@pytest.mark.parametrize("name", FACTORIES)
+def test_layers_that_are_not_alike_are_solved_as_on_one_device(name):
+    params, grads, curvature = given(Uneven())
+    expected, info = solve(FACTORIES[name](), grads, params, curvature)
+    tx = FACTORIES[name](solve_axis="layers")
+    with jax.set_mesh(mesh()):
+        found, state = jax.jit(functools.partial(solve, tx))(grads, params, curvature)
+    assert_close(found, expected)
+    np.testing.assert_array_equal(state.info.num_steps, info.info.num_steps)
+
+
+@pytest.mark.parametrize("name", FACTORIES)
 def test_every_device_does_a_part_of_the_work(name):
     """Of a conditional XLA counts the dearest branch: what the busiest device does."""
-    params, grads, curvature = given()
+    params, grads, curvature = given(Deep())
 
     def flops(tx, size):
         devices = jax.make_mesh(
@@ -138,7 +167,7 @@ def test_every_device_does_a_part_of_the_work(name):
 
 
 def test_a_bad_layer_is_replaced_and_counted_as_on_one_device():
-    params, grads, curvature = given()
+    params, grads, curvature = given(Deep())
     bad = jax.tree.map(lambda g: g, grads)
     bad["params"]["Dense_1"]["kernel"] = bad["params"]["Dense_1"]["kernel"] * jnp.inf
     tx = FACTORIES["eigenpairs"]()
@@ -152,7 +181,7 @@ def test_a_bad_layer_is_replaced_and_counted_as_on_one_device():
 
 
 def test_an_axis_that_is_not_there_is_named():
-    params, grads, curvature = given()
+    params, grads, curvature = given(Deep())
     tx = FACTORIES["cg"](solve_axis="layers")
     with pytest.raises(ValueError, match="solve_axis='layers' is no axis"):
         solve(tx, grads, params, curvature)
