@@ -200,6 +200,13 @@ def table(result: dict[str, object]) -> str:
                 f"| {name} | {kind} | {len(sizes)} | {sum(sizes) / 1024:,.1f} |"
             )
     lines.append("")
+    if "kfac-jax" in result:
+        versions = result["kfac-jax"]
+        lines += [
+            f"(kfac-jax {versions['kfac-jax']} with jax {versions['jax']}, the others "
+            f"with jax {result['jax']}.)",
+            "",
+        ]
     for name in ("parameters", "rows of one update", "factors of K-FAC"):
         lines.append(f"{name}: {result[name] / 1024:,.1f} KiB")
     return "\n".join(lines)

@@ -6,17 +6,22 @@
         python benchmarks/scale.py --measure         # the same counts, by XLA
 
 It counts matrices of blocks (query, key, value, output, two of the feed-forward), not
-embeddings and attention itself; operations are multiplications and additions. With
-``--measure`` a small model of such matrices is compiled, and XLA's own count of the
-operations of each device stands beside the model's.
+embeddings and attention itself; operations are multiplications and additions of matrix
+products, those of the busiest device times the number of devices. With ``--measure`` a
+small model of such matrices is compiled: XLA's own count of operations and the bytes of
+its collectives stand beside the model's.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
+
+from optax_cgfac._spread import assign
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +81,7 @@ SMALL = Transformer(
     window=2,
     rank=16,
     capture_every=1,
+    refresh_every=1,
     model_rows=32,
     model_every=1,
 )
@@ -91,8 +97,14 @@ def count(t: Transformer) -> dict[str, dict[str, float]]:
     # 2 operations a weight and token forward, 2 back to the inputs, 2 to the weights;
     # a capture leaves out the last, and a tangent is 4.
     token = 2 * n * t.length
-    # Gram matrices of the window, products with the old eigenvectors, their lifting.
+    solves = [8 * t.rank * n_in * n_out for n_in, n_out in t.matrices]
+    busiest = max(
+        sum(solves[i] for i in chosen) for chosen in assign(solves, t.devices)
+    )
+    # Gram matrices of the window, products with the old eigenvectors, their lifting;
+    # a power step and a projection of the Gram matrices.
     refresh = 2 * window * sides * (window + 2 * t.rank)
+    refresh += 2 * 2 * window**2 * t.rank * 2 * len(t.matrices)
     return {
         "operations of a step": {
             "gradient": 3 * token * t.shared(t.sequences),
@@ -104,8 +116,8 @@ def count(t: Transformer) -> dict[str, dict[str, float]]:
             "renewed eigenpairs, on every device": refresh
             * t.devices
             / (t.capture_every * t.refresh_every),
-            "solve, on every device": 8 * t.rank * n * t.devices,
-            "solve, spread by solve_axis": 8 * t.rank * n,
+            "solve, on every device": sum(solves) * t.devices,
+            "solve, spread by solve_axis": busiest * t.devices,
             "K-FAC: eigendecompositions": 9 * cubes,
         },
         "bytes on a device": {
@@ -135,6 +147,7 @@ def measure(t: Transformer) -> dict[str, Any]:
     """
     import jax
     import jax.numpy as jnp
+    from collectives import collectives
     from flax import linen as nn
     from jax.sharding import AxisType, NamedSharding
     from jax.sharding import PartitionSpec as P
@@ -158,71 +171,108 @@ def measure(t: Transformer) -> dict[str, Any]:
     model = Blocks()
     x = jnp.zeros((t.sequences, t.length, t.width))
     params = model.init(jax.random.key(0), x[:1])
-    estimator = optax_cgfac.fisher_estimator(
+    estimate = functools.partial(
+        optax_cgfac.fisher_estimator,
         model.apply,
         "squared_error",
         rows=t.rows,
         window=t.window,
-        rank=t.rank,
         model_rows=t.model_rows,
-        capture_every=t.capture_every,
+        capture_every=1,
     )
-    curvature = estimator.init(params, x)
-    tx = optax_cgfac.scale_by_cgfac(0.1, damping_form="factored")
+    # Without eigenpairs an update is a capture; with them it renews them as well.
+    plain, ranked = estimate(rank=None), estimate(rank=t.rank, refresh_every=1)
+    rows, curvature = plain.init(params, x), ranked.init(params, x)
     mesh = jax.make_mesh((t.devices,), ("data",), axis_types=(AxisType.Auto,))
     whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
 
-    def operations(function, shardings, *args):
-        lowered = jax.jit(function, in_shardings=shardings).lower(*args)
-        return t.devices * lowered.compile().cost_analysis()["flops"]
+    placed = {id(x): split}
+    for state in (rows, curvature):
+        specs = state.partition_specs("data")
+        placed[id(state)] = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+    def compiled(function: Callable[..., Any], *args: Any) -> tuple[float, float]:
+        """Operations of all devices, and the bytes they send."""
+        shardings = tuple(placed.get(id(arg), whole) for arg in args)
+        with jax.set_mesh(mesh):
+            program = jax.jit(function, in_shardings=shardings).lower(*args).compile()
+        sent = sum(size for _, size in collectives(program.as_text()))
+        return t.devices * program.cost_analysis()["flops"], sent
+
+    def tree_bytes(tree):
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
     def gradient(params, x):
         return jax.grad(lambda p: jnp.mean(jnp.sum(model.apply(p, x) ** 2, -1)))(params)
 
-    # Without eigenpairs an update is a capture.
-    plain = optax_cgfac.fisher_estimator(
-        model.apply,
-        "squared_error",
-        rows=t.rows,
-        window=t.window,
-        rank=None,
-        capture_every=1,
+    def update(estimator):
+        return lambda rows, params, x, rng: estimator.update(rows, params, x, rng=rng)
+
+    def solve(tx, **extra):
+        def run(grads, params, curvature):
+            state = tx.init(params)
+            return tx.update(grads, state, params, curvature=curvature, **extra)[0]
+
+        return run
+
+    key = jax.random.key(1)
+    damped = functools.partial(optax_cgfac.scale_by_cgfac, 0.1, damping_form="factored")
+    captured = compiled(update(plain), rows, params, x, key)
+    renewed = compiled(update(ranked), curvature, params, x, key)
+    solved = compiled(solve(damped()), params, params, curvature)
+    spread = compiled(solve(damped(solve_axis="data")), params, params, curvature)
+    modelled = compiled(
+        solve(optax_cgfac.cgfac(model_interval=1), value=0.0, value_fn=lambda _: 0.0),
+        params,
+        params,
+        curvature,
     )
-    rows = plain.init(params, x)
-
-    def capture(rows, params, x, rng):
-        return plain.update(rows, params, x, rng=rng)
-
-    def solve(grads, params, curvature):
-        return tx.update(grads, tx.init(params), params, curvature=curvature)[0]
-
-    compiled = {
-        "gradient": operations(gradient, (whole, split), params, x),
-        "capture": operations(
-            capture, (whole, whole, split, whole), rows, params, x, jax.random.key(1)
-        ),
-        "solve, on every device": operations(
-            solve, (whole, whole, whole), params, params, curvature
-        ),
+    of_gradient = compiled(gradient, params, x)
+    operations = {
+        "gradient": of_gradient[0],
+        "capture": captured[0],
+        "quadratic model, 2 directions": modelled[0] - solved[0],
+        "renewed eigenpairs, on every device": renewed[0] - captured[0],
+        "solve, on every device": solved[0],
+        "solve, spread by solve_axis": spread[0],
     }
-    counted = count(t)["operations of a step"]
+    sent = {
+        "gradient, float32": of_gradient[1],
+        "new rows, bfloat16": captured[1],
+        "solutions, float32, with solve_axis": spread[1],
+    }
+    held = {
+        "window of rows, bfloat16": tree_bytes(curvature.layers),
+        "eigenpairs, float32": tree_bytes(curvature.spectra),
+    }
+    parts = {
+        "operations of a step": operations,
+        "bytes on a device": held,
+        "bytes between devices in a step": sent,
+    }
     return {
         "jax": jax.__version__,
         "transformer": dataclasses.asdict(t),
         "parts": {
-            name: {"counted": counted[name], "compiled": value}
-            for name, value in compiled.items()
+            title: {
+                name: {"counted": count(t)[title][name], "compiled": value}
+                for name, value in found.items()
+            }
+            for title, found in parts.items()
         },
     }
 
 
 def measured_table(result: dict[str, Any]) -> str:
-    """Returns a Markdown table of `measure`."""
-    lines = ["| operations of a step | counted | by XLA | |", "|---|---:|---:|---:|"]
-    for name, part in result["parts"].items():
-        ratio = part["compiled"] / part["counted"]
-        figures = human(part["counted"]), human(part["compiled"])
-        lines.append(f"| {name} | {figures[0]} | {figures[1]} | {ratio:.2f} |")
+    """Returns Markdown tables of `measure`."""
+    lines = []
+    for title, parts in result["parts"].items():
+        lines += [f"| {title} | counted | compiled | |", "|---|---:|---:|---:|"]
+        for name, part in parts.items():
+            ratio = part["compiled"] / part["counted"]
+            figures = human(part["counted"]), human(part["compiled"])
+            lines.append(f"| {name} | {figures[0]} | {figures[1]} | {ratio:.2f} |")
+        lines.append("")
     return "\n".join(lines)
 
 

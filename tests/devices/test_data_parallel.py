@@ -311,8 +311,11 @@ def load_benchmark(name):
 
 def test_the_model_of_costs_is_what_is_compiled():
     scale = load_benchmark("scale")
-    for name, part in scale.measure(scale.SMALL)["parts"].items():
-        assert 0.8 < part["compiled"] / part["counted"] < 1.25, name
+    for parts in scale.measure(scale.SMALL)["parts"].values():
+        for name, part in parts.items():
+            # XLA's CPU backend sends bfloat16 as float32.
+            times = 2 if "bfloat16" in name else 1
+            assert 0.8 < part["compiled"] / part["counted"] / times < 1.3, name
 
 
 def test_the_only_traffic_of_the_curvature_are_the_new_rows():
