@@ -243,3 +243,21 @@ def test_nnx_parameters_with_sharding_metadata(kind):
         params,
         expected,
     )
+
+
+def test_named_axes_inside_a_model_on_explicit_axes_are_refused():
+    """By JAX, in words of its own: captures run on automatic axes (docs/devices.md)."""
+
+    def model_fn(params, x):
+        return nn.Dense(3).apply(params, jax.sharding.reshard(x, P("data")))
+
+    params = nn.Dense(3).init(jax.random.key(0), jnp.ones((8, 4)))
+    estimator = optax_cgfac.fisher_estimator(
+        model_fn, "squared_error", kind="exact", rows=8
+    )
+    m = mesh(AxisType.Explicit)
+    with jax.set_mesh(m):
+        x = jax.device_put(jnp.ones((8, 4)), NamedSharding(m, P("data")))
+        curvature = estimator.init(params, x)
+        with pytest.raises(ValueError, match="cannot contain axis names"):
+            jax.eval_shape(estimator.update, curvature, params, x)
