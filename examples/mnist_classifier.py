@@ -116,29 +116,28 @@ def train(name, training, parts, epochs, batch_size, seed):
     Returns:
       A row for each epoch: loss, accuracy, accuracy of the test, seconds of training.
     """
-    data, test = parts
+    data, _ = parts
     key = jax.random.key(seed)
     params = model.init(key, data["x"][:1])
     state, train_step = training(params, jax.tree.map(lambda x: x[:batch_size], data))
 
-    # Not a `jax.lax.scan` over the epoch: on CPUs convolutions are slow below one.
-    def step_of(state, data, chosen, rng):
+    # Not a `jax.lax.scan` over an epoch: on CPUs convolutions are slow below one.
+    def step_on(state, data, chosen, rng):
         return train_step(state, jax.tree.map(lambda x: x[chosen], data), rng)
 
-    chosen = jnp.arange(batch_size)
-    step_of = jax.jit(step_of, donate_argnums=0)
-    step_of = step_of.lower(state, data, chosen, key).compile()
+    jitted = jax.jit(step_on, donate_argnums=0)
+    compiled = jitted.lower(state, data, jnp.arange(batch_size), key).compile()
 
     num_batches = len(data["y"]) // batch_size
     rows, seconds = [], 0.0
     with tqdm(total=epochs * num_batches, desc=f"{name:12}", unit="step") as bar:
         for epoch in range(epochs):
-            rng = jax.random.fold_in(key, epoch)
-            order = jax.random.permutation(rng, len(data["y"]))
+            order_rng, rng = jax.random.split(jax.random.fold_in(key, epoch))
+            order = jax.random.permutation(order_rng, len(data["y"]))
             start = time.perf_counter()
             for step in range(num_batches):
                 chosen = order[step * batch_size : (step + 1) * batch_size]
-                state, _ = step_of(state, data, chosen, jax.random.fold_in(rng, step))
+                state, _ = compiled(state, data, chosen, jax.random.fold_in(rng, step))
                 bar.update()
             jax.block_until_ready(state)
             seconds += time.perf_counter() - start
@@ -169,11 +168,11 @@ def main(argv=None):
     parser.add_argument(
         "--optimizer", choices=NAMES, nargs="+", default=list(NAMES), help="(both)"
     )
-    parser.add_argument("--epochs", type=int, help="how many (20; fast: 2)")
+    parser.add_argument("--epochs", type=int, help="how many (10; fast: 2)")
     parser.add_argument("--batch-size", type=int, default=128, help="(128)")
     parser.add_argument("--seed", type=int, default=0, help="(0)")
     args = parser.parse_args(argv)
-    epochs = (2 if args.fast else 20) if args.epochs is None else args.epochs
+    epochs = (2 if args.fast else 10) if args.epochs is None else args.epochs
     num_images, num_tests = (1000, 500) if args.fast else (4000, 1000)
     if epochs < 1 or not 0 < args.batch_size <= num_images:
         parser.error(f"expected --epochs > 0, --batch-size from 1 to {num_images}")
