@@ -1,6 +1,6 @@
 """Train a small transformer in NNX to write Python's reference, letter by letter.
 
-    python examples/char_transformer.py                    # about a minute, 2 CPU cores
+    python examples/char_transformer.py                    # two minutes, 2 CPU cores
     python examples/char_transformer.py --optimizer adam   # the same with Adam
     python examples/char_transformer.py --fast             # a few seconds of training
 
