@@ -17,12 +17,13 @@ IN_VENV := $(VENV)/bin/python
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help example layers docs test coverage mutants lint clean
+.PHONY: help example layers docs notebooks test coverage mutants lint clean
 
 help:
 	@echo 'make example   run examples/$(EXAMPLE).py; its options: make example ARGS="..."'
 	@echo 'make layers    a table of what is covered, for every kind of layer (minutes)'
 	@echo 'make docs      the documentation, into build/site; a warning is an error'
+	@echo 'make notebooks run them and keep their outputs (minutes); one: ARGS=01'
 	@echo 'make test      unit tests and doctests; pytest options: make test ARGS="..."'
 	@echo 'make coverage  the same, and which lines and branches of the package they miss'
 	@echo 'make mutants   small changes of the core modules that no test notices (hours)'
@@ -39,6 +40,9 @@ layers: $(VENV)/.installed-test
 docs: $(VENV)/.installed-docs
 	$(IN_VENV) -m sphinx -b html -n -W --keep-going $(ARGS) docs build/site
 	$(IN_VENV) docs/check_site.py build/site
+
+notebooks: $(VENV)/.installed-notebooks
+	$(IN_VENV) notebooks/run.py $(ARGS)
 
 test: $(VENV)/.installed-test
 	MPLBACKEND=Agg $(IN_VENV) -m pytest -n $(JOBS) $(ARGS)
@@ -76,5 +80,5 @@ $(IN_VENV):
 
 clean:
 	@if [ -f '$(VENV)/pyvenv.cfg' ]; then rm -rf '$(VENV)'; fi
-	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache
-	find .ci optax_cgfac tests examples benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	rm -rf build dist docs/notebooks .pytest_cache .ruff_cache .import_linter_cache
+	find .ci optax_cgfac tests examples benchmarks docs notebooks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

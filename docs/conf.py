@@ -4,6 +4,7 @@ import importlib.metadata
 import pathlib
 import re
 import sys
+import tomllib
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))  # its modules know each other so
@@ -20,6 +21,30 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # what runs the code of pages and notebooks are the tests
+
+# The notebooks stand beside docs/, where Sphinx does not look, and link to the
+# repository by full addresses, since Colab knows no others: copies of them link to the
+# pages here.
+NOTEBOOKS = pathlib.Path(__file__).parent / "notebooks"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+FILES = PROJECT["urls"]["Repository"] + "/blob/main/"
+
+
+def copy_notebooks():
+    NOTEBOOKS.mkdir(exist_ok=True)
+    originals = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    for stale in {p.name for p in NOTEBOOKS.iterdir()} - {p.name for p in originals}:
+        (NOTEBOOKS / stale).unlink()
+    for path in originals:
+        text = path.read_text("utf-8")
+        text = text.replace(f"]({FILES}notebooks/", "](")
+        text = re.sub(rf"\]\({re.escape(FILES)}docs/(\w+\.md)", r"](../\1", text)
+        copy = NOTEBOOKS / path.name
+        if not copy.exists() or copy.read_text("utf-8") != text:
+            copy.write_text(text, "utf-8")
+
+
+copy_notebooks()
 
 # ---------------------------------------------------------------- the reference
 
@@ -78,5 +103,12 @@ def results_page(app, docname, source):
     source[0] = source[0].replace("<!-- results -->", "\n\n".join(parts))
 
 
+def links_to_notebooks(app, docname, source):
+    """Makes pages link to the copies."""
+    del app, docname
+    source[0] = source[0].replace("](../notebooks/", "](notebooks/")
+
+
 def setup(app):
     app.connect("source-read", results_page)
+    app.connect("source-read", links_to_notebooks)
