@@ -19,6 +19,7 @@ import time
 
 import flax.linen as nn
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -66,7 +67,7 @@ def train(steps, batch_size, rank="auto"):
       rank: Of the solves, as in `optax_cgfac.fisher_estimator`.
 
     Returns:
-      The loss of every step.
+      The loss of every step, and the parameters at the end as one list of numbers.
     """
     mesh = jax.make_mesh(
         (jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
@@ -119,7 +120,8 @@ def train(steps, batch_size, rank="auto"):
         rng = jax.random.fold_in(jax.random.key(3), step)
         state, loss = train_step(state, batch_of(step), rng)
         losses.append(float(loss))
-    return losses
+    numbers, _ = jax.flatten_util.ravel_pytree(jax.device_get(state[0]))
+    return losses, numbers.tolist()
 
 
 def launch(processes, arguments):
@@ -173,7 +175,9 @@ def main(argv=None):
         help="solve with all rows: eigenpairs amplify how sums are rounded, and so the "
         "fourth digit of the loss tells the number of processes",
     )
-    parser.add_argument("--out", type=pathlib.Path, help="JSON of the losses")
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="JSON of losses and parameters"
+    )
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--index", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -183,9 +187,10 @@ def main(argv=None):
         return launch(args.processes, arguments)
     if args.processes > 1:
         jax.distributed.initialize(f"127.0.0.1:{args.port}", args.processes, args.index)
-    losses = train(args.steps, args.batch_size, None if args.all_rows else "auto")
+    rank = None if args.all_rows else "auto"
+    losses, params = train(args.steps, args.batch_size, rank)
     if args.index == 0 and args.out:
-        args.out.write_text(json.dumps(losses))
+        args.out.write_text(json.dumps({"losses": losses, "params": params}))
     if args.index == 0:
         print(f"{jax.process_count()} processes, {jax.device_count()} devices")
         for step in sorted({0, args.steps // 4, args.steps // 2, args.steps - 1}):

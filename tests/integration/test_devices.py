@@ -46,8 +46,8 @@ def test_eight_devices():
     assert "skipped" not in tail, tail
 
 
-def losses_of(processes, folder):
-    """The losses of the example, of which it prints some."""
+def run_of(processes, folder):
+    """Losses, of which the example prints some, and parameters."""
     command = ["examples/data_parallel.py", "--steps", "20", "--batch-size", "64"]
     command += ["--all-rows", "--out", str(folder / f"{processes}.json")]
     result = subprocess.run(
@@ -60,23 +60,27 @@ def losses_of(processes, folder):
     )
     assert result.returncode == 0, result.stderr[-4000:]
     assert f"{processes} processes, {processes} devices" in result.stdout
-    losses = json.loads((folder / f"{processes}.json").read_text())
+    found = json.loads((folder / f"{processes}.json").read_text())
+    losses = found["losses"]
     printed = [float(x) for x in re.findall(r"loss ([0-9.]+)", result.stdout)]
     np.testing.assert_allclose(printed, [losses[i] for i in (0, 5, 10, 19)], atol=1e-6)
-    return losses
+    return found
 
 
 @pytest.fixture(scope="module")
 def of_one_process(tmp_path_factory):
-    return losses_of(1, tmp_path_factory.mktemp("one"))
+    return run_of(1, tmp_path_factory.mktemp("one"))
 
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_take_the_steps_of_one(processes, of_one_process, tmp_path):
-    found = losses_of(processes, tmp_path)
-    assert len(found) == 20
-    assert found[-1] < 0.8 * found[0]
-    np.testing.assert_allclose(found, of_one_process, rtol=1e-5)
+    found = run_of(processes, tmp_path)
+    losses = found["losses"]
+    assert len(losses) == 20
+    assert losses[-1] < 0.8 * losses[0]
+    np.testing.assert_allclose(losses, of_one_process["losses"], rtol=1e-5)
+    expected = of_one_process["params"]
+    np.testing.assert_allclose(found["params"], expected, rtol=0, atol=1e-5)
 
 
 def test_a_process_that_dies_ends_the_others(monkeypatch, tmp_path):
