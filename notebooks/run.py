@@ -31,6 +31,8 @@ def execute(notebook, smoke, folder):
     environment = {
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         "TQDM_DISABLE": "1",
+        # Threads of OpenBLAS wait for each other on a machine that does other things.
+        "OPENBLAS_NUM_THREADS": "1",
         "IPYTHONDIR": str(folder),
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # it warns of frozen modules otherwise
     }
