@@ -45,6 +45,8 @@ def execute(notebook, smoke, folder):
         timeout=600,
         record_timing=False,
         coalesce_streams=True,
+        # It warns that what it tells this process is not encrypted.
+        extra_arguments=["--IPKernelApp.log_level=40"],
         resources={"metadata": {"path": str(folder)}},
     )
     client.execute(env=kept | environment)
