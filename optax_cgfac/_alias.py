@@ -13,8 +13,9 @@ from optax_cgfac._fallback import Rest, select
 from optax_cgfac._numerics import tree_is_finite
 from optax_cgfac._option_checks import check_step_options
 from optax_cgfac._parameter_checks import check_trained
-from optax_cgfac._precondition import init_info, precondition
-from optax_cgfac._solve import SolveConfig, Structure, default_damping_form
+from optax_cgfac._plan import SolveConfig, Structure, default_damping_form
+from optax_cgfac._precondition import precondition
+from optax_cgfac._solve import init_info
 from optax_cgfac._step import (
     CGFACState,
     Objective,

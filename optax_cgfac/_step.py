@@ -19,7 +19,6 @@ from optax_cgfac._damping import (
 from optax_cgfac._examples import num_kept
 from optax_cgfac._initial_damping import LOWEST_SHARE, first_share, typical_damping
 from optax_cgfac._numerics import narrowed, tree_dot, tree_is_finite
-from optax_cgfac._precondition import SolveInfo
 from optax_cgfac._quadratic_model import (
     QuadraticModel,
     Step,
@@ -27,6 +26,7 @@ from optax_cgfac._quadratic_model import (
     quadratic_model,
     within_loss,
 )
+from optax_cgfac._solve import SolveInfo
 from optax_cgfac._transform import ScalarOrSchedule, current
 from optax_cgfac._types import Array, PyTree
 from optax_cgfac._update_checks import check_moved_value

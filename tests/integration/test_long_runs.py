@@ -1,8 +1,8 @@
 """Twenty thousand steps with every default: nothing grows or is compiled again.
 
-The floor of the damping keeps the loss where it is: with a 25 times lower one the weights
-of seeds 1, 4 and 5 wander off until their units are saturated, and the loss rises from
-0.03 to 0.09 (benchmarks/LOG.md, 23).
+The floor of the damping keeps the loss where it is: with a 25 times lower one the
+weights of seeds 1, 4 and 5 wander off until their units are saturated, and the loss
+rises from 0.03 to 0.09 (benchmarks/LOG.md, 23).
 """
 
 import gc
