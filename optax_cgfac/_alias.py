@@ -15,7 +15,7 @@ from optax_cgfac._option_checks import check_step_options
 from optax_cgfac._parameter_checks import check_trained
 from optax_cgfac._plan import SolveConfig, Structure, default_damping_form
 from optax_cgfac._precondition import precondition
-from optax_cgfac._solve import init_info
+from optax_cgfac._solve_info import init_info
 from optax_cgfac._step import (
     CGFACState,
     Objective,

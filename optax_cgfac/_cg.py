@@ -6,98 +6,16 @@ solve ends with one more product, which tells the true residual and whether the
 quadratic model ``½ xᵀFx - bᵀx`` fell on the way.
 """
 
-import enum
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from optax_cgfac._checks import NOT_NEGATIVE, check_number, check_positive
 from optax_cgfac._numerics import tree_dot, tree_dtype
+from optax_cgfac._solve_info import AGREEMENT, CGInfo, StopReason
 from optax_cgfac._types import Array, LinearOperator, PyTree
-
-
-class StopReason(enum.IntEnum):
-    """Why a solve ended, an int32 in the states; the larger, the worse.
-
-    Attributes:
-      UNSOLVED: Nothing has been solved so far.
-      CONVERGED: The true residual fell to the tolerance.
-      DIRECT: By a factorisation: exact but for rounding.
-      LOW_RANK: With the leading eigenpairs of the factors: exact but for the rest.
-      STEP_LIMIT: After the largest number of iterations.
-      STAGNATED: Rounding left nothing to gain.
-      INDEFINITE: The operator or the preconditioner is not positive definite.
-      NOT_FINITE: A number was not finite, or overflowed.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> StopReason(int(jnp.array(4, jnp.int32))).name
-      'STEP_LIMIT'
-    """
-
-    UNSOLVED = 0
-    CONVERGED = 1
-    DIRECT = 2
-    LOW_RANK = 3
-    STEP_LIMIT = 4
-    STAGNATED = 5
-    INDEFINITE = 6
-    NOT_FINITE = 7
-
-
-UNKNOWN = -1.0
-"""The residual of a solve that did not compute it."""
-
-# The true residual may be larger than the recurrence's by this factor for a solve to
-# count as converged: well above their difference where rounding does not matter.
-_AGREEMENT = 1.1
-
-
-class CGInfo(NamedTuple):
-    """How a solve ended.
-
-    Attributes:
-      num_steps: Iterations done, int32.
-      residual_norm: Euclidean norm of the true residual ``b - F x``, recomputed from
-        the solution; -1 where that was not done (direct solves).
-      converged: Whether ``residual_norm`` is within the tolerance; true for direct
-        solves that did not compute it.
-      reason: Why it ended, a `StopReason` as int32.
-    """
-
-    num_steps: Array
-    residual_norm: Array
-    converged: Array
-    reason: Array
-
-
-def direct_info(dtype: Any, reason: StopReason = StopReason.DIRECT) -> CGInfo:
-    """Returns the info of a solve without iterations, whose residual is unknown."""
-    return CGInfo(
-        jnp.zeros((), jnp.int32),
-        jnp.asarray(UNKNOWN, dtype),
-        jnp.array(reason is StopReason.DIRECT),
-        jnp.array(reason.value, jnp.int32),
-    )
-
-
-def with_residual(info: CGInfo, norm: Array, tolerance: Array) -> CGInfo:
-    """Returns the info of a solve whose residual was computed afterwards.
-
-    Args:
-      info: The info.
-      norm: The residual's norm.
-      tolerance: Within which it should be.
-
-    Returns:
-      The `CGInfo`.
-    """
-    within = norm <= _AGREEMENT * tolerance
-    claims = info.reason == StopReason.CONVERGED.value
-    reason = jnp.where(claims & ~within, StopReason.STAGNATED.value, info.reason)
-    return CGInfo(info.num_steps, norm, within, reason)
 
 
 def conjugate_gradient(
@@ -435,7 +353,7 @@ def certified(
     # Where the recurrence alone is within the tolerance, rounding has the last word.
     stagnates = ~falls | (
         (end.reason == StopReason.CONVERGED.value)
-        & ~(rr <= _AGREEMENT**2 * squared_tolerance)
+        & ~(rr <= AGREEMENT**2 * squared_tolerance)
     )
     worse = jnp.maximum(end.reason, StopReason.STAGNATED.value)
     reason = jnp.where(stagnates, worse, end.reason).astype(jnp.int32)

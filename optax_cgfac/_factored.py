@@ -14,13 +14,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from optax_cgfac._cg import (
-    CGInfo,
-    StopReason,
-    certified,
-    cg_loop,
-    no_worse_than_zero,
-)
+from optax_cgfac._cg import certified, cg_loop, no_worse_than_zero
 from optax_cgfac._numerics import (
     matmul,
     power_of_two,
@@ -42,6 +36,7 @@ from optax_cgfac._rows import (
     to_dense,
     transpose_times,
 )
+from optax_cgfac._solve_info import CGInfo, StopReason
 from optax_cgfac._types import Array, LayerRows
 
 # π² compares the mean eigenvalues of the two factors, which a loss or inputs in other

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._cg import CGInfo, certified, cg_loop, direct_info
+from optax_cgfac._cg import certified, cg_loop
 from optax_cgfac._fisher_blocks import BlockFisherOperator, FullFisherOperator
 from optax_cgfac._numerics import (
     matmul,
@@ -35,6 +35,7 @@ from optax_cgfac._numerics import (
 )
 from optax_cgfac._operators import KroneckerOperator
 from optax_cgfac._rows import gram, times, transpose_times
+from optax_cgfac._solve_info import CGInfo, direct_info
 from optax_cgfac._types import Array, PyTree
 
 # Rounding errors of an inner product in units of eps times the sum of its terms'

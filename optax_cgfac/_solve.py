@@ -1,19 +1,12 @@
 """Solves the damped systems of the layers, as planned, and says how that went."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._cg import (
-    UNKNOWN,
-    CGInfo,
-    StopReason,
-    direct_info,
-    solve_by_cg_in_parameters,
-    with_residual,
-)
+from optax_cgfac._cg import solve_by_cg_in_parameters
 from optax_cgfac._factored import factored_damping, solve_by_cg, solve_directly
 from optax_cgfac._fisher_blocks import FullFisherOperator
 from optax_cgfac._kfac import solve_by_eigendecomposition
@@ -22,42 +15,13 @@ from optax_cgfac._operators import DampedOperator, jacobi_preconditioner
 from optax_cgfac._plan import SolveConfig, make_plan
 from optax_cgfac._rows import num_features, num_rows
 from optax_cgfac._sample_space import conjugate_gradient_on_rows, solve_on_units
-from optax_cgfac._types import Array, PyTree
-
-
-class SolveInfo(NamedTuple):
-    """How the last solve of every layer went: vectors over the parameters' leaves.
-
-    Vectors and not trees like the parameters: what Optax's tools find in such trees
-    they take for one array per parameter, with its shape and sharding. A layer's
-    kernel and bias hold the same numbers; of stacked layers, the worst.
-
-    Attributes:
-      num_steps: CG iterations, int32; 0 for direct solves.
-      residual: Norm of the true residual relative to the gradient's; -1 where it was
-        not computed: a direct solve computes it with ``certify=True`` only.
-      num_fallbacks: Solves so far whose result was not finite and was replaced.
-      reason: Why the solve ended, a `StopReason` as int32.
-      num_dropped: Captured rows so far that were not finite and were left out.
-    """
-
-    num_steps: Array
-    residual: Array
-    num_fallbacks: Array
-    reason: Array
-    num_dropped: Array
-
-
-def init_info(params: PyTree) -> SolveInfo:
-    """Returns the info of before the first solve."""
-    shape = (len(jax.tree.leaves(params)),)
-    return SolveInfo(
-        num_steps=jnp.zeros(shape, jnp.int32),
-        residual=jnp.full(shape, UNKNOWN, jnp.float32),
-        num_fallbacks=jnp.zeros(shape, jnp.int32),
-        reason=jnp.full(shape, StopReason.UNSOLVED.value, jnp.int32),
-        num_dropped=jnp.zeros(shape, jnp.int32),
-    )
+from optax_cgfac._solve_info import (
+    UNKNOWN,
+    CGInfo,
+    direct_info,
+    with_residual,
+)
+from optax_cgfac._types import Array
 
 
 def damped_operator(operator: Any, damping: Array | float, damping_form: str) -> Any:

@@ -26,7 +26,7 @@ from optax_cgfac._quadratic_model import (
     quadratic_model,
     within_loss,
 )
-from optax_cgfac._solve import SolveInfo
+from optax_cgfac._solve_info import SolveInfo
 from optax_cgfac._transform import ScalarOrSchedule, current
 from optax_cgfac._types import Array, PyTree
 from optax_cgfac._update_checks import check_moved_value

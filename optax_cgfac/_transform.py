@@ -20,7 +20,7 @@ from optax_cgfac._curvature import Curvature
 from optax_cgfac._parameter_checks import check_trained
 from optax_cgfac._plan import SolveConfig, Structure
 from optax_cgfac._precondition import precondition
-from optax_cgfac._solve import SolveInfo, init_info
+from optax_cgfac._solve_info import SolveInfo, init_info
 from optax_cgfac._types import Array, PyTree
 from optax_cgfac._update_checks import (
     Missing,
