@@ -1,7 +1,7 @@
 """K-FAC's natural gradient by conjugate gradients, as an Optax transformation."""
 
 from optax_cgfac._alias import cgfac
-from optax_cgfac._cg import CGInfo, StopReason, conjugate_gradient
+from optax_cgfac._cg import conjugate_gradient
 from optax_cgfac._curvature import Curvature
 from optax_cgfac._diagnostics import diagnostics, scalars, stop_reasons
 from optax_cgfac._estimator import CurvatureEstimator, fisher_estimator
@@ -17,6 +17,7 @@ from optax_cgfac._operators import (
     KroneckerOperator,
     jacobi_preconditioner,
 )
+from optax_cgfac._solve_info import CGInfo, StopReason
 from optax_cgfac._step import CGFACState
 from optax_cgfac._tag_layer import tag_layer
 from optax_cgfac._train_state import TrainState

@@ -13,8 +13,9 @@ from optax_cgfac._fallback import Rest, select
 from optax_cgfac._numerics import tree_is_finite
 from optax_cgfac._option_checks import check_step_options
 from optax_cgfac._parameter_checks import check_trained
-from optax_cgfac._precondition import init_info, precondition
-from optax_cgfac._solve import SolveConfig, Structure, default_damping_form
+from optax_cgfac._plan import SolveConfig, Structure, default_damping_form
+from optax_cgfac._precondition import precondition
+from optax_cgfac._solve_info import init_info
 from optax_cgfac._step import (
     CGFACState,
     Objective,
@@ -129,8 +130,9 @@ def cgfac(
         models of at most 32 outputs; at most 10.
       min_damping: Lower end of the adapted damping. On small batches a good
         reduction ratio rewards fitting the batch, and without a floor the damping
-        falls until the loss turns up. None for a hundredth of the initial damping; for
-        0.1 where the structure has no factors, or the initial damping if that is less.
+        falls until the loss turns up. None for a hundredth of the initial damping, or
+        where the data tell that one for a tenth of the mean curvature; for 0.1 where
+        the structure has no factors, or the initial damping if that is less.
       max_damping: Upper end of the adapted damping; None for 1e5 times the initial one.
       solve_axis: As in `scale_by_cgfac`.
       certify: As in `scale_by_cgfac`.

@@ -6,98 +6,16 @@ solve ends with one more product, which tells the true residual and whether the
 quadratic model ``½ xᵀFx - bᵀx`` fell on the way.
 """
 
-import enum
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._checks import check_positive, is_number
+from optax_cgfac._checks import NOT_NEGATIVE, check_number, check_positive
 from optax_cgfac._numerics import tree_dot, tree_dtype
+from optax_cgfac._solve_info import AGREEMENT, CGInfo, StopReason
 from optax_cgfac._types import Array, LinearOperator, PyTree
-
-
-class StopReason(enum.IntEnum):
-    """Why a solve ended, an int32 in the states; the larger, the worse.
-
-    Attributes:
-      UNSOLVED: Nothing has been solved so far.
-      CONVERGED: The true residual fell to the tolerance.
-      DIRECT: By a factorisation: exact but for rounding.
-      LOW_RANK: With the leading eigenpairs of the factors: exact but for the rest.
-      STEP_LIMIT: After the largest number of iterations.
-      STAGNATED: Rounding left nothing to gain.
-      INDEFINITE: The operator or the preconditioner is not positive definite.
-      NOT_FINITE: A number was not finite, or overflowed.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> StopReason(int(jnp.array(4, jnp.int32))).name
-      'STEP_LIMIT'
-    """
-
-    UNSOLVED = 0
-    CONVERGED = 1
-    DIRECT = 2
-    LOW_RANK = 3
-    STEP_LIMIT = 4
-    STAGNATED = 5
-    INDEFINITE = 6
-    NOT_FINITE = 7
-
-
-UNKNOWN = -1.0
-"""The residual of a solve that did not compute it."""
-
-# The true residual may be larger than the recurrence's by this factor for a solve to
-# count as converged: well above their difference where rounding does not matter.
-_AGREEMENT = 1.1
-
-
-class CGInfo(NamedTuple):
-    """How a solve ended.
-
-    Attributes:
-      num_steps: Iterations done, int32.
-      residual_norm: Euclidean norm of the true residual ``b - F x``, recomputed from
-        the solution; -1 where that was not done (direct solves).
-      converged: Whether ``residual_norm`` is within the tolerance; true for direct
-        solves that did not compute it.
-      reason: Why it ended, a `StopReason` as int32.
-    """
-
-    num_steps: Array
-    residual_norm: Array
-    converged: Array
-    reason: Array
-
-
-def direct_info(dtype: Any, reason: StopReason = StopReason.DIRECT) -> CGInfo:
-    """Returns the info of a solve without iterations, whose residual is unknown."""
-    return CGInfo(
-        jnp.zeros((), jnp.int32),
-        jnp.asarray(UNKNOWN, dtype),
-        jnp.array(reason is StopReason.DIRECT),
-        jnp.array(reason.value, jnp.int32),
-    )
-
-
-def with_residual(info: CGInfo, norm: Array, tolerance: Array) -> CGInfo:
-    """Returns the info of a solve whose residual was computed afterwards.
-
-    Args:
-      info: The info.
-      norm: The residual's norm.
-      tolerance: Within which it should be.
-
-    Returns:
-      The `CGInfo`.
-    """
-    within = norm <= _AGREEMENT * tolerance
-    claims = info.reason == StopReason.CONVERGED.value
-    reason = jnp.where(claims & ~within, StopReason.STAGNATED.value, info.reason)
-    return CGInfo(info.num_steps, norm, within, reason.astype(jnp.int32))
 
 
 def conjugate_gradient(
@@ -134,7 +52,7 @@ def conjugate_gradient(
     Raises:
       ValueError: If ``x0`` does not have the structure, shapes and dtypes of
         ``b``, ``max_steps`` is not positive, or a tolerance is negative.
-      TypeError: If ``b`` is not real floating point.
+      TypeError: If ``b`` is not real floating point, or a tolerance is no number.
 
     Example:
       >>> import jax.numpy as jnp
@@ -154,17 +72,59 @@ def conjugate_gradient(
             f"{tree_dtype(b).name}. Convert with jnp.asarray(b, jnp.float32)."
         )
     check_positive("max_steps", max_steps, may_be_array=True)
-    for name, number in (("rtol", rtol), ("atol", atol)):
-        if is_number(number) and not number >= 0:
-            raise ValueError(f"{name} must not be negative, got {number}.")
+    for name, number, example in (("rtol", rtol, 1e-5), ("atol", atol, 0.0)):
+        check_number(name, number, NOT_NEGATIVE, example)
+    if x0 is not None:
+        _check_like_b(x0, b)
+    return solve_by_cg_in_parameters(
+        operator,
+        b,
+        x0,
+        max_steps=max_steps,
+        rtol=rtol,
+        atol=atol,
+        preconditioner=preconditioner,
+    )
+
+
+def solve_by_cg_in_parameters(
+    operator: LinearOperator,
+    b: PyTree,
+    x0: PyTree | None,
+    *,
+    max_steps: int | Array,
+    rtol: float | Array,
+    atol: float | Array = 0.0,
+    preconditioner: LinearOperator | None = None,
+    doubts_start: bool = False,
+) -> tuple[PyTree, CGInfo]:
+    """Does what `conjugate_gradient` promises, without its checks.
+
+    Args:
+      operator: As there.
+      b: As there.
+      x0: As there.
+      max_steps: As there.
+      rtol: As there.
+      atol: As there.
+      preconditioner: As there.
+      doubts_start: Whether to start from zero where the quadratic model of ``x0`` is
+        larger than that of zero.
+
+    Returns:
+      The solution, like ``b``, and a `CGInfo`.
+    """
     if x0 is None:
         x0, residual = jax.tree.map(jnp.zeros_like, b), b
     else:
-        _check_like_b(x0, b)
         residual = jax.tree.map(jnp.subtract, b, operator.matvec(x0))
+        if doubts_start:
+            x0, residual = no_worse_than_zero(x0, residual, b, tree_dot)
+    # In the precision of the dot: half has no range for squares.
+    b_squared = tree_dot(b, b)
     tolerance = jnp.maximum(
-        jnp.asarray(rtol) ** 2 * tree_dot(b, b), jnp.asarray(atol) ** 2
-    ).astype(tree_dtype(b))
+        jnp.asarray(rtol) ** 2 * b_squared, jnp.asarray(atol) ** 2
+    ).astype(b_squared.dtype)
     end = cg_loop(
         operator.matvec,
         residual,
@@ -183,6 +143,34 @@ def conjugate_gradient(
         squared_tolerance=tolerance,
     )
     return end.x, end.info()
+
+
+def no_worse_than_zero(
+    x0: PyTree,
+    residual: PyTree,
+    b: PyTree,
+    dot: Callable[[PyTree, PyTree], Array],
+) -> tuple[PyTree, PyTree]:
+    """Returns the start and its residual, or zero's where the model is lower there.
+
+    The last solution is worse than nothing where gradients or damping have changed by
+    much since. The model ``½ x₀ᵀFx₀ - bᵀx₀`` is ``-½ ⟨x₀, b + r₀⟩``, and 0 at zero.
+
+    Args:
+      x0: The start, or ``k`` columns of starts.
+      residual: ``b - F x₀``.
+      b: The right-hand side.
+      dot: As in `cg_loop`.
+
+    Returns:
+      The start and its residual.
+    """
+    # A number that is not finite compares false.
+    helps = dot(x0, jax.tree.map(jnp.add, b, residual)) >= 0
+    return (
+        jax.tree.map(lambda x: jnp.where(helps, x, 0), x0),
+        jax.tree.map(lambda r, b: jnp.where(helps, r, b), residual, b),
+    )
 
 
 class LoopEnd(NamedTuple):
@@ -365,7 +353,7 @@ def certified(
     # Where the recurrence alone is within the tolerance, rounding has the last word.
     stagnates = ~falls | (
         (end.reason == StopReason.CONVERGED.value)
-        & ~(rr <= _AGREEMENT**2 * squared_tolerance)
+        & ~(rr <= AGREEMENT**2 * squared_tolerance)
     )
     worse = jnp.maximum(end.reason, StopReason.STAGNATED.value)
     reason = jnp.where(stagnates, worse, end.reason).astype(jnp.int32)

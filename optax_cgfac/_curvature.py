@@ -1,7 +1,6 @@
 """The curvature: a pytree of tagged layers and a window of their rows."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,7 +15,11 @@ from optax_cgfac._checks import (
 )
 from optax_cgfac._curvature_spec import CurvatureSpec
 from optax_cgfac._examples import num_kept
-from optax_cgfac._fisher_blocks import BlockFisherOperator, FullFisherOperator
+from optax_cgfac._fisher_blocks import (
+    BlockFisherOperator,
+    FullFisherOperator,
+    check_units,
+)
 from optax_cgfac._layers import LayerTag
 from optax_cgfac._low_rank import LayerSpectra, empty_spectrum, refresh
 from optax_cgfac._operators import (
@@ -25,18 +28,18 @@ from optax_cgfac._operators import (
     KroneckerOperator,
 )
 from optax_cgfac._paths import text
+from optax_cgfac._plan import (
+    DampingForm,
+    SolveConfig,
+    Structure,
+    default_damping_form,
+)
 from optax_cgfac._report import format_report
 from optax_cgfac._rows import (
     as_dtype,
     num_rows,
 )
-from optax_cgfac._solve import (
-    DampingForm,
-    SolveConfig,
-    Structure,
-    damped_operator,
-    default_damping_form,
-)
+from optax_cgfac._solve import damped_operator
 from optax_cgfac._types import Array, LayerRows, PyTree
 from optax_cgfac._window import (
     empty_rows,
@@ -357,23 +360,6 @@ class Curvature:
             f"{', '.join(tag.name for tag in self.tags) or 'none'}. Pass one of them, "
             "or see curvature.report()."
         )
-
-
-def check_units(
-    blocks: Sequence[BlockFisherOperator], tags: Sequence[LayerTag]
-) -> None:
-    """Checks that the layers have gradients of the same examples.
-
-    Raises:
-      ValueError: If one has not.
-    """
-    for tag, block in zip(tags, blocks, strict=True):
-        if tag.sharing > 1 or block.num_units != blocks[0].num_units:
-            raise ValueError(
-                f"Layer {tag.name!r} has one input for all examples, so that no "
-                "example has a gradient of its own in it. Leave it out of the "
-                "structure 'full' by fisher_estimator(..., where=...)."
-            )
 
 
 def empty_curvature(spec: CurvatureSpec, model_inputs: PyTree = None) -> Curvature:

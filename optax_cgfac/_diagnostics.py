@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from optax_cgfac._cg import StopReason
 from optax_cgfac._checks import describe
 from optax_cgfac._paths import leaves_by_path, text
+from optax_cgfac._solve_info import StopReason
 from optax_cgfac._step import CGFACState
 from optax_cgfac._transform import ScaleByCGFACState
 from optax_cgfac._types import Array, PyTree

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from optax_cgfac._cg import CGInfo, StopReason, certified, cg_loop
+from optax_cgfac._cg import certified, cg_loop, no_worse_than_zero
 from optax_cgfac._numerics import (
     matmul,
     power_of_two,
@@ -36,11 +36,12 @@ from optax_cgfac._rows import (
     to_dense,
     transpose_times,
 )
+from optax_cgfac._solve_info import CGInfo, StopReason
 from optax_cgfac._types import Array, LayerRows
 
 # π² compares the mean eigenvalues of the two factors, which a loss or inputs in other
-# units move by any number. Beyond this its square root leaves too little of float32.
-_MAX_PI_SQUARED = 1e30
+# units move by any number. Beyond this π leaves too little of float32 to the rest.
+_MAX_PI = 1e18
 
 
 def factored_damping(
@@ -48,7 +49,7 @@ def factored_damping(
 ) -> FactoredDampedOperator:
     r"""Splits ``γ`` into ``α = π√γ`` and ``β = √γ/π``.
 
-    ``π² = (tr A / n_A) / (tr G / n_G)``, clipped to ``[1e-30, 1e30]``.
+    ``π² = (tr A / n_A) / (tr G / n_G)``, with ``π`` clipped to ``[1e-18, 1e18]``.
 
     Args:
       operator: The layer's ``A ⊗ G``; leading axes of its rows are stacked
@@ -97,8 +98,9 @@ def split_damping(
     """
     a_mean, g_mean = a_trace / sizes[0], g_trace / sizes[1]
     both = (a_mean > 0) & (g_mean > 0)
-    pi_squared = jnp.where(both, a_mean / jnp.where(both, g_mean, 1), 1)
-    pi = jnp.sqrt(jnp.clip(pi_squared, 1 / _MAX_PI_SQUARED, _MAX_PI_SQUARED))
+    # Of the roots, since the ratio of two numbers of float32 may be none.
+    a_root, g_root = (jnp.sqrt(jnp.where(both, x, 1)) for x in (a_mean, g_mean))
+    pi = jnp.clip(a_root / g_root, 1 / _MAX_PI, _MAX_PI)
     root = jnp.sqrt(jnp.asarray(damping, g_trace.dtype))
     return (
         jnp.maximum(root * pi, tiny_shift(a_trace)),
@@ -215,6 +217,7 @@ def solve_by_cg(
     *,
     max_steps: int | Array = 10,
     rtol: float | Array = 1e-5,
+    doubts_start: bool = False,
 ) -> tuple[Array, CGInfo]:
     """Solves ``(A + αI) x (G + βI) = b`` by CG on one side after the other.
 
@@ -225,6 +228,7 @@ def solve_by_cg(
       x0: The warm start, like ``b``; zero if omitted.
       max_steps: The largest number of iterations on each side.
       rtol: Tolerance relative to the norm of each column.
+      doubts_start: Whether a column starts from zero where that is better.
 
     Returns:
       The solution, like ``b``, and a `CGInfo` of both sides: the iterations of
@@ -239,18 +243,17 @@ def solve_by_cg(
       [[2.]]
     """
     left, right = _sides(operator)
+    limits = {"max_steps": max_steps, "rtol": rtol, "doubts_start": doubts_start}
     if x0 is None:
         left_start = right_start = None
     else:
         # The left system's solution is x (G + βI).
         left_start, right_start = right.apply(x0.mT).mT, x0.mT
-    y, left_info = _cg_side(left, b, left_start, max_steps=max_steps, rtol=rtol)
+    y, left_info = _cg_side(left, b, left_start, **limits)
     # b / α may be so large or small that its squares are no numbers.
     unit = power_of_two(jnp.max(jnp.abs(y)))
     right_start = None if right_start is None else right_start / unit
-    x, right_info = _cg_side(
-        right, y.mT / unit, right_start, max_steps=max_steps, rtol=rtol
-    )
+    x, right_info = _cg_side(right, y.mT / unit, right_start, **limits)
     return x.mT * unit, CGInfo(
         left_info.num_steps + right_info.num_steps,
         jnp.hypot(left_info.residual_norm, right_info.residual_norm)
@@ -267,22 +270,25 @@ def _cg_side(
     *,
     max_steps: int | Array,
     rtol: float | Array,
+    doubts_start: bool,
 ) -> tuple[Array, CGInfo]:
     """CG on the side's smaller system, one step size per column of ``b``."""
     system = side.system()
     rhs = side.project(b)
+
+    def dot(u: Array, v: Array) -> Array:
+        return jnp.sum(u * v, 0)
+
     if x0 is None:
         start, residual = jnp.zeros_like(rhs), rhs
     else:
         # At the solution Z = a x, so a x₀ starts Z from x₀.
         start = side.project(x0)
         residual = rhs - matmul(system, start)
+        if doubts_start:
+            start, residual = no_worse_than_zero(start, residual, rhs, dot)
     rhs_squared = jnp.sum(rhs * rhs, 0)
     tolerance = jnp.asarray(rtol, b.dtype) ** 2 * rhs_squared
-
-    def dot(u: Array, v: Array) -> Array:
-        return jnp.sum(u * v, 0)
-
     end = cg_loop(
         lambda v: matmul(system, v),
         residual,

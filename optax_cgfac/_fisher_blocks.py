@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 
+from optax_cgfac._layers import LayerTag
 from optax_cgfac._numerics import matmul
 from optax_cgfac._operators import check_matrix
 from optax_cgfac._rows import (
@@ -259,6 +260,23 @@ class FullFisherOperator:
     def gram(self) -> Array:
         """Returns ``K``, the sum of the layers' own."""
         return sum(_over_stack(block.gram(), 2) for block in self.blocks)  # pyright: ignore[reportReturnType]
+
+
+def check_units(
+    blocks: Sequence[BlockFisherOperator], tags: Sequence[LayerTag]
+) -> None:
+    """Checks that the layers have gradients of the same examples.
+
+    Raises:
+      ValueError: If one has not.
+    """
+    for tag, block in zip(tags, blocks, strict=True):
+        if tag.sharing > 1 or block.num_units != blocks[0].num_units:
+            raise ValueError(
+                f"Layer {tag.name!r} has one input for all examples, so that no "
+                "example has a gradient of its own in it. Leave it out of the "
+                "structure 'full' by fisher_estimator(..., where=...)."
+            )
 
 
 def _over_stack(x: Array, ndim: int) -> Array:

@@ -7,7 +7,9 @@ the Fisher matrix and needs ten times the damping. Measured in the mean curvatur
 
 with ``n`` the entries of a layer's parameters, one number serves all losses and models
 but the smallest: of a few parameters all directions are about as curved as their mean,
-and are known from a few examples.
+and are known from a few examples. These start with less, and end with as much: on small
+batches a damping far below the mean curvature lets their weights wander off
+(benchmarks/LOG.md, 23).
 """
 
 import math
@@ -21,6 +23,10 @@ from optax_cgfac._types import Array
 # times that is worse there (benchmarks/LOG.md).
 _MULTIPLE = 10.0
 _FEW_PARAMETERS = 1000
+# The damping may fall to this share of the typical one. Without a lower end a good
+# reduction ratio on small batches, which rewards fitting the batch, lowers it until the
+# loss turns up.
+LOWEST_SHARE = 1e-2
 
 
 def mean_curvature(curvature: Curvature) -> Array:
@@ -46,15 +52,14 @@ def mean_curvature(curvature: Curvature) -> Array:
     return sum(traces, start=jnp.zeros((), jnp.float32)) / size
 
 
-def initial_damping(curvature: Curvature) -> Array:
-    """Returns a damping to start from.
+def typical_damping(curvature: Curvature) -> Array:
+    """Returns the damping to start from with a thousand parameters and more.
 
     Args:
       curvature: The curvature.
 
     Returns:
-      Ten times the mean curvature, for fewer than a thousand parameters less in
-      proportion; 0 where that is no number of use, as without rows.
+      Ten times the mean curvature; 0 where that is no number of use, as without rows.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -69,10 +74,22 @@ def initial_damping(curvature: Curvature) -> Array:
       ...     rows=4,
       ... )
       >>> curvature = estimator.update(estimator.init(params, x), params, x)
-      >>> print(f"{initial_damping(curvature):.3f}")  # the Hessian is 2 I
-      0.120
+      >>> print(f"{typical_damping(curvature):.3f}")  # the Hessian is 2 I
+      20.000
+    """
+    damping = _MULTIPLE * mean_curvature(curvature)
+    return jnp.where(jnp.isfinite(damping), damping, 0)
+
+
+def first_share(curvature: Curvature) -> float:
+    """Returns the share of the typical damping to start from: 1 but for few parameters.
+
+    Args:
+      curvature: The curvature.
+
+    Returns:
+      A number in ``[LOWEST_SHARE, 1]``, for fewer than a thousand parameters less in
+      proportion.
     """
     size = sum(math.prod(shape) for tag in curvature.tags for shape in tag.shapes)
-    multiple = _MULTIPLE * min(size / _FEW_PARAMETERS, 1.0)
-    damping = multiple * mean_curvature(curvature)
-    return jnp.where(jnp.isfinite(damping), damping, 0)
+    return min(max(size / _FEW_PARAMETERS, LOWEST_SHARE), 1.0)

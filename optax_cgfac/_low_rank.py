@@ -241,10 +241,14 @@ def _leading_eigenpairs(matrices: Array, start: Array | None) -> tuple[Array, Ar
 
 
 class SplitDamping(NamedTuple):
-    """``α`` and ``β`` of a layer, with ``αβ = γ``; shape ``stack``."""
+    """``α``, ``β`` and ``γ`` of a layer; shape ``stack``.
+
+    ``αβ = γ``, or more where ``γ`` is too small for a factorisation.
+    """
 
     a: Array
     g: Array
+    whole: Array
 
 
 def split_dampings(
@@ -273,6 +277,7 @@ def split_dampings(
         SplitDamping(
             alpha.reshape(x.a.trace.shape).astype(x.a.trace.dtype),
             beta.reshape(x.g.trace.shape).astype(x.g.trace.dtype),
+            jnp.broadcast_to(damping, x.a.trace.shape).astype(x.a.trace.dtype),
         )
         for alpha, beta, x in zip(
             jnp.split(alphas, ends), jnp.split(betas, ends), spectra, strict=True
@@ -297,7 +302,7 @@ def solve_low_rank(
     """
     a, g = spectra
     sizes = a.vectors.shape[-2], g.vectors.shape[-2]
-    alpha, beta = damping
+    alpha, beta, gamma = damping
     a_share = a.values / (a.values + alpha[..., None])
     g_share = (g.values / (g.values + beta[..., None]))[..., None, :]
     ends = list(itertools.accumulate(block.shape[-2] for block in blocks))
@@ -314,7 +319,9 @@ def solve_low_rank(
     scale = 1 / (alpha * beta)
     squares = jnp.vdot(left, left * float(jnp.finfo(left.dtype).tiny))
     finite = jnp.isfinite(squares) & jnp.all(jnp.isfinite(scale))
-    mean_curvature = a.trace * g.trace / (sizes[0] * sizes[1]) + alpha * beta
+    mean_curvature = a.trace * g.trace / (sizes[0] * sizes[1]) + gamma
+    # Without curvature and damping there is nothing to solve: x would be rounding.
+    finite &= jnp.all(mean_curvature > 0)
     solution = []
     for v, b in zip(parts, blocks, strict=True):
         columns = jnp.concatenate([v, matmul(b, g.vectors) * g_share], -1)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from optax_cgfac._auto_axes import with_auto_axes
-from optax_cgfac._cg import UNKNOWN, CGInfo, StopReason, direct_info
-from optax_cgfac._curvature import Curvature, check_units
+from optax_cgfac._curvature import Curvature
+from optax_cgfac._fisher_blocks import check_units
 from optax_cgfac._layers import (
     LayerTag,
     blocks_from_leaves,
@@ -22,52 +22,12 @@ from optax_cgfac._layers import (
 from optax_cgfac._low_rank import LayerSpectra, solve_low_rank, split_dampings
 from optax_cgfac._numerics import narrowed, power_of_two, scaled
 from optax_cgfac._paths import Path, leaves_by_path, map_with_path, text
+from optax_cgfac._plan import SolveConfig, make_plan
 from optax_cgfac._rows import num_rows
-from optax_cgfac._solve import (
-    SolveConfig,
-    checked,
-    damped_operator,
-    make_plan,
-    relative_residual,
-    solve_layers,
-)
+from optax_cgfac._solve import checked, damped_operator, relative_residual, solve_layers
+from optax_cgfac._solve_info import CGInfo, SolveInfo, StopReason, direct_info
 from optax_cgfac._spread import spread, spread_size
 from optax_cgfac._types import Array, PyTree
-
-
-class SolveInfo(NamedTuple):
-    """How the last solve of every layer went: vectors over the parameters' leaves.
-
-    Vectors and not trees like the parameters: what Optax's tools find in such trees
-    they take for one array per parameter, with its shape and sharding. A layer's
-    kernel and bias hold the same numbers; of stacked layers, the worst.
-
-    Attributes:
-      num_steps: CG iterations, int32; 0 for direct solves.
-      residual: Norm of the true residual relative to the gradient's; -1 where it was
-        not computed: a direct solve computes it with ``certify=True`` only.
-      num_fallbacks: Solves so far whose result was not finite and was replaced.
-      reason: Why the solve ended, a `StopReason` as int32.
-      num_dropped: Captured rows so far that were not finite and were left out.
-    """
-
-    num_steps: Array
-    residual: Array
-    num_fallbacks: Array
-    reason: Array
-    num_dropped: Array
-
-
-def init_info(params: PyTree) -> SolveInfo:
-    """Returns the info of before the first solve."""
-    shape = (len(jax.tree.leaves(params)),)
-    return SolveInfo(
-        num_steps=jnp.zeros(shape, jnp.int32),
-        residual=jnp.full(shape, UNKNOWN, jnp.float32),
-        num_fallbacks=jnp.zeros(shape, jnp.int32),
-        reason=jnp.full(shape, StopReason.UNSOLVED.value, jnp.int32),
-        num_dropped=jnp.zeros(shape, jnp.int32),
-    )
 
 
 def precondition(

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._cg import CGInfo, certified, cg_loop, direct_info
+from optax_cgfac._cg import certified, cg_loop
 from optax_cgfac._fisher_blocks import BlockFisherOperator, FullFisherOperator
 from optax_cgfac._numerics import (
     matmul,
@@ -35,6 +35,7 @@ from optax_cgfac._numerics import (
 )
 from optax_cgfac._operators import KroneckerOperator
 from optax_cgfac._rows import gram, times, transpose_times
+from optax_cgfac._solve_info import CGInfo, direct_info
 from optax_cgfac._types import Array, PyTree
 
 # Rounding errors of an inner product in units of eps times the sum of its terms'
@@ -65,6 +66,7 @@ def conjugate_gradient_on_rows(
     max_steps: int | Array,
     rtol: float | Array = 1e-5,
     atol: float | Array = 0.0,
+    doubts_start: bool = False,
 ) -> tuple[Array, CGInfo]:
     """Solves ``(A ⊗ G + γI) x = b`` with the iterates of `conjugate_gradient`.
 
@@ -77,6 +79,7 @@ def conjugate_gradient_on_rows(
       max_steps: The largest number of iterations.
       rtol: Tolerance relative to ``‖b‖``.
       atol: Absolute tolerance.
+      doubts_start: Whether to start from zero where that is better.
 
     Returns:
       The solution, like ``b``, and a `CGInfo`.
@@ -108,6 +111,7 @@ def conjugate_gradient_on_rows(
         max_steps=max_steps,
         rtol=rtol,
         atol=atol,
+        doubts_start=doubts_start,
     )
 
 
@@ -136,6 +140,7 @@ def cg_on_coefficients(
     max_steps: int | Array,
     rtol: float | Array = 1e-5,
     atol: float | Array = 0.0,
+    doubts_start: bool = False,
 ) -> tuple[PyTree, CGInfo]:
     """Solves ``(F + γI) x = b`` on coefficients of the vectors that span ``F``.
 
@@ -147,6 +152,8 @@ def cg_on_coefficients(
       max_steps: The largest number of iterations.
       rtol: Tolerance relative to ``‖b‖``.
       atol: Absolute tolerance.
+      doubts_start: Whether to start from zero where the quadratic model of ``x0`` is
+        larger than that of zero.
 
     Returns:
       The solution, like ``b``, and a `CGInfo`.
@@ -161,6 +168,12 @@ def cg_on_coefficients(
         residual = _Coefficients(one, theta, theta)
     else:
         t0 = space.project(x0)
+        if doubts_start:
+            # ½ x₀ᵀ(F + γI)x₀ - bᵀx₀; a number that is not finite compares false.
+            square = s * jnp.sum(t0 * t0) + damping * tree_dot(x0, x0)
+            helps = square / 2 <= tree_dot(b, x0)
+            x0 = jax.tree.map(lambda x: jnp.where(helps, x, 0), x0)
+            t0 = jnp.where(helps, t0, 0)
         d = jax.tree.map(lambda b, x: b - damping * x, b, x0)
         t = space.project(b) - damping * t0
         residual = _Coefficients(one, -s * t0, -s * space.gram(t0))
@@ -231,6 +244,7 @@ def solve_on_units(
     direct: bool,
     max_steps: int | Array,
     rtol: float | Array,
+    doubts_start: bool = False,
 ) -> tuple[PyTree, CGInfo]:
     """Solves ``(s DᵀD + γI) x = b`` for the gradients ``D`` of the examples.
 
@@ -242,6 +256,7 @@ def solve_on_units(
       direct: Whether to factorise the ``M x M`` matrix instead of iterating.
       max_steps: The largest number of CG iterations, of ``M²`` operations each.
       rtol: Tolerance relative to ``‖b‖``.
+      doubts_start: Whether to start from zero where that is better.
 
     Returns:
       The solution, like ``b``, and a `CGInfo`.
@@ -254,7 +269,15 @@ def solve_on_units(
             operator.lift,
             operator.scale,
         )
-        return cg_on_coefficients(space, damping, b, x0, max_steps=max_steps, rtol=rtol)
+        return cg_on_coefficients(
+            space,
+            damping,
+            b,
+            x0,
+            max_steps=max_steps,
+            rtol=rtol,
+            doubts_start=doubts_start,
+        )
     scaled = k * jnp.asarray(operator.scale, k.dtype)
     damping = jnp.maximum(damping, tiny_shift(jnp.trace(scaled)))
     system = scaled + damping * jnp.eye(len(k), dtype=k.dtype)

@@ -17,9 +17,8 @@ from optax_cgfac._damping import (
     reduction_ratio,
 )
 from optax_cgfac._examples import num_kept
-from optax_cgfac._initial_damping import initial_damping
+from optax_cgfac._initial_damping import LOWEST_SHARE, first_share, typical_damping
 from optax_cgfac._numerics import narrowed, tree_dot, tree_is_finite
-from optax_cgfac._precondition import SolveInfo
 from optax_cgfac._quadratic_model import (
     QuadraticModel,
     Step,
@@ -27,6 +26,7 @@ from optax_cgfac._quadratic_model import (
     quadratic_model,
     within_loss,
 )
+from optax_cgfac._solve_info import SolveInfo
 from optax_cgfac._transform import ScalarOrSchedule, current
 from optax_cgfac._types import Array, PyTree
 from optax_cgfac._update_checks import check_moved_value
@@ -36,10 +36,8 @@ from optax_cgfac._update_checks import check_moved_value
 _FIRST = 10
 # Below this many examples the loss is noisy, and a single look at it worth little.
 _MANY_EXAMPLES = 512
-# Damping is adapted within these multiples of the first one. Without a lower end a
-# good reduction ratio on small batches, which rewards fitting the batch, lowers it
-# until the loss turns up.
-_BOUNDS = (1e-2, 1e5)
+# Damping is adapted within these multiples of the initial one.
+_BOUNDS = (LOWEST_SHARE, 1e5)
 # Until there are data to tell the damping.
 _DAMPING_WITHOUT_DATA = 0.1
 
@@ -50,7 +48,8 @@ class CGFACState(NamedTuple):
     Attributes:
       cgfac_count: Updates so far, int32.
       damping: The damping ``λ`` of the next update; 0 until the data tell it.
-      initial_damping: The first one; 0 until the data tell it.
+      initial_damping: The first one, by which its bounds go; 0 until the data tell it.
+        Models of fewer than a thousand parameters start with less than this.
       step_size: The last step size ``α``.
       momentum: The last momentum ``μ``.
       reduction_ratio: The last reduction ratio ``ρ``.
@@ -104,11 +103,12 @@ class Objective(NamedTuple):
 def with_initial_damping(state: CGFACState, curvature: Curvature) -> CGFACState:
     """Returns the state with a damping from the data, where it has none yet."""
     is_new = state.initial_damping == 0
-    first = initial_damping(curvature).astype(state.damping.dtype)
+    typical = typical_damping(curvature).astype(state.damping.dtype)
+    first = first_share(curvature) * typical
     start = jnp.where(first > 0, first, _DAMPING_WITHOUT_DATA)
     return state._replace(
         damping=jnp.where(is_new, start, state.damping),
-        initial_damping=jnp.where(is_new, first, state.initial_damping),
+        initial_damping=jnp.where(is_new, typical, state.initial_damping),
     )
 
 

@@ -18,8 +18,9 @@ from optax_cgfac._checks import (
 )
 from optax_cgfac._curvature import Curvature
 from optax_cgfac._parameter_checks import check_trained
-from optax_cgfac._precondition import SolveInfo, init_info, precondition
-from optax_cgfac._solve import SolveConfig, Structure
+from optax_cgfac._plan import SolveConfig, Structure
+from optax_cgfac._precondition import precondition
+from optax_cgfac._solve_info import SolveInfo, init_info
 from optax_cgfac._types import Array, PyTree
 from optax_cgfac._update_checks import (
     Missing,
@@ -90,7 +91,8 @@ def scale_by_cgfac(
         ``min(R, n)``-sized matrix per side, which ``"auto"`` prefers there.
       max_steps: CG iterations per solve at most (per side if factored).
       rtol: CG stops at this residual relative to the gradient.
-      warm_start: Whether CG starts from the previous solution.
+      warm_start: Whether CG starts from the previous solution, where that is better
+        than zero.
       preconditioner: ``"jacobi"`` for ``space="parameter"``, or None.
       solve_axis: A mesh axis over whose devices the layers' systems are spread, by
         cost, and the solutions gathered; None to solve all of them on every device.

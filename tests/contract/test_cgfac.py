@@ -261,9 +261,19 @@ def test_the_first_damping_has_the_scale_of_the_curvature(scale):
         sizes += len(a) * len(g)
     _, state = first(cgfac(damping_interval=5), curvature=curvature)
     assert sizes < 1000
-    expected = 10 * sizes / 1000 * traces / sizes
-    assert float(state.damping) == pytest.approx(expected, rel=1e-5)
-    assert float(state.initial_damping) == float(state.damping)
+    typical = 10 * traces / sizes
+    assert float(state.damping) == pytest.approx(sizes / 1000 * typical, rel=1e-5)
+    assert float(state.initial_damping) == pytest.approx(typical, rel=1e-5)
+
+
+@pytest.mark.parametrize("start", [None, 1e4])
+def test_the_damping_stays_above_a_hundredth_of_its_unit(start):
+    """That of data is ten times the mean curvature, which small models start below."""
+    _, state = first(cgfac(damping=start, damping_interval=1, damping_decay=1e-6))
+    assert start in (None, float(state.initial_damping))
+    assert float(state.reduction_ratio) > 0.75
+    floor = float(state.initial_damping) / 100
+    assert float(state.damping) == pytest.approx(floor, rel=1e-5)
 
 
 @pytest.mark.parametrize("weight", [1e-16, 1e16])

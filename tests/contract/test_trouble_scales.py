@@ -44,7 +44,7 @@ class Units:
 GRADIENTS = [Units(b=10.0**n) for n in (-33, -30, -25, -20, 20, 25, 30)]
 LOSSES = [Units(g=math.sqrt(c), b=c) for c in (1e-20, 1e-12, 1e12, 1e20)]
 INPUTS = [Units(a=s, b=s) for s in (1e-10, 1e10)]
-BALANCED = [Units(a=s, g=1 / s) for s in (1e-4, 1e4)]
+BALANCED = [Units(a=s, g=1 / s) for s in (1e-8, 1e-4, 1e4, 1e8)]
 
 
 @functools.cache

@@ -1,4 +1,9 @@
-"""Twenty thousand steps with every default: nothing grows or is compiled again."""
+"""Twenty thousand steps with every default: nothing grows or is compiled again.
+
+The floor of the damping keeps the loss where it is: with a 25 times lower one the
+weights of seeds 1, 4 and 5 wander off until their units are saturated, and the loss
+rises from 0.03 to 0.09 (benchmarks/LOG.md, 23).
+"""
 
 import gc
 
@@ -81,21 +86,25 @@ def test_long_runs_neither_grow_nor_drift():
         return state, (jnp.mean(losses), jnp.max(losses), jnp.min(losses))
 
     def run(seed):
-        """Live bytes after each chunk, and the mean loss of the last one."""
-        state, sizes = start(seed), []
+        """Live bytes and the mean loss of each chunk."""
+        state, sizes, means = start(seed), [], []
         for number in range(CHUNKS):
             state, losses = chunk(state, number * (STEPS // CHUNKS), seed)
             assert np.isfinite([float(x) for x in losses]).all()
             sizes.append(live_bytes())
+            means.append(float(losses[0]))
         for leaf in jax.tree.leaves(state):
             assert np.isfinite(np.asarray(leaf, np.float32)).all()
         diagnosed = optax_cgfac.diagnostics(state[1])
         assert 0 < float(diagnosed["damping"]) < 1e6
         layers = diagnosed["layers"].values()
         assert not any(int(x["num_fallbacks"] + x["num_dropped"]) for x in layers)
-        return sizes, float(losses[0])
+        return sizes, means
 
     runs = [run(seed) for seed in range(SEEDS)]
-    assert max(loss for _, loss in runs) < 0.5
+    for _, means in runs:
+        # The noise of the data is 0.01, and the best that the model can do about 0.018.
+        assert max(means[1:]) < 0.035, means
+        assert means[-1] < 1.1 * min(means), means
     assert len({size for sizes, _ in runs for size in sizes}) == 1, runs
     assert chunk._cache_size() == 1

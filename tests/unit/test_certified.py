@@ -26,8 +26,10 @@ from optax_cgfac import (
 )
 from optax_cgfac._cg import certified, cg_loop
 from optax_cgfac._numerics import tree_dot
+from optax_cgfac._plan import SolveConfig
 from optax_cgfac._sample_space import conjugate_gradient_on_rows
-from optax_cgfac._solve import SolveConfig, solve_layers
+from optax_cgfac._solve import solve_layers
+from optax_cgfac._solve_info import with_residual
 from steps import ingredients, make_problem, update
 
 EPS = np.finfo(np.float32).eps
@@ -209,7 +211,16 @@ def test_a_solve_that_would_raise_the_model_returns_its_start():
     assert info.reason >= StopReason.STAGNATED
 
 
-def test_a_residual_that_only_the_recurrence_has_is_no_convergence():
+@pytest.mark.parametrize(
+    ("norm", "reason"),
+    [
+        (1e-4, StopReason.CONVERGED),
+        (1.05e-3, StopReason.CONVERGED),  # the difference of the two is rounding
+        (1.5e-3, StopReason.STAGNATED),
+        (1e-2, StopReason.STAGNATED),
+    ],
+)
+def test_a_residual_that_only_the_recurrence_has_is_no_convergence(norm, reason):
     end = cg_loop(
         lambda v: 2 * v,
         jnp.array([1.0]),
@@ -219,13 +230,19 @@ def test_a_residual_that_only_the_recurrence_has_is_no_convergence():
         max_steps=3,
     )
     assert end.reason == StopReason.CONVERGED
-    truth = {"start": jnp.zeros(1), "start_residual": jnp.array([1.0])}
-    limits = {"dot": tree_dot, "squared_tolerance": jnp.array(1e-6)}
-    same = certified(end, **truth, residual=jnp.array([1e-4]), **limits)
-    other = certified(end, **truth, residual=jnp.array([1e-2]), **limits)
-    assert same.reason == StopReason.CONVERGED
-    assert other.reason == StopReason.STAGNATED
-    np.testing.assert_allclose(other.squared_norm, 1e-4, rtol=1e-5)
+    told = certified(
+        end,
+        start=jnp.zeros(1),
+        start_residual=jnp.array([1.0]),
+        residual=jnp.array([norm]),
+        dot=tree_dot,
+        squared_tolerance=jnp.array(1e-6),
+    )
+    assert told.reason == reason
+    np.testing.assert_allclose(told.squared_norm, norm**2, rtol=1e-5)
+    afterwards = with_residual(end.info(), jnp.array(norm), jnp.array(1e-3))
+    assert afterwards.reason == reason
+    assert afterwards.converged == (reason == StopReason.CONVERGED)
 
 
 # ---------------------------------------------------- through the layers' solves
@@ -267,6 +284,28 @@ def test_a_certified_solve_of_layers_tells_the_true_residual(name):
     assert info.reason == expected
     assert np.all(infos.reason == expected)
     assert info.converged != config.is_iterative
+
+
+@pytest.mark.parametrize("name", ["cg on rows", "cg on parameters", "cg on both sides"])
+def test_a_start_that_is_worse_than_none_is_not_taken(name):
+    """Of some steps ago, and a hundred times too long: three steps are not enough."""
+    config = SolveConfig(**SOLVES[name], max_steps=3, rtol=1e-3, certify=True)
+    problem = problems.layer_problem(16, 24, 20, dtype="float32")
+    operator = KroneckerOperator(problem.a, problem.g, 1 / 16, 1 / 16)
+    dense = oracles.DAMPED[config.damping_form](problem.a, problem.g, 0.1)
+    before = oracles.solve(dense, problem.b + problem.x0 / 3)
+
+    @jax.jit
+    def solve(x0):
+        return solve_layers(config, [operator], 0.1, [problem.b], [x0])[0]
+
+    (nothing, expected), (stale, info), (recent, _) = (
+        solve(jnp.asarray(factor * before, "float32")) for factor in (0, 100, 1)
+    )
+    np.testing.assert_allclose(stale, nothing, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(info.residual_norm, expected.residual_norm, rtol=1e-4)
+    models = [quadratic(dense, problem.b, x) for x in (nothing, recent)]
+    assert models[1] < models[0] < 0  # and a start that helps is one
 
 
 def test_certify_is_yes_or_no():

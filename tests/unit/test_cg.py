@@ -206,11 +206,36 @@ def test_an_overflowing_step_is_not_taken():
     assert np.isfinite(info.residual_norm)
 
 
+def test_a_step_whose_residual_overflows_is_not_taken_whatever_its_preconditioner():
+    """The preconditioned residual is finite: what grows is divided by a thousand."""
+    operator = DiagonalOperator(jnp.array([1e-20, 1e3]))
+    inverse = DiagonalOperator(jnp.array([1.0, 1e-3]))
+    b = jnp.array([1e10, 1.0])
+    x, info = solve(operator, b, max_steps=3, preconditioner=inverse)
+    assert info.reason == StopReason.NOT_FINITE
+    np.testing.assert_array_equal(x, 0)
+    np.testing.assert_allclose(info.residual_norm, 1e10, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "rtol"), [(300.0, 0.5), (1e-3, 1e-2)])
+def test_half_precision_has_a_tolerance_beyond_its_range(size, rtol):
+    """``rtol² ‖b‖²`` is infinite, or zero, in float16."""
+    with np.errstate(over="ignore"):
+        assert np.float16(rtol**2 * size**2 * SIZE) in (0, np.inf)
+    operator = DiagonalOperator(jnp.linspace(1.0, 1.5, SIZE, dtype="float16"))
+    b = jnp.full(SIZE, size, "float16")
+    x, info = solve(operator, b, max_steps=4, rtol=rtol)
+    assert x.dtype == jnp.float16
+    assert info.reason == StopReason.CONVERGED
+    residual = oracles.float64(b) - oracles.float64(operator.entries * x)
+    assert np.linalg.norm(residual) <= 1.1 * rtol * np.linalg.norm(oracles.float64(b))
+
+
 @pytest.mark.parametrize("value", [-0.5, float("nan")])
 @pytest.mark.parametrize("name", ["rtol", "atol"])
 def test_a_negative_tolerance_is_refused(name, value):
     operator, b = DiagonalOperator(jnp.ones(2)), jnp.ones(2)
-    with pytest.raises(ValueError, match=f"{name} must not be negative, got {value}"):
+    with pytest.raises(ValueError, match=f"{name} must be .*not negative, got {value}"):
         conjugate_gradient(operator, b, max_steps=2, **{name: value})
 
 

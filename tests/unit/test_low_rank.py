@@ -137,6 +137,17 @@ def test_without_rows_it_is_the_damped_gradient():
     np.testing.assert_allclose(solution, problem.b / DAMPING, rtol=1e-6)
 
 
+@pytest.mark.parametrize("dead", ["ag", "a", "g", ""])
+def test_without_damping_a_dead_layer_takes_no_step(dead):
+    """Nothing is known of it; what would divide by rounding is not finite, or huge."""
+    problem = decaying(dtype="float32")
+    zeros = {name: jnp.zeros_like(getattr(problem, name)) for name in dead}
+    spectra = refreshed(operator(problem._replace(**zeros)), empty(problem, 4))
+    [solution], is_finite = solve(spectra, [problem.b], 0.0)
+    assert np.isfinite(solution).all()
+    assert bool(is_finite) == np.any(solution) == (not dead)
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_what_is_not_finite_falls_back_to_the_mean_curvature(bad):

@@ -14,7 +14,7 @@ from optax_cgfac import (
 )
 
 A_SCALE, G_SCALE, DAMPING, ALPHA, BETA = 0.2, 0.7, 0.3, 0.5, 1.5
-STACKS = {"one layer": (), "stacked": (2,), "doubly stacked": (2, 3)}
+STACKS = {"one layer": (), "stacked": (2,), "doubly stacked": (2, 2)}
 NAMES = ["kronecker", "damped", "factored damped"]
 
 
@@ -139,6 +139,14 @@ def test_a_product_forms_no_matrix_as_large_as_a_factor(name):
     assert not shapes & {(50, 50), (40, 40)}
 
 
+def test_a_product_with_many_rows_takes_the_small_factor():
+    a, g, vector = rows((), "float32", sizes=(50, 4, 3))
+    jaxpr = jax.make_jaxpr(make("factored damped", a, g).matvec)(vector)
+    products = [e for e in jaxpr.eqns if e.primitive.name == "dot_general"]
+    shapes = {var.aval.shape for eqn in products for var in eqn.outvars}
+    assert shapes == {(50, 3), (4, 3), (3, 3)}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_products_ask_for_full_precision(name):
     a, g, vector = rows((), "float32")
@@ -192,6 +200,14 @@ def test_a_damped_diagonal_operator_agrees_with_its_dense_form():
 def test_the_inverse_of_a_diagonal_skips_entries_that_are_not_positive():
     inverse = DiagonalOperator(jnp.array([2.0, 0.0, -4.0, 0.5])).inverse()
     np.testing.assert_array_equal(inverse.entries, [0.5, 1.0, 1.0, 2.0])
+
+
+def test_the_inverse_of_a_diagonal_has_a_derivative():
+    def total(entries):
+        return DiagonalOperator(entries).inverse().trace()
+
+    derivative = jax.grad(total)(jnp.array([2.0, 0.0, -4.0]))
+    np.testing.assert_array_equal(derivative, [-0.25, 0.0, 0.0])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -5,7 +5,7 @@ import pytest
 
 import oracles
 import problems
-from optax_cgfac import KroneckerOperator
+from optax_cgfac import KroneckerOperator, StopReason, _sample_space
 from optax_cgfac._sample_space import conjugate_gradient_on_rows
 
 solve = jax.jit(conjugate_gradient_on_rows)
@@ -92,6 +92,31 @@ def test_steps_beyond_convergence_do_no_harm():
     assert oracles.relative_error(x, oracles.solve(dense, problem.b)) < (
         oracles.tolerance("float32", condition)
     )
+
+
+def test_no_step_is_taken_and_no_residual_told_below_rounding(monkeypatch):
+    """As if rounding were larger than all numbers."""
+    monkeypatch.setattr(_sample_space, "_ROUNDING", 1.2 / np.finfo("float32").eps)
+    problem, operator = setup()
+    x, info = conjugate_gradient_on_rows(operator, DAMPING, problem.b, max_steps=5)
+    assert info.reason == StopReason.STAGNATED
+    assert info.num_steps == 0
+    assert not np.any(x)
+    np.testing.assert_allclose(
+        info.residual_norm, 1.2**0.5 * jnp.linalg.norm(problem.b), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_steps_on_rounding_are_not_taken_for_the_solution(seed):
+    """Where nothing is known of it, the residual among rows comes out as zero."""
+    problem = problems.layer_problem(40, 8, 6, seed=seed, dtype="float32")
+    operator = KroneckerOperator(problem.a, problem.g, 1 / 40, 1 / 40)
+    x, info = solve(operator, 1e-4, problem.b, max_steps=100, rtol=0.0)
+    dense = oracles.tikhonov(problem.a, problem.g, 1e-4)
+    truth = np.linalg.norm(oracles.float64(problem.b) - oracles.apply(dense, x))
+    assert info.reason == StopReason.STAGNATED
+    assert info.residual_norm > 0.5 * truth > 0
 
 
 def test_no_residual_below_rounding_is_called_converged():

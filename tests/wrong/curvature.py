@@ -214,6 +214,19 @@ for _steps in (0, 1.5):
         f"got {_steps}",
         "Pass a Python int",
     )
+for _name, _value, _error, _expected in (
+    ("rtol", -0.5, ValueError, "be finite and not negative"),
+    ("atol", float("nan"), ValueError, "be finite and not negative"),
+    ("rtol", None, TypeError, "be a number"),
+):
+    wrong(
+        f"`{_name}={_value}`",
+        _error,
+        solve(lambda g: g.x, **{_name: _value}),
+        f"{_name} must {_expected}",
+        f"got {_value}",
+        f"Pass a number such as {_name}=",
+    )
 wrong(
     "a right-hand side of another shape than the operator",
     ValueError,
