@@ -31,6 +31,8 @@ def execute(notebook, smoke, folder):
     environment = {
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         "TQDM_DISABLE": "1",
+        # Threads of OpenBLAS wait for each other on a machine that does other things.
+        "OPENBLAS_NUM_THREADS": "1",
         "IPYTHONDIR": str(folder),
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # it warns of frozen modules otherwise
     }
@@ -43,6 +45,8 @@ def execute(notebook, smoke, folder):
         timeout=600,
         record_timing=False,
         coalesce_streams=True,
+        # It warns that what it tells this process is not encrypted.
+        extra_arguments=["--IPKernelApp.log_level=40"],
         resources={"metadata": {"path": str(folder)}},
     )
     client.execute(env=kept | environment)
