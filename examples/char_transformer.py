@@ -92,9 +92,10 @@ def cgfac_training(model, windows):
     def train_step(model, optimizer, curvature, text, rng):
         batch_rng, rng = jax.random.split(rng)
         batch = draw_windows(text, len(windows), batch_rng)
+        graphdef, _, rest = nnx.split(model, nnx.Param, ...)
+        rest = jax.tree.map(jnp.copy, rest)  # with dropout value_fn needs the same keys
         loss, grads = nnx.value_and_grad(loss_fn)(model, batch)
         curvature = estimator.update(curvature, model, batch[:, :-1], rng=rng)
-        graphdef, _, rest = nnx.split(model, nnx.Param, ...)
 
         def value_fn(params):  # copy=True: it is called below jax.lax.cond
             return loss_fn(nnx.merge(graphdef, params, rest, copy=True), batch)

@@ -193,8 +193,9 @@ def main(argv=None):
         args.out.write_text(json.dumps({"losses": losses, "params": params}))
     if args.index == 0:
         print(f"{jax.process_count()} processes, {jax.device_count()} devices")
+        print(f"{'step':>6}{'loss':>12}")
         for step in sorted({0, args.steps // 4, args.steps // 2, args.steps - 1}):
-            print(f"step {step:4d}  loss {losses[step]:.6f}")
+            print(f"{step:6d}{losses[step]:12.6f}")
     return 0
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from optax_cgfac._checks import describe
 from optax_cgfac._paths import leaves_by_path, text
@@ -20,7 +21,7 @@ def diagnostics(opt_state: Any, params: PyTree = None) -> dict[str, Any]:
 
     Args:
       opt_state: The state of an optimizer that contains `cgfac`, `scale_by_cgfac`
-        or `scale_by_kfac`.
+        or `scale_by_kfac`; of an `nnx.Optimizer` its ``opt_state``.
       params: The parameters, for their names where the solves are direct and the
         state holds none.
 
@@ -45,6 +46,7 @@ def diagnostics(opt_state: Any, params: PyTree = None) -> dict[str, Any]:
       0.1
     """
     kinds = (CGFACState, ScaleByCGFACState)
+    opt_state = _without_variables(opt_state)
     found = [
         leaf
         for leaf in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds))
@@ -141,6 +143,17 @@ def stop_reasons(opt_state: Any, params: PyTree = None) -> dict[str, str]:
         name: StopReason(int(np.max(values["stop_reason"]))).name
         for name, values in layers.items()
     }
+
+
+def _without_variables(opt_state: Any) -> Any:
+    """Returns the arrays of a state that `nnx.Optimizer` has wrapped one by one."""
+
+    def is_variable(x: Any) -> bool:
+        return isinstance(x, nnx.Variable)
+
+    return jax.tree.map(
+        lambda x: x[...] if is_variable(x) else x, opt_state, is_leaf=is_variable
+    )
 
 
 def _layers(

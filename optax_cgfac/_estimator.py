@@ -227,9 +227,10 @@ def fisher_estimator(
       ...     def loss_fn(module):
       ...         return jnp.mean(jnp.sum((module(x) - 1) ** 2, -1))
       ...
+      ...     graphdef, _, rest = nnx.split(module, nnx.Param, ...)
+      ...     rest = jax.tree.map(jnp.copy, rest)  # dropout: the same masks in value_fn
       ...     loss, grads = nnx.value_and_grad(loss_fn)(module)
       ...     curvature = estimator.update(curvature, module, x, rng=rng)
-      ...     graphdef, _, rest = nnx.split(module, nnx.Param, ...)
       ...     optimizer.update(
       ...         module,
       ...         grads,

@@ -353,8 +353,9 @@ def _reason(path: Path, discovery: Discovery) -> str:
 
 def _uncovered_message(errors: list[tuple[Path, str]]) -> str:
     listed = "\n".join(f"  {text(path)}: {reason}" for path, reason in errors)
+    arrays = "1 parameter has" if len(errors) == 1 else f"{len(errors)} parameters have"
     return (
-        f"{len(errors)} parameters have no curvature:\n{listed}\n"
+        f"{arrays} no curvature:\n{listed}\n"
         "Ways out:\n"
         "  1. where: leave them out, fisher_estimator(..., where=lambda path: ...), "
         "true for the parameters to keep; the others get their plain gradient.\n"

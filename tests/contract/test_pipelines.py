@@ -1,5 +1,6 @@
 """The documented compositions: code and table of docs/pipelines.md are what is run."""
 
+import functools
 import pathlib
 import re
 
@@ -262,14 +263,19 @@ def test_a_line_search_finds_a_step_that_descends(name):
     assert float(optax.tree.get(state, "learning_rate")) > 0
 
 
-def test_an_optimizer_between_two_micro_batches_solves_once():
+@pytest.mark.parametrize("solver", ["auto", "cg"])
+def test_an_optimizer_between_two_micro_batches_solves_once(solver):
     """Counted where it runs: `MultiSteps` alone runs all, and `where`s the result."""
-    solves = []
+    solves = []  # iterations of each
+    optimizer = functools.partial(cgfac, solver=solver)
 
     def counted(tx):
         def update(*args, **kwargs):
-            jax.debug.callback(lambda: solves.append(1))
-            return tx.update(*args, **kwargs)
+            updates, state = tx.update(*args, **kwargs)
+            jax.debug.callback(
+                lambda n: solves.append(int(n)), jnp.sum(state.info.num_steps)
+            )
+            return updates, state
 
         return optax.GradientTransformationExtraArgs(tx.init, update)
 
@@ -278,22 +284,25 @@ def test_an_optimizer_between_two_micro_batches_solves_once():
     def emits(state):
         return state.mini_step == every - 1
 
-    plain = optax.MultiSteps(counted(cgfac()), every)
+    plain = optax.MultiSteps(counted(optimizer()), every)
     train(plain, 2 * every)
     jax.effects_barrier()
     assert len(solves) == 2 * every
+    iterations = sum(solves)
+    assert (iterations > 0) == (solver == "cg")
     solves.clear()
     skipping = optax.MultiSteps(
         optax.conditionally_transform(
-            counted(cgfac()), lambda step, emit, **_: emit, forward_extra_args=True
+            counted(optimizer()), lambda step, emit, **_: emit, forward_extra_args=True
         ),
         every,
     )
     params, state, _ = train(skipping, 2 * every, emits)
     jax.effects_barrier()
     assert len(solves) == 2
+    assert sum(solves) <= iterations / 2
     assert int(optax.tree.get(state, "cgfac_count")) == 2
-    expected, _, _ = train(optax.MultiSteps(cgfac(), every), 2 * every)
+    expected, _, _ = train(optax.MultiSteps(optimizer(), every), 2 * every)
     assert_trees_close(params, expected)
 
 

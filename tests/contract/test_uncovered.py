@@ -31,7 +31,8 @@ def test_init_raises_with_the_list_the_reasons_and_three_ways_out(name):
     with pytest.raises(ValueError, match=reason) as error:
         estimate(model, inputs)
     message = str(error.value)
-    assert message.startswith(f"{len(paths)} parameters have no curvature:\n")
+    have = "1 parameter has" if len(paths) == 1 else f"{len(paths)} parameters have"
+    assert message.startswith(f"{have} no curvature:\n")
     for path in paths:
         assert f"\n  {path}: " in message
     assert "last/kernel: " not in message

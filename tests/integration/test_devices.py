@@ -62,7 +62,7 @@ def run_of(processes, folder):
     assert f"{processes} processes, {processes} devices" in result.stdout
     found = json.loads((folder / f"{processes}.json").read_text())
     losses = found["losses"]
-    printed = [float(x) for x in re.findall(r"loss ([0-9.]+)", result.stdout)]
+    printed = [float(x) for x in re.findall(r"^ *\d+ +([\d.]+)$", result.stdout, re.M)]
     np.testing.assert_allclose(printed, [losses[i] for i in (0, 5, 10, 19)], atol=1e-6)
     return found
 

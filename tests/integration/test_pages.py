@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import pytest
 
 import pages
@@ -33,6 +34,25 @@ def test_the_code_of_a_page_runs_and_prints_what_it_shows(
     for _, shown in pages.blocks(WITH_CODE[name], "text"):
         assert shown in printed
     assert float(names.get("loss", 0.0)) < LIMITS.get(name, math.inf)
+
+
+@pytest.mark.parametrize("side", "-+")
+def test_both_sides_of_the_migration_from_adam_train(side):
+    """The loop with Adam, and the one that the diff makes of it."""
+    ((_, diff),) = pages.blocks(pages.ROOT / "docs" / "migration.md", "diff")
+    code = "\n".join(x[1:] for x in diff.splitlines() if x[:1] in (" ", side))
+    names = pages.run(WITH_CODE["README.md"])
+    exec(code, names)
+    state = [names["params"], names["opt_state"]]
+    rest = [names["batch"]]
+    if side == "+":
+        state.append(names["curvature"])
+        rest.append(jax.random.key(0))
+    losses = []
+    for _ in range(5):
+        *state, loss = names["train_step"](*state, *rest)
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=pages.NAMES)

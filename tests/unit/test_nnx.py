@@ -11,7 +11,7 @@ from flax import nnx
 
 from models import BATCH, NUM_EXAMPLES, normal
 from nnx_models import CASES, REPORTED, Mlp, Stateful, rngs, shifted
-from optax_cgfac import cgfac, fisher_estimator, value_and_grad
+from optax_cgfac import cgfac, fisher_estimator, scalars, value_and_grad
 from optax_cgfac._layers import leaves_from_matrix
 from optax_cgfac._paths import leaves_by_path, text
 from optax_cgfac._rows import IndexRows, StackedRows
@@ -398,6 +398,33 @@ def test_an_optimizer_of_nnx_steps_as_optax_does(tx):
             model, grads, curvature=curvature, value=value, value_fn=value_fn
         )
     assert_close(by_name(nnx.state(model)), by_name(params), 1e-5)
+    # What `nnx.Optimizer` wraps is shown as arrays, which can be printed.
+    seen = {x: float(f"{y:.6g}") for x, y in scalars(optimizer.opt_state).items()}
+    expected = {x: float(y) for x, y in scalars(opt_state).items()}
+    assert seen == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_the_loop_of_the_docs_draws_the_same_dropout_masks_for_the_moved_loss():
+    module = nnx.Sequential(
+        nnx.Linear(4, 16, rngs=nnx.Rngs(0)),
+        nnx.Dropout(0.5, rngs=nnx.Rngs(1)),
+        nnx.Linear(16, 2, rngs=nnx.Rngs(2)),
+    )
+    x = jnp.ones((8, 4))
+
+    @nnx.jit
+    def step(module):
+        graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+        rest = jax.tree.map(jnp.copy, rest)
+        value, _ = nnx.value_and_grad(mlp_loss)(module, x)
+        return value, mlp_loss(nnx.merge(graphdef, params, rest, copy=True), x)
+
+    seen = []
+    for _ in range(2):
+        value, again = step(module)
+        assert float(value) == pytest.approx(float(again), rel=1e-6)
+        seen.append(float(value))
+    assert seen[0] != seen[1]
 
 
 def test_columns_of_the_exact_fisher():

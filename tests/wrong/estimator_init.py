@@ -196,7 +196,7 @@ wrong(
     "a `where` that leaves out a kernel and keeps its bias",
     ValueError,
     init(where=lambda path: path != "hidden/kernel"),
-    "1 parameters have no curvature",
+    "1 parameter has no curvature",
     "hidden/bias: where leaves its kernel 'hidden/kernel' out",
     _WAYS_OUT,
 )
@@ -204,7 +204,7 @@ wrong(
     "a parameter that no layer reads",
     ValueError,
     init(lambda g: g.params | {"old": {"kernel": g.x}}),
-    "1 parameters have no curvature",
+    "1 parameter has no curvature",
     "old/kernel: no module that reads it was met",
     _WAYS_OUT,
 )
