@@ -94,7 +94,9 @@ def coverage(
     drawn = ax.barh(range(len(bars)), lengths, color=SHADE, edgecolor=INK, height=0.7)
     for bar in drawn[len(curvature.tags) :]:
         bar.set(facecolor=PAPER, hatch="////")
-    labels = [f"{size:,}" for size in lengths]
+    # A hatching cannot be seen on a thin bar.
+    kinds = [""] * len(curvature.tags) + [", no curvature"] * len(left_out)
+    labels = [f"{size:,}{kind}" for size, kind in zip(lengths, kinds, strict=True)]
     ax.bar_label(drawn, labels, padding=4, fontsize="small")
     ax.margins(x=0.15)
     name_bars(ax, names)

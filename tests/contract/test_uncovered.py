@@ -51,7 +51,7 @@ def test_fallback_covers_the_rest_and_reports_the_list(name):
 
 def test_an_unused_parameter_is_told_apart():
     params = init(Compact(), X) | {"old": {"kernel": jnp.ones((5, 2))}}
-    with pytest.raises(ValueError, match=r"1 parameters .*\n  old/kernel: .*unused"):
+    with pytest.raises(ValueError, match=r"1 parameter .*\n  old/kernel: .*unused"):
         estimate(Compact(), params=params)
 
 

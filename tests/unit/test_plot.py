@@ -46,7 +46,7 @@ def test_coverage_counts_every_parameter_and_hatches_those_without_curvature():
     assert ax.get_title(loc="left") == "12 of 36 parameters preconditioned (33.3 %)"
     assert "hatched" in ax.get_xlabel()
     labels = [text.get_text() for text in ax.texts]
-    assert labels == ["12", "4", "20"]
+    assert labels == ["12", "4, no curvature", "20, no curvature"]
 
 
 def test_coverage_takes_an_nnx_module_and_draws_where_it_is_told():

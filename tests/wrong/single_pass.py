@@ -167,7 +167,7 @@ for _done, _error, _call, _expected, _got, _remedy in (
                 jax.jit(lambda p, x: MLP().apply({"params": p}, x))(p, x)
             )
         ),
-        "have no curvature|without meeting a layer",
+        "no curvature|without meeting a layer",
         "transform of JAX's own|traced without|was jitted",
         "Ways out:|It must call",
     ),
