@@ -16,6 +16,20 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+# In Linux a process may have 65,530 pieces of memory; a program takes about 20 of them,
+# and XLA crashes where no more are to be had.
+MOST_PIECES = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """After a module: what was compiled so far, if that is a lot."""
+    yield
+    pieces = Path("/proc/self/maps")
+    if pieces.exists() and pieces.read_bytes().count(b"\n") > MOST_PIECES:
+        jax.clear_caches()
+
+
 @pytest.fixture(params=["float32", "float64"])
 def dtype(request):
     """Both precisions, the second inside `jax.enable_x64`."""
