@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.core import Tracer
 
 from optax_cgfac._checks import NOT_NEGATIVE, check_number
 from optax_cgfac._curvature import Curvature
@@ -91,22 +90,19 @@ def check_gradients(
       ('kernel',)
     """
     check_number("rtol", rtol, NOT_NEGATIVE, 1e-3)
-    if any(isinstance(x, Tracer) for x in jax.tree.leaves((params, args))):
-        raise TypeError(
-            "check_gradients must be given arrays, got traced ones: its result is a "
-            "report to print. Call it outside jax.jit."
-        )
     options = {"fallback": True} | options
     run = value_and_grad(loss_fn, **options)
     # A loss may change the state of a module, a check may not.
     params = nnx.clone(params) if isinstance(params, nnx.Module) else params
     _, grads, curvature = run(params, *args)
-    errors = {
-        name: float(error)
-        for name, error in gradient_errors(
-            grads, curvature, options.get("loss_reduction", "mean")
-        ).items()
-    }
+    found = gradient_errors(grads, curvature, options.get("loss_reduction", "mean"))
+    try:
+        errors = {name: float(error) for name, error in found.items()}
+    except jax.errors.ConcretizationTypeError:
+        raise TypeError(
+            "check_gradients must be given arrays, got traced ones: its result is a "
+            "report to print. Call it outside jax.jit."
+        ) from None
     uncovered = {text(path): reason for path, reason in curvature.spec.uncovered}
     return GradientCheck(errors, uncovered, rtol)
 
