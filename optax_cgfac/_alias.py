@@ -234,6 +234,7 @@ def cgfac(
             step_size=scalar(0.0),
             momentum=scalar(0.0),
             reduction_ratio=scalar(1.0),
+            promise=scalar(0.0),
             num_rejected=scalar(0, jnp.int32),
             velocity=zeros,
             warm_start=start,

@@ -160,6 +160,32 @@ def within_loss(model: QuadraticModel, step: Step, value: Array) -> Step:
     return Step(step.step_size * factor, step.momentum * factor)
 
 
+def within_promise(step_size: Array, descent: Array, most: Array) -> Array:
+    """Shortens a step size that is kept from an earlier direction.
+
+    The curvature along a direction grows with its slope, about as the square: what is
+    rare in the captured rows makes both large, and the step size that fitted the last
+    direction is too long for this one by as much.
+
+    Args:
+      step_size: ``α``, of the last direction.
+      descent: ``∇hᵀΔ`` of this one.
+      most: What the step may promise, ``-α ∇hᵀΔ``.
+
+    Returns:
+      ``α``, or less.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(within_promise(jnp.array(0.5), jnp.array(-8.0), jnp.array(1.0)))
+      0.125
+    """
+    promised = -descent * step_size
+    is_too_long = promised > most
+    factor = jnp.where(is_too_long, most / jnp.where(is_too_long, promised, 1), 1)
+    return step_size * factor
+
+
 def minimize_in_box(
     model: QuadraticModel,
     *,

@@ -25,6 +25,7 @@ from optax_cgfac._quadratic_model import (
     minimize_in_box,
     quadratic_model,
     within_loss,
+    within_promise,
 )
 from optax_cgfac._solve_info import SolveInfo
 from optax_cgfac._transform import ScalarOrSchedule, current
@@ -38,6 +39,10 @@ _FIRST = 10
 _MANY_EXAMPLES = 512
 # Damping is adapted within these multiples of the initial one.
 _BOUNDS = (LOWEST_SHARE, 1e5)
+# How many times what the last fitted step promised, in parts of the loss, a step that
+# keeps its size may promise. With few outputs single examples that are misfit make
+# gradients large, and there is nothing to gain below 4 (benchmarks/LOG.md, 24).
+_MANY_TIMES, _MANY_TIMES_OF_FEW_OUTPUTS = 2.0, 4.0
 # Until there are data to tell the damping.
 _DAMPING_WITHOUT_DATA = 0.1
 
@@ -53,6 +58,8 @@ class CGFACState(NamedTuple):
       step_size: The last step size ``α``.
       momentum: The last momentum ``μ``.
       reduction_ratio: The last reduction ratio ``ρ``.
+      promise: ``-α ∇hᵀΔ`` of the last step that was fitted to the quadratic model, in
+        parts of the loss if that is never negative.
       num_rejected: Updates so far that were not finite, had a model that was not, or
         raised the loss of their batch, and became zero; int32.
       velocity: The previous update, like the parameters.
@@ -67,6 +74,7 @@ class CGFACState(NamedTuple):
     step_size: Array
     momentum: Array
     reduction_ratio: Array
+    promise: Array
     num_rejected: Array
     velocity: PyTree
     warm_start: PyTree | None
@@ -146,6 +154,13 @@ def adaptive_step(
     dtype = descent.dtype
     fixed = options.momentum
     box = {} if fixed is None else {"min_momentum": fixed, "max_momentum": fixed}
+    spec = curvature.spec
+    is_nonnegative = spec.criterion is not None and spec.criterion.is_nonnegative
+    value = _regularized(objective.value, params, options)
+    unit = jnp.ones((), dtype)
+    if is_nonnegative:
+        usable = (value > 0) & jnp.isfinite(value)
+        unit = jnp.where(usable, value, 1).astype(dtype)
 
     def fit() -> tuple[Array, Array, Array]:
         slope = jnp.stack([descent, tree_dot(grads, state.velocity).astype(dtype)])
@@ -156,7 +171,11 @@ def adaptive_step(
         return best.astype(dtype), slope, model.undamped.astype(dtype)
 
     def keep() -> tuple[Array, Array, Array]:
-        last = jnp.stack([state.step_size, state.momentum]).astype(dtype)
+        times = _MANY_TIMES_OF_FEW_OUTPUTS if spec.few_outputs else _MANY_TIMES
+        step_size = within_promise(
+            state.step_size.astype(dtype), descent, times * state.promise * unit
+        )
+        last = jnp.stack([step_size, state.momentum.astype(dtype)])
         # What the old velocity promises is a pass over the parameters to know.
         slope = jnp.stack([descent, jnp.zeros_like(descent)])
         return last, slope, jnp.zeros((2, 2), dtype)
@@ -168,16 +187,18 @@ def adaptive_step(
     interval = options.model_interval
     if interval is None:
         interval = _model_interval(curvature)
+    fits: Any = True
     if isinstance(interval, int) and interval == 1:
         coefficients, slope, undamped = fit()
     else:
         fits = due | (count <= _FIRST) | (count % interval == 0)
         coefficients, slope, undamped = jax.lax.cond(fits, fit, keep)
+    promise = (-descent * coefficients[0] / unit).astype(state.promise.dtype)
+    fitted = fits & jnp.isfinite(promise)
     model = QuadraticModel(undamped, undamped, slope)
     step = Step(coefficients[0], coefficients[1])
-    criterion = curvature.spec.criterion
-    if criterion is not None and criterion.is_nonnegative:
-        step = within_loss(model, step, _regularized(objective.value, params, options))
+    if is_nonnegative:
+        step = within_loss(model, step, value)
     coefficients = jnp.stack(step)
     # The undamped model: the damping is there to restrict the step, not to
     # predict its effect.
@@ -190,8 +211,7 @@ def adaptive_step(
         moved_value = objective.value_fn(moved)
         check_moved_value(moved_value)
         change = _regularized(moved_value, moved, options)
-        change -= _regularized(objective.value, params, options)
-        return jnp.asarray(change, predicted.dtype)
+        return jnp.asarray(change - value, predicted.dtype)
 
     def adapt() -> tuple[Array, Array, Array]:
         ratio = reduction_ratio(objective_change(), predicted)
@@ -217,6 +237,7 @@ def adaptive_step(
         step_size=step.step_size.astype(jnp.float32),
         momentum=step.momentum.astype(jnp.float32),
         reduction_ratio=ratio,
+        promise=jnp.where(fitted, promise, state.promise),
         num_rejected=state.num_rejected + (~taken).astype(jnp.int32),
     )
     # Not finite where a gradient or a direction is not: no further pass over them.
@@ -301,7 +322,9 @@ def settle(
 
     update = jax.tree.map(choose, direction, old.velocity)
     velocity = jax.tree.map(lambda u: jnp.where(finite, u, 0).astype(u.dtype), update)
-    more = old.damping * options.damping_decay ** -damping_interval(options, curvature)
+    # In the damping's precision: a long interval overflows to infinity in silence.
+    decay = jnp.asarray(options.damping_decay, old.damping.dtype)
+    more = old.damping * decay ** -damping_interval(options, curvature)
     _, high = _damping_bounds(options, old)
     state = state._replace(
         damping=jnp.where(
