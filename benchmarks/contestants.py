@@ -194,8 +194,8 @@ def shampoo(learning_rate: float) -> optax.GradientTransformation:
     """Distributed Shampoo of precondition-opt 0.3.0, the one that runs.
 
     Of what pip finds, tried on jax 0.9.1: ``optax-shampoo`` 0.0.6 stops in its own
-    ``while_loop`` (a carry changes its dtype) even with the aliases below, and there
-    is no ``soap-jax``, ``distributed-shampoo``, ``scalable-shampoo`` or
+    ``while_loop`` (a carry changes its dtype) even with the aliases below, and pip
+    found no ``soap-jax``, ``distributed-shampoo``, ``scalable-shampoo`` or
     ``precondition``. ``precondition-opt`` 0.3.0 runs once the aliases are back that
     JAX removed in 2024. It computes roots in float32 where 64 bits are off.
 

@@ -241,8 +241,9 @@ def paired_step_times(
 ) -> dict[str, Any]:
     """Times two contestants' steps in strict alternation on the same batches.
 
-    A step of `cgfac` does some of its work only every few steps: the ratio of the
-    totals counts all of it if ``pairs`` is a multiple of 40.
+    A step of `cgfac` does some of its work only every few steps, eigenpairs at small
+    batches every 64th: the ratio of the totals counts these in full if ``pairs`` is a
+    multiple of 64.
 
     Args:
       workload: What they train on.

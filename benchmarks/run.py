@@ -260,10 +260,12 @@ def run_tune(
                 **options,
             )
         )
-        tuned[name]["methods"] = {
-            **known.get("methods", {}),
-            **tuned[name]["methods"],
-        }
+        before, found = known.get("methods", {}), tuned[name]["methods"][method]
+        # Methods are tuned at different times, some of them in parts.
+        adds = any(values is not None for values in options.values())
+        earlier = before.get(method, {}).get("environments", []) if adds else []
+        found["environments"] = [*earlier, tuned[name]["environment"]]
+        tuned[name]["methods"] = {**before, method: found}
         write(path, tuned)
 
 
@@ -276,6 +278,8 @@ def run_robustness(names: list[str], out: pathlib.Path, smoke: bool) -> None:
             lambda name=name: robustness.benchmark((name,), smoke=smoke)
         )
         others = [r for r in known.get("rows", []) if r["workload"] != name]
+        for row in result["rows"]:
+            row["date"] = result["environment"]["date"]
         result["rows"] = others + result["rows"]
         write(path, result)
 

@@ -19,7 +19,7 @@ SLOW_LIMIT = 4096
 TIMEOUT = 900.0  # seconds of a process
 
 # Timed steps, and those before them. cgfac does some of its work only every few
-# steps, the longest of its periods being 40; kfac-jax inverts every fifth step.
+# steps, at this batch eigenpairs every 16th; kfac-jax inverts every fifth step.
 STEPS = {
     "gradient": (40, 3),
     "adam": (40, 3),

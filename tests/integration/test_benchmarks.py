@@ -188,3 +188,23 @@ def test_tuning_adds_to_what_is_known(suite):
     assert (found["best"], found["grid"][0]) == (best, row)
     (again,) = found["grid"][1:]
     assert (again["batch_size"], again["steps"], again["stopped"]) == (50, 1, "budget")
+
+
+def test_every_tuning_keeps_where_it_was_made(suite, tmp_path, monkeypatch):
+    import run
+
+    def tune(workload, *, methods, **options):
+        del workload, options
+        return {"threshold": 60.0, "methods": {m: {"best": {}} for m in methods}}
+
+    monkeypatch.setattr(run, "tune", tune)
+    options = {"out": tmp_path, "budget": 1.0, "smoke": True}
+    run.run_tune(["curves"], ("adam", "sgd"), **options)
+    run.run_tune(["curves"], ("sgd",), **options, values=[1e-3], sizes=None)
+    methods = run.read(tmp_path / "tuned.json")["curves"]["methods"]
+    counts = {name: len(found["environments"]) for name, found in methods.items()}
+    assert counts == {"adam": 1, "sgd": 2}
+    assert methods["adam"]["environments"][0]["jax"]
+    run.run_tune(["curves"], ("sgd",), **options)  # anew, nothing of before is kept
+    methods = run.read(tmp_path / "tuned.json")["curves"]["methods"]
+    assert len(methods["sgd"]["environments"]) == 1

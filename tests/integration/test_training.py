@@ -99,6 +99,16 @@ def test_the_building_block_trains_with_a_learning_rate():
     assert end < 0.5 * start
 
 
+def test_a_schedule_trains_with_the_default_damping():
+    """A rate that is too large in between; without `kl_clip` it ends at 0.08."""
+    model, x, loss_fn = classifier()
+    rate = optax.warmup_cosine_decay_schedule(0.0, 3.0, 10, 60)
+    tx = optax_cgfac.cgfac(rate, kl_clip=0.1)
+    step_of = estimated(model, x, loss_fn, "softmax_cross_entropy", tx)
+    start, end = train(model, x, loss_fn, step_of, 60)
+    assert end < 0.05 * start
+
+
 def test_the_single_pass_trains_with_a_window():
     model, x, loss_fn = classifier()
     tx = optax_cgfac.cgfac(learning_rate=0.1, momentum=0.5, kl_clip=1e-2)
