@@ -260,12 +260,12 @@ def find_mutants(modules, options) -> tuple[list, list[dict]]:
     known = []
     if options.again:
         earlier = json.loads(options.again.read_text())["mutants"]
-        caught = {
-            (m["file"], m["line"], m["diff"]): m
-            for m in earlier
-            if m["status"] in ("killed", "timeout")
-        }
-        known = [caught.get((m.file, m.line, m.diff)) for m in mutants]
+        # Lines move: what is equal in several places counts where all were caught.
+        caught = {(m["file"], m["diff"]): m for m in earlier}
+        for m in earlier:
+            if m["status"] not in ("killed", "timeout"):
+                caught.pop((m["file"], m["diff"]), None)
+        known = [caught.get((m.file, m.diff)) for m in mutants]
         pairs = zip(mutants, known, strict=True)
         mutants = [mutant for mutant, entry in pairs if entry is None]
         known = [entry for entry in known if entry is not None]

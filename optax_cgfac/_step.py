@@ -41,7 +41,7 @@ _MANY_EXAMPLES = 512
 _BOUNDS = (LOWEST_SHARE, 1e5)
 # How many times what the last fitted step promised, in parts of the loss, a step that
 # keeps its size may promise. With few outputs single examples that are misfit make
-# gradients large, and there is nothing to gain below 4 (benchmarks/LOG.md, 24).
+# gradients large, and there is nothing to gain below 4 (benchmarks/LOG.md, 26).
 _MANY_TIMES, _MANY_TIMES_OF_FEW_OUTPUTS = 2.0, 4.0
 # Until there are data to tell the damping.
 _DAMPING_WITHOUT_DATA = 0.1
