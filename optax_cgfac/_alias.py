@@ -125,8 +125,9 @@ def cgfac(
         ``value_fn`` once. None for the first ten updates and every fifth, or every
         tenth with batches of 512 examples and more.
       model_interval: Updates between two evaluations of the quadratic model, all of the
-        first ten aside; step size and momentum stay in between. None for as many as
-        keep its share of the gradient's work below about 12 %, or half of that for
+        first ten aside; step size and momentum stay in between, the size less where a
+        step would promise several times what the last fitted one did. None for as many
+        as keep its share of the gradient's work below about 12 %, or half of that for
         models of at most 32 outputs; at most 10.
       min_damping: Lower end of the adapted damping. On small batches a good
         reduction ratio rewards fitting the batch, and without a floor the damping
