@@ -157,10 +157,13 @@ def check_same_module(expected: Any, got: Any) -> None:
 
 
 def _first_difference(one: nnx.GraphDef[Any], other: nnx.GraphDef[Any]) -> str:
-    """Returns the first line of ``one``'s description that ``other``'s lacks."""
-    lines = set(repr(other).splitlines())
-    found = [line.strip() for line in repr(one).splitlines() if line not in lines]
-    return found[0] if found else "an attribute that is equal only to itself"
+    """Returns the part of ``one``'s description where it leaves ``other``'s."""
+    own, its = (" ".join(repr(graphdef).split()) for graphdef in (one, other))
+    if own == its:
+        return "an attribute that is equal only to itself"
+    pairs = enumerate(zip(own, its, strict=False))
+    at = next((i for i, (a, b) in pairs if a != b), min(len(own), len(its)))
+    return f"...{own[max(at - 60, 0) : at + 60]}..."
 
 
 def pure(state: PyTree) -> PyTree:

@@ -109,6 +109,7 @@ def test_rows_rebuild_the_gradient_and_change_nothing(name):
     assert before[2:] == after[2:]
 
 
+@pytest.mark.filterwarnings("ignore:BatchNorm in training mode")
 @pytest.mark.parametrize("name", CASES)
 def test_an_estimator_leaves_the_module_as_it_was(name):
     case = CASES[name]()

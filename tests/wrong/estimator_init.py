@@ -66,7 +66,7 @@ wrong(
     "the state of an `nnx.Module` for a `model_fn` that calls a module",
     TypeError,
     init(lambda g: nnx.state(Modes(), nnx.Param), **_CALL),
-    "model_fn must take what estimator.init is given",
+    "model_fn must take what it is given",
     "got an nnx.State, with which it fails",
     r"Pass the nnx\.Module itself",
 )
