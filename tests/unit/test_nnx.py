@@ -319,6 +319,7 @@ def test_statistics_as_long_as_the_batch_are_not_sliced():
     assert int(curvature.num_updates) == 1
 
 
+@pytest.mark.filterwarnings("ignore:BatchNorm in training mode")
 def test_the_module_may_be_donated_beside_the_curvature():
     model = Stateful()
     estimator = fisher_estimator(outputs_of, "squared_error", rows=4)
