@@ -325,9 +325,11 @@ def cgfac(
         )
         if fallback is None:
             return mixed, state
-        # A bad number anywhere rejects the whole step, the fallback's part of it too.
+        # A bad number anywhere rejects the whole step, the fallback's part of it too,
+        # and those that the fallback makes itself (Adam's in float16) are left out.
         mixed = rest.split(
-            delta, select(good, mixed, jax.tree.map(jnp.zeros_like, mixed))
+            delta,
+            jax.tree.map(lambda u: jnp.where(good & jnp.isfinite(u), u, 0), mixed),
         )
         fallback_state = select(good, fallback_state, state.fallback)
         return mixed, state._replace(fallback=fallback_state)

@@ -282,6 +282,18 @@ def test_a_rejected_step_rejects_the_fallbacks_part_too():
     assert int(after.num_rejected) == int(state.num_rejected) + 1
 
 
+def test_numbers_that_the_fallback_makes_and_are_none_are_left_out():
+    given = ingredients()
+    first_layer = sorted(given.params)[0]
+    dividing = optax.stateless(lambda u, _: jax.tree.map(lambda g: g / (g > 0), u))
+    tx = cgfac(fallback=dividing, where=lambda path: first_layer not in path)
+    updates, _ = update(tx, tx.init(given.params))
+    for name, leaf in updates[first_layer].items():
+        gradient = given.grads[first_layer][name]
+        np.testing.assert_array_equal(leaf, np.where(gradient > 0, gradient, 0))
+        assert np.any(gradient < 0)
+
+
 def test_the_default_damping_accounts_for_the_structure():
     params = ingredients().params
     assert float(cgfac(0.1).init(params).damping) == pytest.approx(0.1)

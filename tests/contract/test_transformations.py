@@ -98,7 +98,7 @@ def test_the_step_runs_under_cond():
 
 INJECTED = {
     "cgfac injected": lambda: optax.inject_hyperparams(cgfac)(damping=0.3),
-    "cgfac with an array": lambda: cgfac(damping=jnp.asarray(0.3)),
+    "cgfac with an array": lambda: cgfac(damping=jnp.float32(0.3)),
 }
 
 
