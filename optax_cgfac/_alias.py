@@ -35,6 +35,7 @@ from optax_cgfac._transform import (
 )
 from optax_cgfac._types import Array, PyTree
 from optax_cgfac._update_checks import (
+    HOW_TO_UPDATE,
     Missing,
     check_curvature,
     check_dtypes,
@@ -87,7 +88,7 @@ def cgfac(
     Levenberg-Marquardt rule compares the predicted with the actual change of the
     loss and adapts ``λ``; a step that raised the loss of its batch is not taken. No
     step promises more than the whole of a loss that is never negative, and a loss that
-    is not finite takes the last step back.
+    is not finite, and was before the last step, takes that step back.
 
     With a learning rate ``η`` the update is ``δ = -η ν x + momentum δ₀`` with ``x``
     the preconditioned gradient, constant or scheduled damping, and ``ν`` the KL
@@ -221,7 +222,8 @@ def cgfac(
 
     def init(params: PyTree) -> CGFACState:
         def scalar(value, dtype=jnp.float32):
-            return jnp.asarray(value, dtype)
+            # A copy of an array: the state may be donated, and no buffer twice.
+            return jnp.array(value, dtype)
 
         if missing == "raise":
             check_trained("cgfac", params, rest.keeps)
@@ -291,17 +293,28 @@ def cgfac(
         direction = jax.tree.map(jnp.negative, solution)
         old = state
         if learning_rate is None:
-            step, finite, state = adaptive_step(
+            step, finite, undone, state = adaptive_step(
                 options, state, curvature, params, grads, direction, objective
             )
         else:
             step, finite, state = scheduled_step(
                 options, state, grads, direction, learning_rate, gamma
             )
+            # Without the loss as a function there is no telling whose fault it is.
+            undone = jnp.array(False) if value is None else ~jnp.isfinite(value)
         if fallback is not None:
             finite &= tree_is_finite(updates)
         delta, state, good = settle(
-            options, old, state, direction, step, finite, value, curvature
+            options,
+            old,
+            state,
+            params,
+            direction,
+            step,
+            finite,
+            undone,
+            value,
+            curvature,
         )
         state = state._replace(
             cgfac_count=count,
@@ -314,9 +327,11 @@ def cgfac(
         )
         if fallback is None:
             return mixed, state
-        # A bad number anywhere rejects the whole step, the fallback's part of it too.
+        # A bad number anywhere rejects the whole step, the fallback's part of it too,
+        # and those that the fallback makes itself (Adam's in float16) are left out.
         mixed = rest.split(
-            delta, select(good, mixed, jax.tree.map(jnp.zeros_like, mixed))
+            delta,
+            jax.tree.map(lambda u: jnp.where(good & jnp.isfinite(u), u, 0), mixed),
         )
         fallback_state = select(good, fallback_state, state.fallback)
         return mixed, state._replace(fallback=fallback_state)
@@ -344,8 +359,7 @@ def _objective(value: Any, value_fn: Any, *, is_needed: bool) -> Objective:
     if is_needed and absent:
         raise ValueError(
             f"cgfac() without a learning_rate needs {' and '.join(absent)}, got None:\n"
-            "  tx.update(grads, opt_state, params, curvature=curvature,\n"
-            "            value=loss, value_fn=lambda p: loss_fn(p, batch))"
+            f"{HOW_TO_UPDATE}"
         )
     if value is not None:
         check_value(value)

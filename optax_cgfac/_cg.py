@@ -12,8 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optax_cgfac._cg_checks import check_system
 from optax_cgfac._checks import NOT_NEGATIVE, check_number, check_positive
-from optax_cgfac._numerics import tree_dot, tree_dtype
+from optax_cgfac._numerics import tree_dot
 from optax_cgfac._solve_info import AGREEMENT, CGInfo, StopReason
 from optax_cgfac._types import Array, LinearOperator, PyTree
 
@@ -51,8 +52,10 @@ def conjugate_gradient(
 
     Raises:
       ValueError: If ``x0`` does not have the structure, shapes and dtypes of
-        ``b``, ``max_steps`` is not positive, or a tolerance is negative.
-      TypeError: If ``b`` is not real floating point, or a tolerance is no number.
+        ``b``, ``max_steps`` is not positive, a tolerance is negative, or an operator
+        returns something of another shape.
+      TypeError: If ``b`` is not real floating point, a tolerance is no number, or an
+        operator none.
 
     Example:
       >>> import jax.numpy as jnp
@@ -66,16 +69,10 @@ def conjugate_gradient(
       Hestenes & Stiefel (1952), "Methods of conjugate gradients for solving
       linear systems"; Chen (2021), Algorithm 2.
     """
-    if not jnp.issubdtype(tree_dtype(b), jnp.floating):
-        raise TypeError(
-            "b must hold real floating-point arrays, got dtype "
-            f"{tree_dtype(b).name}. Convert with jnp.asarray(b, jnp.float32)."
-        )
     check_positive("max_steps", max_steps, may_be_array=True)
     for name, number, example in (("rtol", rtol, 1e-5), ("atol", atol, 0.0)):
         check_number(name, number, NOT_NEGATIVE, example)
-    if x0 is not None:
-        _check_like_b(x0, b)
+    check_system(operator, b, x0, preconditioner)
     return solve_by_cg_in_parameters(
         operator,
         b,
@@ -362,18 +359,3 @@ def certified(
 
 def _axpy(scale: Array, x: PyTree, y: PyTree) -> PyTree:
     return jax.tree.map(lambda u, v: (scale * u + v).astype(v.dtype), x, y)
-
-
-def _check_like_b(x0: PyTree, b: PyTree) -> None:
-    def describe(tree: PyTree) -> PyTree:
-        return jax.tree.map(
-            lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf).name), tree
-        )
-
-    expected, got = describe(b), describe(x0)
-    if expected != got:
-        raise ValueError(
-            "The warm start x0 must have the structure, shapes and dtypes of b.\n"
-            f"  expected: {expected}\n  got:      {got}\n"
-            "Start from jax.tree.map(jnp.zeros_like, b) or omit x0."
-        )

@@ -105,6 +105,12 @@ class Criterion:
         given = [None] * len(heads)
         if self.weights is not None:
             given = self.weights(inputs)
+            if given is None:
+                raise ValueError(
+                    "weights(inputs) must return a weight for each prediction, or for "
+                    "each example; got None. Return inputs['mask'], say, or drop "
+                    "weights=."
+                )
             given = list(given) if isinstance(given, (tuple, list)) else [given]
             given = given * len(heads) if len(given) == 1 else given
             if len(given) != len(heads):
@@ -330,6 +336,13 @@ def _check_returned(loss: Loss, call: str, got: Any, like: Any) -> None:
 def _check_weights(weights: Any, num_examples: int, inner: tuple[int, ...]) -> None:
     """Checks that there is a weight for each prediction."""
     expected = (num_examples, *inner)
+    kinds = jnp.floating, jnp.integer, jnp.bool_
+    dtype = getattr(weights, "dtype", None)
+    if dtype is not None and not any(jnp.issubdtype(dtype, kind) for kind in kinds):
+        raise TypeError(
+            f"weights(inputs) must be real numbers, got {describe(weights)}. Return a "
+            "weight for each prediction, or for each example."
+        )
     shape = getattr(weights, "shape", None)
     fits = shape is not None and shape[:1] == (num_examples,)
     if shape is not None and fits:

@@ -261,6 +261,15 @@ def _transposed_padding(reach: int, stride: int, padding: str) -> tuple[int, int
     return before, total - before
 
 
+def mixes_examples(
+    module: Any, x: Array, use_running_average: bool | None = None, **options: Any
+) -> bool:
+    """Whether a call of BatchNorm compares the examples: in training mode."""
+    del x, options
+    given = use_running_average
+    return not (module.use_running_average if given is None else given)
+
+
 def _name(bias: bool) -> str | None:
     return "bias" if bias else None
 

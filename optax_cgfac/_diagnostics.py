@@ -130,6 +130,7 @@ def stop_reasons(opt_state: Any, params: PyTree = None) -> dict[str, str]:
 
     Raises:
       ValueError: As `diagnostics`.
+      TypeError: If the state is traced.
 
     Example:
       >>> import jax.numpy as jnp, optax_cgfac
@@ -139,10 +140,19 @@ def stop_reasons(opt_state: Any, params: PyTree = None) -> dict[str, str]:
       {'Dense_0': 'UNSOLVED'}
     """
     layers = diagnostics(opt_state, params)["layers"]
-    return {
-        name: StopReason(int(np.max(values["stop_reason"]))).name
-        for name, values in layers.items()
-    }
+    try:
+        return {
+            name: StopReason(int(np.max(values["stop_reason"]))).name
+            for name, values in layers.items()
+        }
+    except (
+        jax.errors.ConcretizationTypeError,
+        jax.errors.TracerArrayConversionError,
+    ):
+        raise TypeError(
+            "stop_reasons must be given arrays, got traced ones: its result is a text. "
+            "Call it outside jax.jit, and diagnostics inside."
+        ) from None
 
 
 def _without_variables(opt_state: Any) -> Any:

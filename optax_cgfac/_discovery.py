@@ -7,7 +7,7 @@ import jax
 
 from optax_cgfac._capture import run_captured
 from optax_cgfac._layers import LayerCall
-from optax_cgfac._paths import Path, leaves_by_path
+from optax_cgfac._paths import Path, leaves_by_path, text
 from optax_cgfac._probes import Capture, Visit, probes_like
 from optax_cgfac._types import PyTree
 
@@ -57,6 +57,7 @@ class Discovery(NamedTuple):
       visits: The modules that were met, by path in the parameter tree.
       probes: Zero probes for a captured run on arguments of these shapes.
       lifted: Whether layers below lifted transforms can be captured.
+      mixing: Layers whose output for an example depends on the others, by name.
     """
 
     outputs: PyTree
@@ -64,6 +65,7 @@ class Discovery(NamedTuple):
     visits: dict[Path, Visit]
     probes: tuple[PyTree, ...]
     lifted: bool = True
+    mixing: tuple[str, ...] = ()
 
 
 def discover(function: Callable[..., PyTree], params: PyTree, *args: Any) -> Discovery:
@@ -116,7 +118,9 @@ def _discover(
                     layer.clashes.update(layer.params | params)
                 layer.sources.append(Source(index, path, name, shapes))
     probes = probes_like(roots)
-    return Discovery(outputs, layers, _by_path(visits, links), probes, lifted)
+    mixing = {text(path) or "." for (_, path), visit in visits.items() if visit.mixes}
+    by_path = _by_path(visits, links)
+    return Discovery(outputs, layers, by_path, probes, lifted, tuple(sorted(mixing)))
 
 
 def _params_by_role(

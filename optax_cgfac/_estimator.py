@@ -30,6 +30,7 @@ from optax_cgfac._estimator_checks import (
     checked_key,
     rows_dtype_name,
     warn_of_hanging_lapack,
+    warn_of_mixing,
 )
 from optax_cgfac._examples import (
     batched_leaves,
@@ -43,7 +44,7 @@ from optax_cgfac._examples import (
     strided_examples,
 )
 from optax_cgfac._losses import Loss
-from optax_cgfac._modules import bind
+from optax_cgfac._modules import bind, outputs_like
 from optax_cgfac._parameter_checks import check_parameters
 from optax_cgfac._tagging import RowOptions, Where, make_tags
 from optax_cgfac._types import Array, PyTree
@@ -280,7 +281,7 @@ def fisher_estimator(
         check_inputs(inputs)
         function, params, (inputs,) = bind(model_fn, params, inputs)
         check_parameters(params)
-        heads = criterion.heads(jax.eval_shape(function, params, inputs))
+        heads = criterion.heads(outputs_like(function, params, inputs))
         num_examples = heads[0].shape[0]
         check_enough(num_examples, rows)
         batched = batched_leaves(inputs, num_examples, input_axes)
@@ -328,6 +329,7 @@ def fisher_estimator(
         )
         kept = num_examples if whole_batch else min(model_rows, num_examples)
         warn_of_hanging_lapack()
+        warn_of_mixing(discovery.mixing, (captured, kept), num_examples)
         few = with_auto_axes(
             lambda x: slice_examples(x, batched, jnp.arange(kept)), inputs
         )

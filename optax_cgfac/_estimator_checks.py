@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -227,6 +228,26 @@ def checked_key(rng: Any, kind: Kind, inputs: PyTree) -> Array | None:
 
 def _told(spec: CurvatureSpec) -> str:
     return f"window {spec.window}, layers {', '.join(tag.name for tag in spec.tags)}"
+
+
+def warn_of_mixing(layers: Sequence[str], taken: Sequence[int], whole: int) -> None:
+    """Warns where layers compare the examples of a batch, and see some of them only.
+
+    Args:
+      layers: Names of such layers.
+      taken: How many examples are captured, and kept for the quadratic model.
+      whole: How many the batch has.
+    """
+    if layers and min(taken) < whole:
+        warnings.warn(
+            f"BatchNorm in training mode ({', '.join(layers)}) compares the examples "
+            f"of a batch, but the estimator runs the model on {min(taken)} of its "
+            f"{whole}: that is the curvature of another model. Pass "
+            "fisher_estimator(..., whole_batch=True), or run the model in inference "
+            "mode inside model_fn.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def warn_of_hanging_lapack() -> None:

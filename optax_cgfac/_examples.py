@@ -212,9 +212,12 @@ def check_targets(targets: PyTree, num_examples: int, num_outputs: int | None) -
             f"{describe(targets)}{count}. Pass targets=(targets_of_first, ...)."
         )
     for leaf in jax.tree.leaves(targets):
-        if not isinstance(leaf, (jax.Array, np.ndarray)):
+        is_array = isinstance(leaf, jax.Array)
+        if isinstance(leaf, np.ndarray):
+            is_array = leaf.dtype.kind not in "OSUMm"  # objects, texts and times
+        if not is_array:
             raise TypeError(
-                f"targets must be arrays, got {describe(leaf)}. Pass "
+                f"targets must be arrays of numbers, got {describe(leaf)}. Pass "
                 "targets=jnp.asarray(targets)."
             )
         if leaf.shape[:1] != (num_examples,):

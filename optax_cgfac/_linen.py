@@ -21,6 +21,7 @@ from typing import Any
 from flax import linen as nn
 from flax.core.scope import Scope, subtract_filters, union_filters
 
+from optax_cgfac._describe import mixes_examples
 from optax_cgfac._layers import LayerCall, encode
 from optax_cgfac._linen_layers import LAYERS
 from optax_cgfac._paths import Path, leaves_by_path
@@ -187,11 +188,13 @@ class _Tap:
         hidden = self._is_hidden(scope)
         key = (len(self.roots), tuple(scope.path))
         problem = _MAPPED if self._is_mapped(scope) else None
-        visit = Visit(type(module).__name__, liftable, hidden, problem)
+        describe = _layer_of(context)
+        mixes = isinstance(module, nn.BatchNorm) and describe is not None
+        mixes = mixes and mixes_examples(module, *args, **kwargs)
+        visit = Visit(type(module).__name__, liftable, hidden, problem, mixes)
         if key not in self.visits or not visit.has_rows:
             # One use without rows would leave the others' sum incomplete.
             self.visits[key] = visit
-        describe = _layer_of(context)
         if not visit.has_rows:
             return next_function(*args, **kwargs)
         if describe is None:

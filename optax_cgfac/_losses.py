@@ -107,6 +107,11 @@ _FUNCTIONS = {
 
 
 def _check_targets(name: str, targets: Array, *expected: tuple[int, ...]) -> None:
+    if not hasattr(targets, "dtype"):
+        raise TypeError(
+            f"Targets of {name} must be one array, got {describe(targets)}. Pass "
+            "targets=labels, say; a tuple goes with a tuple of losses."
+        )
     if jnp.issubdtype(targets.dtype, jnp.complexfloating):
         raise TypeError(
             f"Targets of {name} must be real, got dtype {targets.dtype}. Pass their "
@@ -121,8 +126,8 @@ def _check_targets(name: str, targets: Array, *expected: tuple[int, ...]) -> Non
 
 
 def _softmax_value(logits: Array, targets: Array) -> Array:
-    log_probs = jax.nn.log_softmax(logits)
     _check_targets("softmax_cross_entropy", targets, logits.shape[:-1], logits.shape)
+    log_probs = jax.nn.log_softmax(logits)
     if targets.ndim == logits.ndim:  # one-hot or soft labels
         return -jnp.sum(targets * log_probs, -1)
     if not jnp.issubdtype(targets.dtype, jnp.integer):

@@ -1,9 +1,10 @@
 """An NNX module as a pure function of its parameters, for estimators to work on."""
 
+import contextlib
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,12 @@ from flax import nnx
 
 from optax_cgfac._nnx import open_module
 from optax_cgfac._types import ModuleInputs, PyTree
+
+MERGE_STATE = (
+    "Merge the module from it: value_fn=lambda p: loss_fn(nnx.merge(graphdef, p, rest, "
+    "copy=True)), with graphdef, _, rest = nnx.split(module, nnx.Param, ...)."
+)
+"""What to do with the state that ``value_fn`` is given of an `nnx.Module`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +85,40 @@ def bind(function: Callable[..., Any], params: PyTree, *args: Any) -> Bound:
     return Bound(function, params, args)
 
 
+@contextlib.contextmanager
+def explaining_states(name: str, params: PyTree, way_out: str) -> Iterator[None]:
+    """Says what went wrong where a function of a module is given the module's state.
+
+    Args:
+      name: The function, for the message.
+      params: Its first argument.
+      way_out: What to do.
+
+    Raises:
+      TypeError: If a function fails with a state as one that takes a module does.
+      AttributeError: Another one, as it came.
+    """
+    try:
+        yield
+    except (AttributeError, TypeError) as error:
+        if not isinstance(params, nnx.State) or "'State' object" not in str(error):
+            raise
+        raise TypeError(
+            f"{name} must take what it is given, got an nnx.State, with which it fails "
+            f"({type(error).__name__}: {error}). {way_out}"
+        ) from error
+
+
+def outputs_like(function: Callable[..., Any], params: PyTree, inputs: PyTree) -> Any:
+    """Returns the shapes of what ``model_fn`` returns."""
+    way_out = (
+        "Pass the nnx.Module itself, here and to estimator.update, or merge it inside "
+        "model_fn: lambda state, x: nnx.merge(graphdef, state)(x)."
+    )
+    with explaining_states("model_fn", params, way_out):
+        return jax.eval_shape(function, params, inputs)
+
+
 def update_module(module: Any, state: PyTree) -> None:
     """Hands what a call did to the copy of a module on to the module itself."""
     if isinstance(module, nnx.Module):
@@ -90,8 +131,19 @@ def check_same_module(expected: Any, got: Any) -> None:
     Raises:
       ValueError: If both are of one function of a module.
     """
-    functions = [getattr(f, "function", None) for f in (expected, got)]
+    functions = [getattr(f, "function", f) for f in (expected, got)]
     if functions[0] is None or functions[0] != functions[1]:
+        return
+    names = [
+        "an nnx.Module" if isinstance(f, ModuleFunction) else "a tree of parameters"
+        for f in (expected, got)
+    ]
+    if names[0] != names[1]:
+        raise ValueError(
+            f"estimator.update must be given what estimator.init was, {names[0]}; got "
+            f"{names[1]}. Pass the module, or its parameters, to both."
+        )
+    if not isinstance(expected, ModuleFunction):
         return
     raise ValueError(
         "The module has another structure than the one given to estimator.init: a "
@@ -105,10 +157,13 @@ def check_same_module(expected: Any, got: Any) -> None:
 
 
 def _first_difference(one: nnx.GraphDef[Any], other: nnx.GraphDef[Any]) -> str:
-    """Returns the first line of ``one``'s description that ``other``'s lacks."""
-    lines = set(repr(other).splitlines())
-    found = [line.strip() for line in repr(one).splitlines() if line not in lines]
-    return found[0] if found else "an attribute that is equal only to itself"
+    """Returns the part of ``one``'s description where it leaves ``other``'s."""
+    own, its = (" ".join(repr(graphdef).split()) for graphdef in (one, other))
+    if own == its:
+        return "an attribute that is equal only to itself"
+    pairs = enumerate(zip(own, its, strict=False))
+    at = next((i for i, (a, b) in pairs if a != b), min(len(own), len(its)))
+    return f"...{own[max(at - 60, 0) : at + 60]}..."
 
 
 def pure(state: PyTree) -> PyTree:

@@ -16,6 +16,7 @@ from typing import Any
 from flax import errors, nnx
 from flax.core.scope import Scope
 
+from optax_cgfac._describe import mixes_examples
 from optax_cgfac._layers import LayerCall, decode, encode
 from optax_cgfac._nnx_layers import (
     LAYERS,
@@ -331,6 +332,9 @@ def _tapped(method: Callable[..., Any], describe: Describe) -> Callable[..., Any
         tap = getattr(_LOCAL, "tap", None)
         if tap is None or not isinstance(vars(self).get(ROWS), CaptureVariable):
             return outputs
+        if isinstance(self, nnx.BatchNorm) and mixes_examples(self, *args, **kwargs):
+            site = vars(self)[SITE]
+            tap.visits[site] = tap.visits[site]._replace(mixes=True)
         described = describe(self, *args, **kwargs)
         if isinstance(described, str):
             tap.report(vars(self)[SITE], described)

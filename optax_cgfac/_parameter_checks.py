@@ -43,10 +43,16 @@ def check_parameters(params: PyTree) -> None:
                 "anything else to model_fn."
             )
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            way_out = (
+                "Pass the nnx.Module itself, or nnx.state(module, nnx.Param): counters "
+                "and statistics are nnx.Variables, but no nnx.Param."
+                if isinstance(params, nnx.State)
+                else "Pass counters and statistics inside inputs, and split complex "
+                "numbers into two real arrays."
+            )
             raise TypeError(
                 f"Parameter {text(path)!r} has dtype {leaf.dtype}; parameters must be "
-                "real floating-point arrays. Pass counters and statistics inside "
-                "inputs, and split complex numbers into two real arrays."
+                f"real floating-point arrays. {way_out}"
             )
 
 

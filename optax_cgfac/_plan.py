@@ -3,7 +3,14 @@
 import dataclasses
 from typing import Literal, NamedTuple
 
-from optax_cgfac._checks import BELOW_ONE, check_number, check_positive
+from optax_cgfac._checks import (
+    BELOW_ONE,
+    check_choice,
+    check_number,
+    check_positive,
+    check_switch,
+    describe,
+)
 from optax_cgfac._types import Array
 
 DampingForm = Literal["tikhonov", "factored"]
@@ -40,12 +47,7 @@ class SolveConfig:
           TypeError: If ``axis`` is no name or ``certify`` no bool.
         """
         for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(map(repr, choices))}, "
-                    f"got {value!r}."
-                )
+            check_choice(name, getattr(self, name), choices)
         if self.axis is not None and self.structure == "full":
             raise ValueError(
                 "structure='full' is one system for all layers: there is nothing to "
@@ -55,10 +57,9 @@ class SolveConfig:
         if not isinstance(self.axis, str | None):
             raise TypeError(
                 "solve_axis must be the name of a mesh axis or None, got "
-                f"{self.axis!r}."
+                f"{describe(self.axis)}. Pass the name, solve_axis='layers', say."
             )
-        if not isinstance(self.certify, bool):
-            raise TypeError(f"certify must be True or False, got {self.certify!r}.")
+        check_switch("certify", self.certify)
         check_positive("max_steps", self.max_steps, may_be_array=True)
         check_number("rtol", self.rtol, BELOW_ONE, 0.01)
         if self.structure != "kronecker":
@@ -69,7 +70,10 @@ class SolveConfig:
                 "does not separate into two sides. Use solver='cg'."
             )
         if self.solver == "cholesky" and self.space == "parameter":
-            raise ValueError("solver='cholesky' works in sample space, not parameter.")
+            raise ValueError(
+                "solver='cholesky' works in sample space, got space='parameter'. Leave "
+                "space out, or use solver='cg'."
+            )
         if self.preconditioner is not None and (
             self.space != "parameter" or self.structure != "kronecker"
         ):

@@ -77,6 +77,9 @@ def _precondition(
     leaves = leaves_by_path(grads)
     starts = None if warm_start is None else leaves_by_path(warm_start)
     gamma = jnp.asarray(damping)
+    # A schedule may have fallen below zero, where steps may ascend: every layer falls
+    # back, and is counted.
+    gamma = jnp.where(gamma < 0, jnp.nan, gamma)
     problems = [
         _problem(config, curvature, tag, leaves, starts)
         for tag in curvature.tags

@@ -32,12 +32,14 @@ class Visit(NamedTuple):
       liftable: Whether the collections of capture reach it.
       hidden: Whether it runs below a JAX transform inside the user's function.
       problem: Why a known layer has no rows as it is used here.
+      mixes: Whether what it computes for an example depends on the others.
     """
 
     class_name: str
     liftable: bool
     hidden: bool
     problem: str | None = None
+    mixes: bool = False
 
     @property
     def has_rows(self) -> bool:

@@ -1,14 +1,12 @@
 """How far to go along the preconditioned direction, and the next damping."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._axis import axis_size
 from optax_cgfac._checks import is_number
 from optax_cgfac._curvature import Curvature
 from optax_cgfac._damping import (
@@ -16,8 +14,9 @@ from optax_cgfac._damping import (
     levenberg_marquardt,
     reduction_ratio,
 )
-from optax_cgfac._examples import num_kept
 from optax_cgfac._initial_damping import LOWEST_SHARE, first_share, typical_damping
+from optax_cgfac._intervals import FIRST, damping_interval, model_interval
+from optax_cgfac._modules import MERGE_STATE, explaining_states
 from optax_cgfac._numerics import narrowed, tree_dot, tree_is_finite
 from optax_cgfac._quadratic_model import (
     QuadraticModel,
@@ -32,17 +31,15 @@ from optax_cgfac._transform import ScalarOrSchedule, current
 from optax_cgfac._types import Array, PyTree
 from optax_cgfac._update_checks import check_moved_value
 
-# Updates at the beginning, where step size and damping change most, that all fit the
-# model and look at the loss.
-_FIRST = 10
-# Below this many examples the loss is noisy, and a single look at it worth little.
-_MANY_EXAMPLES = 512
 # Damping is adapted within these multiples of the initial one.
 _BOUNDS = (LOWEST_SHARE, 1e5)
 # How many times what the last fitted step promised, in parts of the loss, a step that
 # keeps its size may promise. With few outputs single examples that are misfit make
 # gradients large, and there is nothing to gain below 4 (benchmarks/LOG.md, 26).
 _MANY_TIMES, _MANY_TIMES_OF_FEW_OUTPUTS = 2.0, 4.0
+# With a curvature so many times that of the first update the damping begins anew: far
+# above what a batch of outliers has for once.
+_OUTGROWN = 1e8
 # Until there are data to tell the damping.
 _DAMPING_WITHOUT_DATA = 0.1
 
@@ -110,8 +107,10 @@ class Objective(NamedTuple):
 
 def with_initial_damping(state: CGFACState, curvature: Curvature) -> CGFACState:
     """Returns the state with a damping from the data, where it has none yet."""
-    is_new = state.initial_damping == 0
     typical = typical_damping(curvature).astype(state.damping.dtype)
+    # The first curvature may be next to nothing, as that of a saturated softmax is.
+    is_new = state.initial_damping == 0
+    is_new |= typical > _OUTGROWN * state.initial_damping
     first = first_share(curvature) * typical
     start = jnp.where(first > 0, first, _DAMPING_WITHOUT_DATA)
     return state._replace(
@@ -133,7 +132,7 @@ def adaptive_step(
     grads: PyTree,
     direction: PyTree,
     objective: Objective,
-) -> tuple[Step, Array, CGFACState]:
+) -> tuple[Step, Array, Array, CGFACState]:
     """Step size and momentum from the quadratic model, damping by its success.
 
     Args:
@@ -146,8 +145,8 @@ def adaptive_step(
       objective: The loss, to measure the reduction ratio.
 
     Returns:
-      ``α`` and ``μ``, whether gradients and directions are finite, and the state with
-      the new scalars.
+      ``α`` and ``μ``, whether gradients and directions are finite, whether the loss is
+      not and was so before the last step, and the state with the new scalars.
     """
     directions = (direction, state.velocity)
     descent = tree_dot(grads, direction)
@@ -181,17 +180,19 @@ def adaptive_step(
         return last, slope, jnp.zeros((2, 2), dtype)
 
     count = state.cgfac_count + 1
-    every = damping_interval(options, curvature)
-    is_early = count <= _FIRST if options.damping_interval is None else False
-    due = is_early | (count % every == 0)
-    interval = options.model_interval
-    if interval is None:
-        interval = _model_interval(curvature)
+    every = damping_interval(options.damping_interval, curvature)
+    is_early = count <= FIRST if options.damping_interval is None else False
+    # A loss that is not finite: was it the last step, or is it the batch?
+    blown_up = ~jnp.isfinite(objective.value)
+    due = is_early | (count % every == 0) | blown_up
+    interval = model_interval(options.model_interval, curvature)
     fits: Any = True
     if isinstance(interval, int) and interval == 1:
         coefficients, slope, undamped = fit()
     else:
-        fits = due | (count <= _FIRST) | (count % interval == 0)
+        # No step was taken: nothing is to be kept.
+        fits = due | (count <= FIRST) | (count % interval == 0)
+        fits |= state.step_size == 0
         coefficients, slope, undamped = jax.lax.cond(fits, fit, keep)
     promise = (-descent * coefficients[0] / unit).astype(state.promise.dtype)
     fitted = fits & jnp.isfinite(promise)
@@ -204,17 +205,21 @@ def adaptive_step(
     # predict its effect.
     predicted = model.value(coefficients, damped=False)
 
+    def move(p: Array, d: Array, v: Array) -> Array:
+        return p + jnp.where(blown_up, -v, combine(step, d, v))
+
     def objective_change() -> Array:
-        moved = jax.tree.map(
-            lambda p, d, v: p + combine(step, d, v), params, direction, state.velocity
-        )
-        moved_value = objective.value_fn(moved)
+        moved = jax.tree.map(move, params, direction, state.velocity)
+        with explaining_states("value_fn", moved, MERGE_STATE):
+            moved_value = objective.value_fn(moved)
         check_moved_value(moved_value)
         change = _regularized(moved_value, moved, options)
-        return jnp.asarray(change - value, predicted.dtype)
+        change -= jnp.where(blown_up, 0, value)
+        return jnp.asarray(change, predicted.dtype)
 
-    def adapt() -> tuple[Array, Array, Array]:
-        ratio = reduction_ratio(objective_change(), predicted)
+    def adapt() -> tuple[Array, Array, Array, Array]:
+        change = objective_change()
+        ratio = reduction_ratio(change, predicted)
         low, high = _damping_bounds(options, state)
         damping = levenberg_marquardt(
             state.damping,
@@ -226,10 +231,11 @@ def adaptive_step(
         ratio = ratio.astype(state.reduction_ratio.dtype)
         # A step after which the same batch has a larger loss, or one that is not
         # finite, is not taken (Nocedal & Wright 2006, algorithm 4.1); damp more.
-        return damping, ratio, ratio > 0
+        return damping, ratio, ratio > 0, jnp.isfinite(change)
 
-    damping, ratio, taken = jax.lax.cond(
-        due, adapt, lambda: (state.damping, state.reduction_ratio, jnp.array(True))
+    yes = jnp.array(True)
+    damping, ratio, taken, was_finite = jax.lax.cond(
+        due, adapt, lambda: (state.damping, state.reduction_ratio, yes, yes)
     )
     taken &= jnp.all(jnp.isfinite(undamped))  # or the step is zero already
     state = state._replace(
@@ -242,14 +248,8 @@ def adaptive_step(
     )
     # Not finite where a gradient or a direction is not: no further pass over them.
     finite = jnp.all(jnp.isfinite(slope)) & jnp.all(jnp.isfinite(coefficients))
-    return Step(*(jnp.where(taken, x, 0) for x in step)), finite, state
-
-
-def damping_interval(options: StepOptions, curvature: Curvature) -> int:
-    """Returns the updates between two adaptations of the damping."""
-    if options.damping_interval is not None:
-        return options.damping_interval
-    return 10 if curvature.spec.batch_size >= _MANY_EXAMPLES else 5
+    step = Step(*(jnp.where(taken, x, 0) for x in step))
+    return step, finite, blown_up & was_finite, state
 
 
 def _damping_bounds(
@@ -265,18 +265,6 @@ def _damping_bounds(
     )
 
 
-def _model_interval(curvature: Curvature) -> int:
-    """Updates between two fits, such that they cost little beside the gradient."""
-    spec = curvature.spec
-    kept = num_kept(curvature.model_inputs, spec.batched) if spec.batched else 1
-    # A forward pass and two tangents are five products with every kernel, a gradient
-    # three.
-    axis_name = None if spec.criterion is None else spec.criterion.axis_name
-    share = 5 / 3 * kept * axis_size(axis_name) / spec.batch_size
-    most = 0.06 if spec.few_outputs else 0.12
-    return max(1, min(math.ceil(share / most), 10))
-
-
 def combine(step: Step, direction: Array, velocity: Array) -> Array:
     """Returns ``α Δ + μ δ₀`` in the dtype of ``δ₀``."""
     delta = step.step_size * direction + step.momentum * velocity
@@ -287,9 +275,11 @@ def settle(
     options: StepOptions,
     old: CGFACState,
     state: CGFACState,
+    params: PyTree,
     direction: PyTree,
     step: Step,
     finite: Array,
+    undone: Array,
     value: Array | None,
     curvature: Curvature,
 ) -> tuple[PyTree, CGFACState, Array]:
@@ -297,15 +287,18 @@ def settle(
 
     With a bad gradient in one layer the others' is no descent direction, and momentum
     would carry half a step on: the whole step becomes zero. Where the loss itself is
-    not finite, it is the previous step that was bad: it is taken back.
+    not finite, and was before the previous step, that one was bad: it is taken back. A
+    parameter that would leave the range of its precision stays where it is.
 
     Args:
       options: The options.
       old: The state before the step.
       state: The state with the step's scalars.
+      params: The parameters.
       direction: ``Δ``, like the parameters.
       step: ``α`` and ``μ``.
       finite: Whether gradients and direction are finite.
+      undone: Whether the previous step is to be taken back.
       value: The loss, if the user gave it.
       curvature: The curvature.
 
@@ -315,22 +308,27 @@ def settle(
     blown_up = jnp.array(False) if value is None else ~jnp.all(jnp.isfinite(value))
     finite = finite & ~blown_up
 
-    def choose(d: Array, v: Array) -> Array:
+    def choose(p: Array, d: Array, v: Array) -> Array:
         delta = combine(step, d, v)
-        delta = jnp.where(finite & jnp.isfinite(delta), delta, 0).astype(v.dtype)
-        return jnp.where(blown_up, -v, delta)
+        delta = jnp.where(finite & jnp.isfinite(p + delta), delta, 0).astype(v.dtype)
+        return jnp.where(undone, -v, delta)
 
-    update = jax.tree.map(choose, direction, old.velocity)
-    velocity = jax.tree.map(lambda u: jnp.where(finite, u, 0).astype(u.dtype), update)
+    def carry(u: Array, v: Array) -> Array:
+        # A batch whose loss is never finite says nothing of the steps before it.
+        rest = jnp.where(blown_up & ~undone, v, 0)
+        return jnp.where(finite, u, rest).astype(u.dtype)
+
+    update = jax.tree.map(choose, params, direction, old.velocity)
+    velocity = jax.tree.map(carry, update, old.velocity)
     # In the damping's precision: a long interval overflows to infinity in silence.
     decay = jnp.asarray(options.damping_decay, old.damping.dtype)
-    more = old.damping * decay ** -damping_interval(options, curvature)
+    more = old.damping * decay ** -damping_interval(options.damping_interval, curvature)
     _, high = _damping_bounds(options, old)
     state = state._replace(
         damping=jnp.where(
             finite,
             state.damping,
-            jnp.where(blown_up, jnp.minimum(more, high), old.damping).astype(
+            jnp.where(undone, jnp.minimum(more, high), old.damping).astype(
                 old.damping.dtype
             ),
         ),
@@ -381,7 +379,7 @@ def scheduled_step(
     momentum = jnp.asarray(
         0.0 if options.momentum is None else options.momentum, jnp.float32
     )
-    finite = tree_is_finite(grads) & tree_is_finite(direction)
+    finite = tree_is_finite(grads) & tree_is_finite(direction) & jnp.isfinite(rate)
     return (
         Step(rate, momentum),
         finite,

@@ -97,6 +97,12 @@ def tag_layer(
             f"{type(module).__name__}. Call tag_layer(self, x, y, kernel='kernel') "
             "inside its method."
         )
+    if isinstance(module, nn.Module) and module.scope is None:
+        raise ValueError(
+            "tag_layer takes a module that is being applied, got an unbound "
+            f"{type(module).__name__}. Call tag_layer(self, x, y, kernel='kernel') "
+            "inside its method."
+        )
     for argument, array in (("x", x), ("y", y)):
         if not hasattr(array, "shape") or array.shape == ():
             raise TypeError(

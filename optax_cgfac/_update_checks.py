@@ -15,6 +15,15 @@ from optax_cgfac._types import PyTree
 
 Missing = Literal["raise", "gradient"]
 
+HOW_TO_UPDATE = """\
+  updates, opt_state = tx.update(
+      grads, opt_state, params, curvature=curvature,
+      value=loss, value_fn=lambda p: loss_fn(p, batch))
+or with nnx.Optimizer, whose loop help(optax_cgfac.fisher_estimator) shows,
+  optimizer.update(
+      module, grads, curvature=curvature, value=loss,
+      value_fn=lambda p: loss_fn(nnx.merge(graphdef, p, rest, copy=True)))"""
+
 
 def check_curvature(curvature: Any, missing: Missing) -> Curvature | None:
     """Returns the curvature, or None where gradients are to pass through.
@@ -28,11 +37,9 @@ def check_curvature(curvature: Any, missing: Missing) -> Curvature | None:
         if missing == "gradient":
             return None
         raise ValueError(
-            "update() needs the curvature of this step:\n"
+            "update() needs the curvature of this step, got None:\n"
             "  curvature = estimator.update(curvature, params, inputs, rng=rng)\n"
-            "  updates, opt_state = tx.update(\n"
-            "      grads, opt_state, params, curvature=curvature,\n"
-            "      value=loss, value_fn=lambda p: loss_fn(p, batch))\n"
+            f"{HOW_TO_UPDATE}\n"
             "where estimator = optax_cgfac.fisher_estimator(model_fn, loss). Pass "
             "missing='gradient' to let gradients through without it."
         )

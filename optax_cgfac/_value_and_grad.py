@@ -25,7 +25,7 @@ from optax_cgfac._curvature_spec import CurvatureSpec
 from optax_cgfac._discovery import Discovery, discover, discover_wider
 from optax_cgfac._example_rows import Draw, example_rows
 from optax_cgfac._layers import num_positions
-from optax_cgfac._modules import bind, update_module
+from optax_cgfac._modules import bind, explaining_states, update_module
 from optax_cgfac._parameter_checks import check_parameters
 from optax_cgfac._paths import leaves_by_path
 from optax_cgfac._probes import probe_calls
@@ -108,7 +108,8 @@ def value_and_grad(
         module = params
         function, params, args = bind(loss_fn, params, *args)
         check_parameters(params)
-        discovery = discover(function, params, *args)
+        with explaining_states("loss_fn", params, "Pass the nnx.Module itself."):
+            discovery = discover(function, params, *args)
         _check_scalar(discovery.outputs, has_aux)
         count = num_examples or _count_examples(discovery, params, args)
         options = RowOptions(count, positions=None)

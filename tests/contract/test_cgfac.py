@@ -195,7 +195,7 @@ def test_a_loss_that_is_not_finite_takes_the_last_step_back(bad):
         given.params,
         curvature=given.curvature,
         value=jnp.asarray(bad),
-        value_fn=lambda params: jnp.asarray(bad),
+        value_fn=lambda params: jnp.asarray(1.0),
     )
     assert_trees_close(undone, jax.tree.map(jnp.negative, updates), rtol=0)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(after.velocity))
@@ -210,6 +210,51 @@ def test_a_loss_that_is_not_finite_takes_the_last_step_back(bad):
         value_fn=lambda params: jnp.asarray(bad),
     )
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(undone))
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_a_batch_whose_loss_is_never_finite_undoes_nothing(bad):
+    """It says nothing of the step before, nor of the damping."""
+    tx = cgfac()
+    given = ingredients()
+    _, state = first(tx)
+    updates, after = tx.update(
+        jax.tree.map(lambda g: g * bad, given.grads),
+        state,
+        given.params,
+        curvature=given.curvature,
+        value=jnp.asarray(bad),
+        value_fn=lambda params: jnp.asarray(bad),
+    )
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
+    assert_trees_close(after.velocity, state.velocity, rtol=0)
+    assert float(after.damping) == float(state.damping)
+    assert int(after.num_rejected) == int(state.num_rejected) + 1
+
+
+def test_after_a_bad_batch_the_next_step_is_fitted_anew():
+    """The step size of the bad one, zero, is not kept until the model is due again."""
+    tx = cgfac(model_interval=10)
+    _, state = first(tx)
+    state = state._replace(cgfac_count=jnp.asarray(19))  # the 20th is fitted
+    bad = jax.tree.map(lambda g: g * jnp.nan, ingredients().grads)
+    _, state = update(tx, state, grads=bad, value=jnp.asarray(jnp.nan))
+    updates, _ = update(tx, state)
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(updates))
+
+
+def test_a_curvature_out_of_all_proportion_to_the_first_begins_the_damping_anew():
+    """A saturated softmax has next to none; a batch of outliers is no reason."""
+    tx = cgfac()
+    _, fresh = first(tx)
+    for factor, anew in ((1e-20, True), (1e-6, False)):
+        old = fresh._replace(
+            damping=factor * fresh.damping,
+            initial_damping=factor * fresh.initial_damping,
+        )
+        _, state = update(tx, old)
+        same = float(state.initial_damping) == float(fresh.initial_damping)
+        assert same == anew
 
 
 def test_half_precision_gradients_keep_the_state_as_it_is():
@@ -235,6 +280,18 @@ def test_a_rejected_step_rejects_the_fallbacks_part_too():
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
     jax.tree.map(np.testing.assert_array_equal, after.fallback, state.fallback)
     assert int(after.num_rejected) == int(state.num_rejected) + 1
+
+
+def test_numbers_that_the_fallback_makes_and_are_none_are_left_out():
+    given = ingredients()
+    first_layer = sorted(given.params)[0]
+    dividing = optax.stateless(lambda u, _: jax.tree.map(lambda g: g / (g > 0), u))
+    tx = cgfac(fallback=dividing, where=lambda path: first_layer not in path)
+    updates, _ = update(tx, tx.init(given.params))
+    for name, leaf in updates[first_layer].items():
+        gradient = given.grads[first_layer][name]
+        np.testing.assert_array_equal(leaf, np.where(gradient > 0, gradient, 0))
+        assert np.any(gradient < 0)
 
 
 def test_the_default_damping_accounts_for_the_structure():

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from optax_cgfac import cgfac
 from steps import TRANSFORMS, describe, problem
 
 every_transform = pytest.mark.parametrize("name", TRANSFORMS)
@@ -95,10 +96,16 @@ def test_the_step_runs_under_cond():
     assert int(maybe(True, state)[2].num_updates) == 1
 
 
-@every_transform
+INJECTED = {
+    "cgfac injected": lambda: optax.inject_hyperparams(cgfac)(damping=0.3),
+    "cgfac with an array": lambda: cgfac(damping=jnp.float32(0.3)),
+}
+
+
+@pytest.mark.parametrize("name", [*TRANSFORMS, *INJECTED])
 def test_the_whole_state_can_be_donated(name):
     """Donation refuses a buffer that appears twice: init must not alias params."""
-    tx = TRANSFORMS[name]()
+    tx = (TRANSFORMS | INJECTED)[name]()
     state = jax.tree.map(jnp.copy, problem().params)
     state = (state, tx.init(state), problem().curvature())
     pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state[:2])]

@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from optax_cgfac import diagnostics
+from optax_cgfac import cgfac, diagnostics, scale_by_cgfac, scale_by_kfac
 from steps import TRANSFORMS, ingredients, problem, update
 
 every_transform = pytest.mark.parametrize("name", TRANSFORMS)
@@ -148,3 +149,57 @@ def test_all_zero_activations_are_harmless(name):
         state, _ = step(state, p.batch, jax.random.key(i))
     assert is_finite(state)
     assert num_counted(state[1]) == 0
+
+
+def test_a_rate_that_is_no_number_is_counted_and_takes_no_step():
+    tx = cgfac(lambda count: jnp.where(count == 1, jnp.nan, 0.1), momentum=0.9)
+    _, state = update(tx, tx.init(ingredients().params))
+    assert num_counted(state) == 0
+    updates, state = update(tx, state)
+    assert is_zero(updates)
+    assert int(state.num_rejected) == 1
+    assert is_finite(update(tx, state))
+
+
+BY_SCHEDULE = {
+    "cgfac": lambda damping: cgfac(0.1, damping=damping),
+    "cgfac full": lambda damping: cgfac(0.1, damping=damping, structure="full"),
+    "scale_by_cgfac": scale_by_cgfac,
+    "scale_by_kfac": scale_by_kfac,
+}
+
+
+@pytest.mark.parametrize("name", BY_SCHEDULE)
+def test_a_damping_that_a_schedule_lets_fall_below_zero_takes_no_step(name):
+    """The sum with a positive curvature may be negative: such a step ascends."""
+    tx = BY_SCHEDULE[name](lambda count: 0.1 - 10.0 * count)
+    updates, state = update(tx, tx.init(ingredients().params))
+    assert not is_zero(updates)
+    assert num_counted(state) == 0
+    updates, state = update(tx, state)
+    assert is_zero(updates)
+    assert num_counted(state) > 0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_parameters_do_not_leave_the_range_of_their_precision(dtype):
+    """Two finite numbers may have a sum that is none."""
+    most = float(jnp.finfo(dtype).max)
+    tx = cgfac(1.0, momentum=0.9)
+    params, grads = (
+        jax.tree.map(lambda x: x.astype(dtype), tree)
+        for tree in (ingredients().params, ingredients().grads)
+    )
+    grads = jax.tree.map(lambda g: jnp.full_like(g, most / 2), grads)
+    curvature = ingredients().curvature
+
+    @jax.jit
+    def run(params, state):
+        updates, state = tx.update(grads, state, params, curvature=curvature)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(5):
+        params, state = run(params, state)
+        assert is_finite(params)
+    assert max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(params)) > most / 4

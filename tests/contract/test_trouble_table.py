@@ -103,3 +103,16 @@ def test_half_precision_stays_within_its_range(name, dtype):
             assert is_finite((out.params, out.rows)), (field, scale)
             if name in ADAPTIVE or not explodes(bad):
                 assert out.losses[-1] < out.losses[0], (field, scale)
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_bad_batches_again_and_again_cost_no_more_than_themselves(name, bad):
+    """Neither the step before is lost, nor does the damping grow."""
+    period, count = 4, BEFORE + BAD + AFTER
+    troubles = [Trouble(x=bad if i % period == 3 else 1.0) for i in range(count)]
+    (_, opt_state, _), run = shared_runner(name)(start(name), steps(*troubles))
+    (_, good_state, _), good = shared_runner(name)(start(name), sequence(Trouble()))
+    of_good = count - count // period
+    assert np.nanmin(run.losses) < 1.2 * good.losses[of_good - 2]
+    assert float(opt_state.damping) < 3 * float(good_state.damping)

@@ -53,6 +53,7 @@ def test_rows_rebuild_the_gradient_and_change_nothing(name):
     assert_close(by_name(captured_grads), by_name(grads), 8 * EPS)
 
 
+@pytest.mark.filterwarnings("ignore:BatchNorm in training mode")
 @pytest.mark.parametrize("name", LAYER_CASES)
 def test_the_estimator_takes_rows_of_a_few_examples(name):
     case = LAYER_CASES[name]()

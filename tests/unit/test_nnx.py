@@ -109,6 +109,7 @@ def test_rows_rebuild_the_gradient_and_change_nothing(name):
     assert before[2:] == after[2:]
 
 
+@pytest.mark.filterwarnings("ignore:BatchNorm in training mode")
 @pytest.mark.parametrize("name", CASES)
 def test_an_estimator_leaves_the_module_as_it_was(name):
     case = CASES[name]()
@@ -318,6 +319,7 @@ def test_statistics_as_long_as_the_batch_are_not_sliced():
     assert int(curvature.num_updates) == 1
 
 
+@pytest.mark.filterwarnings("ignore:BatchNorm in training mode")
 def test_the_module_may_be_donated_beside_the_curvature():
     model = Stateful()
     estimator = fisher_estimator(outputs_of, "squared_error", rows=4)

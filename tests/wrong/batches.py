@@ -1,6 +1,7 @@
 """Wrong calls of ``estimator.update``: inputs, targets, weights and losses."""
 
 import jax.numpy as jnp
+import numpy as np
 
 from steps import model_fn
 from wrong.calls import CONVERT, new_update, update
@@ -130,6 +131,22 @@ for _done, _error, _call, _expected, _got, _remedy in (
         r"Pass targets=jnp\.asarray",
     ),
     (
+        "texts as targets",
+        TypeError,
+        empirical("softmax_cross_entropy", lambda g: np.array(list("abcdefgh"))),
+        "targets must be arrays of numbers",
+        r"got a <U1 array of shape \(8,\)",
+        r"Pass targets=jnp\.asarray",
+    ),
+    (
+        "a tuple of targets for one output",
+        TypeError,
+        empirical("softmax_cross_entropy", lambda g: (g.y[:, 0].astype(int),)),
+        "must be one array",
+        "got tuple",
+        "Pass targets=labels",
+    ),
+    (
         "targets of another rank",
         ValueError,
         empirical("softmax_cross_entropy", lambda g: g.y[:, :1].astype(int)),
@@ -183,6 +200,22 @@ for _done, _error, _call, _expected, _got, _remedy in (
         new_update(weights=lambda x: 1.0, rng=lambda g: g.key),
         r"broadcasts to \(N\) with N = 8",
         r"weights\(inputs\) is 1\.0",
+        "Return a weight for each prediction",
+    ),
+    (
+        "`weights` that return nothing",
+        ValueError,
+        new_update(weights=lambda x: None, rng=lambda g: g.key),
+        "must return a weight for each prediction, or for each example",
+        "got None",
+        r"Return inputs\['mask'\], say",
+    ),
+    (
+        "complex weights",
+        TypeError,
+        new_update(weights=lambda x: x[:, 0] * 1j, rng=lambda g: g.key),
+        r"weights\(inputs\) must be real numbers",
+        r"got a complex64 array of shape \(8,\)",
         "Return a weight for each prediction",
     ),
     (

@@ -13,6 +13,7 @@ from optax_cgfac import (
     diagnostics,
     jacobi_preconditioner,
     scalars,
+    stop_reasons,
     value_and_grad,
 )
 from steps import model_fn, problem
@@ -57,7 +58,7 @@ wrong(
     lambda g: g.curvature.operator("out", structure="diagonal"),
     "structure must be one of 'kronecker', 'block', 'full'",
     "got 'diagonal'",
-    "one of ('kronecker', 'block', 'full')",
+    "Pass structure='kronecker', say",
 )
 wrong(
     "all layers in one Kronecker-factored operator",
@@ -191,6 +192,46 @@ wrong(
     "got dtype int32",
     r"Convert with jnp\.asarray",
 )
+for _name, _b in (("no array", {}), ("a number", 1.0)):
+    wrong(
+        f"{_name} as the right-hand side",
+        TypeError,
+        solve(lambda g, b=_b: b),
+        "b must hold real floating-point arrays",
+        f"got {'dict without any' if _b == {} else _b}",
+        "Pass the right-hand side" if _b == {} else r"Convert with jnp\.asarray",
+    )
+for _name in ("operator", "preconditioner"):
+    wrong(
+        f"a matrix as the {_name}",
+        TypeError,
+        lambda g, name=_name: conjugate_gradient(
+            **(
+                {"operator": DiagonalOperator(g.x), "b": g.x, "max_steps": 2}
+                | {name: g.x}
+            )
+        ),
+        rf"{_name} must have a matvec\(vector\)",
+        r"got a float32 array of shape \(8, 5\)",
+        r"Pass an operator of optax_cgfac",
+    )
+
+
+class Summed:
+    """An operator that returns a scalar, which broadcasts with any vector."""
+
+    def matvec(self, vector):
+        return vector.sum()
+
+
+wrong(
+    "an operator whose `matvec` returns another shape",
+    ValueError,
+    lambda g: conjugate_gradient(Summed(), g.x, max_steps=2),
+    r"expected: \(8, 5\)",
+    r"got: +\(\)",
+    "Return the product in the structure and shapes of b",
+)
 _FROM_ZERO = r"Start from jax\.tree\.map\(jnp\.zeros_like, b\)"
 for _name, _x0, _got in (
     ("shape", lambda g: g.x[0], r"\(\(5,\), 'float32'\)"),
@@ -257,6 +298,15 @@ wrong(
     _ONE_STATE,
 )
 wrong(
+    "`stop_reasons` below `jax.jit`",
+    TypeError,
+    lambda g: stop_reasons(cgfac().init(g.params)),
+    "must be given arrays",
+    "got traced ones",
+    "Call it outside jax.jit, and diagnostics inside",
+    mode="trace",
+)
+wrong(
     "a number as the prefix of `scalars`",
     TypeError,
     lambda g: scalars(cgfac().init(g.params), prefix=3),
@@ -299,7 +349,7 @@ wrong(
         apply_fn=model_fn, params=g.params, tx=cgfac()
     ).apply_gradients(grads=g.grads),
     "needs the curvature of this step",
-    "needs the curvature",
+    "got None",
     r"curvature = estimator\.update",
 )
 

@@ -2,9 +2,10 @@
 
 import jax
 import numpy as np
+from flax import nnx
 
 from steps import MLP, model_fn
-from wrong.calls import CONVERT, INSIDE_INPUTS, PASS_TREE, init
+from wrong.calls import CONVERT, INSIDE_INPUTS, PASS_TREE, Modes, init
 from wrong.case import topic
 
 INIT = topic("`estimator.init`", "step")
@@ -51,6 +52,23 @@ wrong(
     "parameters must be real floating-point arrays",
     "'rng' has dtype key",
     INSIDE_INPUTS,
+)
+_CALL = {"fn": lambda module, x: module(x)}
+wrong(
+    "the state of an `nnx.Module` that has more than parameters",
+    TypeError,
+    init(lambda g: nnx.state(Modes()), **_CALL),
+    "parameters must be real floating-point arrays",
+    "'dropout/rngs/count' has dtype uint32",
+    r"Pass the nnx\.Module itself, or nnx\.state",
+)
+wrong(
+    "the state of an `nnx.Module` for a `model_fn` that calls a module",
+    TypeError,
+    init(lambda g: nnx.state(Modes(), nnx.Param), **_CALL),
+    "model_fn must take what it is given",
+    "got an nnx.State, with which it fails",
+    r"Pass the nnx\.Module itself",
 )
 for _leaf in (0.5, "relu"):
     wrong(

@@ -175,6 +175,27 @@ wrong(
     mode="trace",
 )
 
+
+def of_module(at_init, at_update):
+    def call(g):
+        module = Modes()
+        estimator = fisher_estimator(lambda m, x: m(x), "squared_error", rows=4)
+        curvature = estimator.init(at_init(module), g.x)
+        return estimator.update(curvature, at_update(module), g.x, rng=g.key)
+
+    return call
+
+
+wrong(
+    "the state of the `nnx.Module` that `init` was given",
+    ValueError,
+    of_module(lambda module: module, lambda module: nnx.state(module, nnx.Param)),
+    "must be given what estimator.init was, an nnx.Module",
+    "got a tree of parameters",
+    "Pass the module, or its parameters, to both",
+    mode="trace",
+)
+
 KEYS = topic("`estimator.update`: keys", "step")
 wrong = KEYS.add
 _NEW_KEY = r"pass rng=jax\.random\.fold_in\(key, step\)"

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import core
+from flax import core, nnx
 
 from optax_cgfac import (
     cgfac,
+    fisher_estimator,
     scale_by_cgfac,
     scale_by_kfac,
 )
@@ -213,7 +214,8 @@ for _absent, _changes in (
         step(**_changes),
         rf"cgfac\(\) without a learning_rate needs {_absent}",
         "got None",
-        r"tx\.update\(grads, opt_state, params, curvature=curvature",
+        r"updates, opt_state = tx\.update\(\s+grads, opt_state, params, curvature=.*"
+        r"optimizer\.update\(",
     )
 _PASS_LOSS = r"Pass value=loss of loss, grads = jax\.value_and_grad"
 for _name, _value, _error, _got in (
@@ -273,6 +275,31 @@ for _name, _returned, _got in (
         _WITHOUT_AUX,
         mode="trace",
     )
+
+
+def of_module(value_fn):
+    def call(g):
+        module = nnx.Linear(5, 3, rngs=nnx.Rngs(0))
+        estimator = fisher_estimator(lambda m, x: m(x), "squared_error", rows=4)
+        curvature = estimator.init(module, g.x)
+        grads = nnx.grad(lambda m: jnp.mean(m(g.x) ** 2))(module)
+        optimizer = nnx.Optimizer(module, cgfac(), wrt=nnx.Param)
+        optimizer.update(
+            module, grads, curvature=curvature, value=g.value, value_fn=value_fn
+        )
+
+    return call
+
+
+wrong(
+    "a `value_fn` of the `nnx.Module`, in the place of its state",
+    TypeError,
+    of_module(lambda module: jnp.mean(module(jnp.ones((8, 5))) ** 2)),
+    "value_fn must take what it is given",
+    "got an nnx.State, with which it fails",
+    "Merge the module from it",
+    mode="trace",
+)
 for _option, _tx in (
     ("learning_rate", lambda schedule: lambda: cgfac(schedule)),
     ("damping", lambda schedule: lambda: scale_by_kfac(schedule)),

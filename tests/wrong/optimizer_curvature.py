@@ -25,8 +25,9 @@ for _name in BLOCK:
         ValueError,
         step(_name, curvature=lambda g: None),
         r"update\(\) needs the curvature of this step",
-        "needs the curvature",
-        r"curvature = estimator\.update\(curvature, params, inputs, rng=rng\)",
+        "got None",
+        r"curvature = estimator\.update\(curvature, params, inputs, rng=rng\).*"
+        r"tx\.update\(.*nnx\.Optimizer.*optimizer\.update\(",
     )
 for _name, _curvature in (("a dict", {}), ("the estimator", problem)):
     _given = _curvature().estimator if callable(_curvature) else _curvature

@@ -240,7 +240,7 @@ for _function, _option, _value, _choices in (
         ),
         f"{_option} must be one of {_choices}",
         f"got {_value!r}",
-        f"one of ({_choices})" if _option != "missing" else "Pass missing='raise'",
+        f"Pass {_option}=",
     )
 wrong(
     "`warm_start='no'`",
@@ -256,7 +256,7 @@ wrong(
     lambda g: blocks(solve_axis=0),
     "must be the name of a mesh axis or None",
     "got 0",
-    "must be (the name of a mesh axis or None)",
+    "Pass the name, solve_axis='layers', say",
 )
 
 INIT = topic("`tx.init`", "step")

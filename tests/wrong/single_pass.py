@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import nnx
 
 import optax_cgfac
 from optax_cgfac import tag_layer, value_and_grad
@@ -152,6 +153,16 @@ for _done, _error, _call, _expected, _got, _remedy in (
         INSIDE_INPUTS,
     ),
     (
+        "the state of an `nnx.Module` for a loss that calls a module",
+        TypeError,
+        lambda g: value_and_grad(lambda m, x: jnp.mean(m(x) ** 2))(
+            nnx.state(Modes(), nnx.Param), g.x
+        ),
+        "loss_fn must take what it is given",
+        "got an nnx.State, with which it fails",
+        r"Pass the nnx\.Module itself",
+    ),
+    (
         "a loss that meets no layer",
         ValueError,
         lambda g: value_and_grad(lambda p: jnp.sum(p["w"]))({"w": g.x}),
@@ -252,6 +263,14 @@ wrong(
     lambda g: tag_layer(3, g.x, g.x, bias="b"),
     "takes a Flax module, usually self",
     "got int",
+    r"Call tag_layer\(self",
+)
+wrong(
+    "a Linen module that is not being applied",
+    ValueError,
+    lambda g: tag_layer(MLP(), g.x, g.x, bias="b"),
+    "takes a module that is being applied",
+    "got an unbound MLP",
     r"Call tag_layer\(self",
 )
 wrong(
