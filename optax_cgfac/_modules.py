@@ -47,7 +47,7 @@ class ModuleFunction:
         """
         # Arrays and not variables: those would be the caller's, shared with the copy.
         module = nnx.merge(self.graphdef, pure(params), inputs.rest)
-        open_module(module)
+        open_module(module, is_whole=True)
         return self.function(module, *inputs.args)
 
 

@@ -131,6 +131,7 @@ class _Tap:
             own  # whether modules that are no layers of Flax's may tag themselves
         )
         self.modules: list[tuple[nnx.Module, dict[Path, Any], dict[Path, int]]] = []
+        self.whole: nnx.Module | None = None
         self.visits: dict[Site, Visit] = {}
         self.touched: dict[Site, set[str]] = {}  # in the order of the last touch
         self._level = Scope({}).trace_level
@@ -229,8 +230,8 @@ class _Tap:
                 if _is_known(type(m)) and site[1] not in layers:
                     self.report(site, "its class overrides what its parent computes")
         state = None
-        if len(self.modules) == 1:
-            state = nnx.state(self.modules[0][0], nnx.Not(nnx.Param))
+        if self.whole is not None:
+            state = nnx.state(self.whole, nnx.Not(nnx.Param))
         return Capture(outputs, tuple(roots), self.visits, state)
 
     def _check(
@@ -297,11 +298,17 @@ def _has_params(module: nnx.Module) -> bool:
     return any(isinstance(value, nnx.Param) for value in vars(module).values())
 
 
-def open_module(module: nnx.Module) -> None:
-    """Prepares a module that was merged for this call alone, where capture is on."""
+def open_module(module: nnx.Module, *, is_whole: bool = False) -> None:
+    """Prepares a module that was merged for this call alone, where capture is on.
+
+    Args:
+      module: The module; anything else is left alone.
+      is_whole: Whether it is a copy of the user's module, which hears of its changes.
+    """
     tap = getattr(_LOCAL, "tap", None)
     if tap is not None and isinstance(module, nnx.Module):
         tap.open(module)
+        tap.whole = module if is_whole else tap.whole
 
 
 def _is_known(cls: type) -> bool:

@@ -245,6 +245,13 @@ def test_a_state_of_a_model_with_transforms_is_covered(name):
     assert_close(rebuilt_gradients(curvature, grads), by_name(grads), 1e-5)
 
 
+def test_a_module_that_takes_a_part_of_itself_apart_after_a_state_was_given():
+    """From then on modules that functions merge are seen, and this one merges two."""
+    graphdef, params = nnx.split(Mlp(rngs()), nnx.Param)
+    updated(params, lambda state, x: nnx.merge(graphdef, state)(x))
+    test_what_is_not_covered_is_reported("split")
+
+
 def test_jit_with_split_and_merge():
     model = Mlp(rngs())
     graphdef, state = nnx.split(model)
