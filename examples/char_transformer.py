@@ -8,8 +8,8 @@ The text is what Python's own `help("assert")` and the like print. Every layer o
 transformer is preconditioned: embeddings, norms, attention and dense layers.
 `nnx.Optimizer` hands the keyword arguments on that CG-FAC takes.
 
-On transformers this small CG-FAC takes fewer steps than Adam to the same loss, and about
-as much time; try both.
+On transformers this small CG-FAC takes fewer steps than Adam to the same loss, and
+about as much time; try both.
 """
 
 import argparse
