@@ -269,17 +269,26 @@ def run_tune(
         write(path, tuned)
 
 
-def run_robustness(names: list[str], out: pathlib.Path, smoke: bool) -> None:
+def run_robustness(
+    names: list[str], out: pathlib.Path, smoke: bool, sizes: list[int] | None = None
+) -> None:
     """Trains on workloads at many batch sizes; keeps what the file has of others."""
     path = out / "robustness.json"
     for name in names:
         known = read(path)
         result = with_environment(
-            lambda name=name: robustness.benchmark((name,), smoke=smoke)
+            lambda name=name: robustness.benchmark(
+                (name,), sizes or robustness.BATCH_SIZES, smoke=smoke
+            )
         )
-        others = [r for r in known.get("rows", []) if r["workload"] != name]
         for row in result["rows"]:
             row["date"] = result["environment"]["date"]
+        run = {(row["workload"], row["batch_size"]) for row in result["rows"]}
+        others = [
+            row
+            for row in known.get("rows", [])
+            if (row["workload"], row["batch_size"]) not in run
+        ]
         result["rows"] = others + result["rows"]
         write(path, result)
 
@@ -324,7 +333,7 @@ def main(argv: list[str] | None = None) -> None:
         "--sizes",
         type=int,
         nargs="+",
-        help="tune: only these batch sizes, beside what is known",
+        help="tune, robustness: only these batch sizes, beside what is known",
     )
     parser.add_argument("--widths", type=int, nargs="+", help=f"{WIDTHS}")
     parser.add_argument(
@@ -368,7 +377,7 @@ def main(argv: list[str] | None = None) -> None:
         write(out / f"{name}.json", result)
     if "robustness" in parts:
         names = [n for n in args.only or () if n in workloads.WORKLOADS]
-        run_robustness(names or list(workloads.WORKLOADS), out, args.smoke)
+        run_robustness(names or list(workloads.WORKLOADS), out, args.smoke, args.sizes)
     if "widths" in parts:
         chosen = args.widths or ((64, 128) if args.smoke else WIDTHS)
         result = with_environment(lambda: benchmark_widths(chosen, smoke=args.smoke))
