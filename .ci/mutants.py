@@ -42,7 +42,6 @@ TESTS = {
     "_cg": (
         "optax_cgfac/_cg.py",
         "tests/unit/test_cg.py",
-        "tests/contract/test_guards.py::test_integers_are_no_right_hand_side",
         CERTIFIED,
         "tests/exactness/test_iterates.py",
         "tests/unit/test_sample_space.py",
