@@ -92,7 +92,10 @@ TESTS = {
 # - `_ROUNDING` 8 to 9: the size of rounding errors is not known better than that.
 # - The 1 of `kl_clip_scale` where there is nothing to clip to 2: at most 1 is returned.
 # - `shape[-1]` to `shape[-2]` in `to_dense`: of square matrices.
-# - The 1 in `1 / where(positive, entries, 1)` to 2: it reaches no value, no derivative.
+# - The 1 in `1 / where(positive, entries, 1)` and `clip / where(size > 0, size, 1)`
+#   to another number: it reaches no value, no derivative.
+# - `curvature + noise > 0` to `-` in `cg_loop`: another name for a refusal where the
+#   curvature is within its rounding error.
 
 # One example that fails is enough; the smallest one takes minutes to find.
 NO_SHRINKING = """\
