@@ -184,31 +184,29 @@ def test_a_step_that_raises_the_loss_of_its_batch_is_not_taken(rise):
     assert float(state.damping) > 0.1
 
 
-@pytest.mark.parametrize("bad", [np.inf, np.nan])
-def test_a_loss_that_is_not_finite_takes_the_last_step_back(bad):
-    tx = cgfac()
+def on_a_bad_batch(tx, state, bad, before):
+    """An update whose loss and gradients are bad; ``before`` the last step the loss was."""
     given = ingredients()
-    updates, state = first(tx)
-    undone, after = tx.update(
+    return tx.update(
         jax.tree.map(lambda g: g * bad, given.grads),
         state,
         given.params,
         curvature=given.curvature,
         value=jnp.asarray(bad),
-        value_fn=lambda params: jnp.asarray(1.0),
+        value_fn=lambda params: jnp.asarray(before),
     )
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_a_loss_that_is_not_finite_takes_the_last_step_back(bad):
+    tx = cgfac()
+    updates, state = first(tx)
+    undone, after = on_a_bad_batch(tx, state, bad, before=1.0)
     assert_trees_close(undone, jax.tree.map(jnp.negative, updates), rtol=0)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(after.velocity))
     assert float(after.damping) > float(state.damping)
     # A second one has nothing left to take back.
-    undone, _ = tx.update(
-        given.grads,
-        after,
-        given.params,
-        curvature=given.curvature,
-        value=jnp.asarray(bad),
-        value_fn=lambda params: jnp.asarray(bad),
-    )
+    undone, _ = on_a_bad_batch(tx, after, bad, before=bad)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(undone))
 
 
@@ -216,16 +214,8 @@ def test_a_loss_that_is_not_finite_takes_the_last_step_back(bad):
 def test_a_batch_whose_loss_is_never_finite_undoes_nothing(bad):
     """It says nothing of the step before, nor of the damping."""
     tx = cgfac()
-    given = ingredients()
     _, state = first(tx)
-    updates, after = tx.update(
-        jax.tree.map(lambda g: g * bad, given.grads),
-        state,
-        given.params,
-        curvature=given.curvature,
-        value=jnp.asarray(bad),
-        value_fn=lambda params: jnp.asarray(bad),
-    )
+    updates, after = on_a_bad_batch(tx, state, bad, before=bad)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
     assert_trees_close(after.velocity, state.velocity, rtol=0)
     assert float(after.damping) == float(state.damping)
