@@ -185,7 +185,7 @@ def test_a_step_that_raises_the_loss_of_its_batch_is_not_taken(rise):
 
 
 def on_a_bad_batch(tx, state, bad, before):
-    """An update whose loss and gradients are bad; the loss was ``before``, a step ago."""
+    """An update with a bad loss and gradients; the loss was ``before`` a step ago."""
     given = ingredients()
     return tx.update(
         jax.tree.map(lambda g: g * bad, given.grads),
