@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from curves import environment
 
-from optax_cgfac._numerics import blocked_inverse, cholesky_inverse
+from optax_cgfac.utils.linalg import blocked_inverse
+from optax_cgfac.utils.linalg import cholesky_inverse
 
 
 def one_by_one(matrices):

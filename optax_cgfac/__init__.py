@@ -22,8 +22,8 @@ from optax_cgfac._step import CGFACState
 from optax_cgfac._tag_layer import tag_layer
 from optax_cgfac._train_state import TrainState
 from optax_cgfac._transform import ScaleByCGFACState, scale_by_cgfac, scale_by_kfac
-from optax_cgfac._types import LayerRows, LinearOperator
 from optax_cgfac._value_and_grad import value_and_grad
+from optax_cgfac.utils.types import LayerRows, LinearOperator
 
 __all__ = [
     "BlockFisherOperator",

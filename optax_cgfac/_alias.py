@@ -7,10 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_cgfac._checks import is_number
 from optax_cgfac._curvature import Curvature
 from optax_cgfac._fallback import Rest, select
-from optax_cgfac._numerics import tree_is_finite
 from optax_cgfac._option_checks import check_step_options
 from optax_cgfac._parameter_checks import check_trained
 from optax_cgfac._plan import SolveConfig, Structure, default_damping_form
@@ -33,7 +31,6 @@ from optax_cgfac._transform import (
     current,
     gradient_transformation,
 )
-from optax_cgfac._types import Array, PyTree
 from optax_cgfac._update_checks import (
     HOW_TO_UPDATE,
     Missing,
@@ -44,11 +41,16 @@ from optax_cgfac._update_checks import (
     check_value,
     check_value_fn,
 )
+from optax_cgfac.utils.arrays import tree_is_finite
+from optax_cgfac.utils.types import Array, PyTree
+from optax_cgfac.utils.validate import is_number
 
 # Initial damping and floor of the structures without factors. The exact Fisher of few
 # rows has γ alone outside of their span; training of small MNIST models turned up
 # without a higher floor. Those of "kronecker" come from the data.
 _DAMPING_OF_BLOCKS = (1.0, 0.1)
+
+
 # With a fixed rate nothing shortens the step that a low damping makes long.
 _DAMPING_WITH_RATE = 0.1
 

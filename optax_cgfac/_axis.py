@@ -8,64 +8,12 @@ sent but a 2 x 2 matrix.
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._rows import (
-    IndexRows,
-    Rows,
-    StackedRows,
-    as_dtype,
-    split_rows,
-)
-from optax_cgfac._types import Array, LayerRows
+from optax_cgfac._rows import IndexRows, Rows, StackedRows, as_dtype, split_rows
+from optax_cgfac.utils.devices import axis_size
+from optax_cgfac.utils.types import Array, LayerRows
 
 # The oldest version of JAX seen to gather what it knows to be the same on all devices.
 _GATHERS_INVARIANTLY = (0, 10, 2)
-
-
-def axis_size(axis_name: str | None) -> int:
-    """Returns the number of devices that share a batch; 1 without an axis.
-
-    Raises:
-      ValueError: If the axis is not there.
-    """
-    if axis_name is None:
-        return 1
-    try:
-        return jax.lax.axis_size(axis_name)
-    except NameError:
-        raise ValueError(
-            f"fisher_estimator(axis_name={axis_name!r}) splits the batch over a named "
-            "axis, and there is no such axis here. Call update() and tx.update() "
-            f"inside jax.shard_map over a mesh with the axis {axis_name!r}, or leave "
-            "axis_name out: under jax.jit alone sharded batches need none."
-        ) from None
-
-
-def share(name: str, count: int, axis_name: str | None) -> int:
-    """Returns a device's part of a number of examples.
-
-    Raises:
-      ValueError: If it does not divide.
-    """
-    size = axis_size(axis_name)
-    if count % size:
-        raise ValueError(
-            f"{name}={count} examples cannot be split over the {size} devices of the "
-            f"axis {axis_name!r}: pass fisher_estimator(..., {name}=...) a multiple of "
-            f"{size}."
-        )
-    return count // size
-
-
-def own_key(rng: Array, axis_name: str | None) -> Array:
-    """Returns a key that differs from device to device."""
-    if axis_name is None:
-        return rng
-    return jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
-
-
-def mean_over(x: Array, axis_name: str | None) -> Array:
-    """Returns the mean over the devices; ``x`` without an axis."""
-    return x if axis_name is None else jax.lax.pmean(x, axis_name)
 
 
 def gathered(rows: LayerRows, dtype: str, axis_name: str | None) -> LayerRows:

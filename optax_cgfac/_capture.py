@@ -7,7 +7,7 @@ from flax import nnx
 
 from optax_cgfac import _linen, _nnx
 from optax_cgfac._probes import Capture
-from optax_cgfac._types import PyTree
+from optax_cgfac.utils.types import PyTree
 
 
 def run_captured(

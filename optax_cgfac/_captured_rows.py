@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._axis import axis_size, gathered, own_key, share
+from optax_cgfac._axis import gathered
 from optax_cgfac._capture import run_captured
 from optax_cgfac._criterion import Criterion, Kind, cotangents
 from optax_cgfac._curvature import Curvature
@@ -15,7 +15,8 @@ from optax_cgfac._example_rows import Draw, example_rows, merge_columns
 from optax_cgfac._examples import num_kept, strided_examples, strided_indices
 from optax_cgfac._probes import probe_calls
 from optax_cgfac._tagging import calls_of
-from optax_cgfac._types import Array, LayerRows, PyTree, user_inputs
+from optax_cgfac.utils.devices import axis_size, own_key, share
+from optax_cgfac.utils.types import Array, LayerRows, PyTree, user_inputs
 
 # Of the draws that are made without a user's key: one that no user has by chance.
 _SEED = 0xCFAC

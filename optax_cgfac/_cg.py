@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from optax_cgfac._cg_checks import check_system
-from optax_cgfac._checks import NOT_NEGATIVE, check_number, check_positive
-from optax_cgfac._numerics import tree_dot
 from optax_cgfac._solve_info import AGREEMENT, CGInfo, StopReason
-from optax_cgfac._types import Array, LinearOperator, PyTree
+from optax_cgfac.utils.arrays import tree_dot
+from optax_cgfac.utils.types import Array, LinearOperator, PyTree
+from optax_cgfac.utils.validate import NOT_NEGATIVE, check_number, check_positive
 
 
 def conjugate_gradient(

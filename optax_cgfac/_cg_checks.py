@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_cgfac._checks import describe
-from optax_cgfac._types import PyTree
+from optax_cgfac.utils.types import PyTree
+from optax_cgfac.utils.validate import describe
 
 
 def check_system(operator: Any, b: PyTree, x0: PyTree, preconditioner: Any) -> None:

@@ -13,13 +13,17 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._axis import mean_over
-from optax_cgfac._checks import check_choice, check_function, describe
 from optax_cgfac._losses import Loss, get_loss
-from optax_cgfac._types import Array, PyTree
+from optax_cgfac.utils.devices import mean_over
+from optax_cgfac.utils.types import Array, PyTree
+from optax_cgfac.utils.validate import check_choice, check_function, describe
 
 Kind = Literal["mc", "empirical", "exact"]
+
+
 Reduction = Literal["mean", "mean_of_sums", "sum"]
+
+
 REDUCTIONS = ("mean", "mean_of_sums", "sum")
 
 

@@ -3,7 +3,7 @@
 import jax
 
 from optax_cgfac._curvature import Curvature, empty_curvature
-from optax_cgfac._paths import leaves_by_path, text
+from optax_cgfac.utils.paths import leaves_by_path, text
 
 
 def check_rows(curvature: Curvature) -> None:

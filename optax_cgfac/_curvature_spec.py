@@ -6,7 +6,7 @@ from typing import Any
 
 from optax_cgfac._criterion import Criterion
 from optax_cgfac._layers import LayerTag
-from optax_cgfac._paths import Path
+from optax_cgfac.utils.paths import Path
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from optax_cgfac._numerics import safe_divide
-from optax_cgfac._types import Array
+from optax_cgfac.utils.arrays import safe_divide
+from optax_cgfac.utils.types import Array
 
 # Thresholds of the trust-region literature (Moré 1978; Nocedal & Wright 2006,
 # algorithm 4.1), used for K-FAC by Martens & Grosse (2015), section 6.5.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from optax_cgfac._layers import LayerCall
 from optax_cgfac._patches import Window
-from optax_cgfac._types import Array
+from optax_cgfac.utils.types import Array
 
 Described = tuple[LayerCall, Array] | str
 

@@ -7,9 +7,9 @@ import jax
 
 from optax_cgfac._capture import run_captured
 from optax_cgfac._layers import LayerCall
-from optax_cgfac._paths import Path, leaves_by_path, text
 from optax_cgfac._probes import Capture, Visit, probes_like
-from optax_cgfac._types import PyTree
+from optax_cgfac.utils.paths import Path, leaves_by_path, text
+from optax_cgfac.utils.types import PyTree
 
 
 class Source(NamedTuple):

@@ -10,12 +10,20 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+
 # What `optax_cgfac.diagnostics` returned after each update, or its arrays stacked.
 History = Sequence[Mapping[str, Any]] | Mapping[str, Any]
 
+
 INK, PAPER, SHADE = "black", "white", "0.6"
+
+
 _LINES = ("-", "--", ":", "-.")
+
+
 _MARKERS = ("o", "s", "^", "D", "v", "x", "P")
+
+
 _MARKS = 8  # of a line's points have a marker
 
 

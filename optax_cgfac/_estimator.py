@@ -7,21 +7,11 @@ from typing import Any, Literal, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._auto_axes import with_auto_axes, without_shardings
-from optax_cgfac._axis import share
 from optax_cgfac._captured_rows import CaptureOptions, captured_rows, discover_few
-from optax_cgfac._criterion import (
-    Kind,
-    Reduction,
-    make_criterion,
-)
+from optax_cgfac._criterion import Kind, Reduction, make_criterion
 from optax_cgfac._curvature import Curvature, empty_curvature
 from optax_cgfac._curvature_spec import CurvatureSpec
-from optax_cgfac._defaults import (
-    FEW_OUTPUTS,
-    default_capture_every,
-    default_rank,
-)
+from optax_cgfac._defaults import FEW_OUTPUTS, default_capture_every, default_rank
 from optax_cgfac._discovery import discover_wider
 from optax_cgfac._estimator_checks import (
     check_estimator_counts,
@@ -47,7 +37,8 @@ from optax_cgfac._losses import Loss
 from optax_cgfac._modules import bind, outputs_like
 from optax_cgfac._parameter_checks import check_parameters
 from optax_cgfac._tagging import RowOptions, Where, make_tags
-from optax_cgfac._types import Array, PyTree
+from optax_cgfac.utils.devices import share, with_auto_axes, without_shardings
+from optax_cgfac.utils.types import Array, PyTree
 
 WeightSharing = Literal["expand", "reduce"]
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_cgfac._checks import describe
-from optax_cgfac._types import Array, ModuleInputs, PyTree
+from optax_cgfac.utils.types import Array, ModuleInputs, PyTree
+from optax_cgfac.utils.validate import describe
 
 _EMPTY = (
     "The batch must hold examples, got one of 0. Drop empty batches, and initialise "

@@ -15,14 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_cgfac._cg import certified, cg_loop, no_worse_than_zero
-from optax_cgfac._numerics import (
-    matmul,
-    power_of_two,
-    safe_divide,
-    scaled,
-    spd_inverses,
-    tiny_shift,
-)
 from optax_cgfac._operators import FactoredDampedOperator, KroneckerOperator
 from optax_cgfac._rows import (
     IndexRows,
@@ -37,7 +29,9 @@ from optax_cgfac._rows import (
     transpose_times,
 )
 from optax_cgfac._solve_info import CGInfo, StopReason
-from optax_cgfac._types import Array, LayerRows
+from optax_cgfac.utils.arrays import power_of_two, safe_divide, scaled
+from optax_cgfac.utils.linalg import matmul, spd_inverses, tiny_shift
+from optax_cgfac.utils.types import Array, LayerRows
 
 # π² compares the mean eigenvalues of the two factors, which a loss or inputs in other
 # units move by any number. Beyond this π leaves too little of float32 to the rest.

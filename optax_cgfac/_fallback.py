@@ -9,8 +9,8 @@ import optax
 
 from optax_cgfac._curvature import Curvature
 from optax_cgfac._layers import LEFT_OUT
-from optax_cgfac._paths import leaves_by_path, map_with_path, text
-from optax_cgfac._types import Array, PyTree
+from optax_cgfac.utils.paths import leaves_by_path, map_with_path, text
+from optax_cgfac.utils.types import Array, PyTree
 
 
 def select(condition: Array, new: PyTree, old: PyTree) -> PyTree:

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 
 from optax_cgfac._layers import LayerTag
-from optax_cgfac._numerics import matmul
 from optax_cgfac._operators import check_matrix
 from optax_cgfac._rows import (
     Rows,
@@ -29,7 +28,8 @@ from optax_cgfac._rows import (
     to_dense,
     transpose_times,
 )
-from optax_cgfac._types import Array
+from optax_cgfac.utils.linalg import matmul
+from optax_cgfac.utils.types import Array
 
 
 @jax.tree_util.register_dataclass

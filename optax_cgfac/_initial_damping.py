@@ -17,12 +17,16 @@ import math
 import jax.numpy as jnp
 
 from optax_cgfac._curvature import Curvature
-from optax_cgfac._types import Array
+from optax_cgfac.utils.types import Array
 
 # Of the mean curvature: it gives 0.1 for the autoencoder on CURVES, and a tenth or ten
 # times that is worse there (benchmarks/LOG.md).
 _MULTIPLE = 10.0
+
+
 _FEW_PARAMETERS = 1000
+
+
 # The damping may fall to this share of the typical one. Without a lower end a good
 # reduction ratio on small batches, which rewards fitting the batch, lowers it until the
 # loss turns up.

@@ -2,13 +2,15 @@
 
 import math
 
-from optax_cgfac._axis import axis_size
 from optax_cgfac._curvature import Curvature
 from optax_cgfac._examples import num_kept
+from optax_cgfac.utils.devices import axis_size
 
 # Updates at the beginning, where step size and damping change most, that all fit the
 # model and look at the loss.
 FIRST = 10
+
+
 # Below this many examples the loss is noisy, and a single look at it worth little.
 _MANY_EXAMPLES = 512
 

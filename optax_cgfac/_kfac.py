@@ -2,13 +2,13 @@
 
 import jax.numpy as jnp
 
-from optax_cgfac._numerics import matmul
 from optax_cgfac._operators import (
     DampedOperator,
     FactoredDampedOperator,
     KroneckerOperator,
 )
-from optax_cgfac._types import Array
+from optax_cgfac.utils.linalg import matmul
+from optax_cgfac.utils.types import Array
 
 
 def solve_by_eigendecomposition(

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from optax_cgfac._patches import Window, output_sizes
-from optax_cgfac._paths import Path, text
-from optax_cgfac._types import Array, LayerRows
+from optax_cgfac.utils.paths import Path, text
+from optax_cgfac.utils.types import Array, LayerRows
 
 LEFT_OUT = "left out by where"
 """The reason of a parameter that the user excluded."""
+
 
 Form = Literal["dense", "patches", "index", "swapped", "elementwise"]
 """How the rows of a call come out of its input ``x`` and output cotangent ``y``.

@@ -24,11 +24,13 @@ from flax.core.scope import Scope, subtract_filters, union_filters
 from optax_cgfac._describe import mixes_examples
 from optax_cgfac._layers import LayerCall, encode
 from optax_cgfac._linen_layers import LAYERS
-from optax_cgfac._paths import Path, leaves_by_path
 from optax_cgfac._probes import Capture, Root, Visit, entries
-from optax_cgfac._types import Array, PyTree
+from optax_cgfac.utils.paths import Path, leaves_by_path
+from optax_cgfac.utils.types import Array, PyTree
 
 INPUTS = "cgfac_inputs"
+
+
 PROBES = "cgfac_probes"
 
 

@@ -18,7 +18,7 @@ from optax_cgfac._describe import (
     describe_elementwise,
     describe_embed,
 )
-from optax_cgfac._types import Array
+from optax_cgfac.utils.types import Array
 
 Describe = Callable[..., Described]
 

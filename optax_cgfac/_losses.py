@@ -6,7 +6,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._checks import (
+from optax_cgfac.utils.types import Array, PyTree
+from optax_cgfac.utils.validate import (
     FINITE,
     NOT_NEGATIVE,
     check_function,
@@ -14,7 +15,6 @@ from optax_cgfac._checks import (
     describe,
     is_number,
 )
-from optax_cgfac._types import Array, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +195,7 @@ _SOFTMAX = Loss(
     lower_bound=0.0,
 )
 
+
 _SIGMOID = Loss(
     name="sigmoid_binary_cross_entropy",
     value=_sigmoid_value,
@@ -205,6 +206,7 @@ _SIGMOID = Loss(
     ),
     lower_bound=0.0,
 )
+
 
 # (y - t)² is the negative log-likelihood of a normal with variance 1/2.
 _SQUARED = Loss(
@@ -219,6 +221,7 @@ _SQUARED = Loss(
     hessian_columns=lambda outputs: _diagonal_columns(jnp.full_like(outputs, 2.0**0.5)),
     lower_bound=0.0,
 )
+
 
 _LOSSES = {loss.name: loss for loss in (_SOFTMAX, _SIGMOID, _SQUARED)}
 

@@ -26,13 +26,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_cgfac._factored import split_damping
-from optax_cgfac._numerics import matmul, orthonormal, over_batch, safe_divide, scaled
 from optax_cgfac._operators import KroneckerOperator
-from optax_cgfac._types import Array
+from optax_cgfac.utils.arrays import safe_divide, scaled
+from optax_cgfac.utils.linalg import matmul, orthonormal, over_batch
+from optax_cgfac.utils.types import Array
 
 # Features of small factors are padded to this, twice this, four times, ... so that
 # they share a batch.
 _BLOCK = 32
+
+
 # Products with the factor per refresh; warm-started, one would nearly do.
 _POWER_STEPS = 1
 

@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 
 from optax_cgfac._nnx import open_module
-from optax_cgfac._types import ModuleInputs, PyTree
+from optax_cgfac.utils.types import ModuleInputs, PyTree
 
 MERGE_STATE = (
     "Merge the module from it: value_fn=lambda p: loss_fn(nnx.merge(graphdef, p, rest, "

@@ -18,17 +18,14 @@ from flax.core.scope import Scope
 
 from optax_cgfac._describe import mixes_examples
 from optax_cgfac._layers import LayerCall, decode, encode
-from optax_cgfac._nnx_layers import (
-    LAYERS,
-    REPARAMETRIZED,
-    CaptureVariable,
-    Describe,
-)
-from optax_cgfac._paths import Path, leaves_by_path
+from optax_cgfac._nnx_layers import LAYERS, REPARAMETRIZED, CaptureVariable, Describe
 from optax_cgfac._probes import Capture, Root, Visit
-from optax_cgfac._types import Array, PyTree
+from optax_cgfac.utils.paths import Path, leaves_by_path
+from optax_cgfac.utils.types import Array, PyTree
 
 ROWS = "cgfac_rows"
+
+
 SITE = "cgfac_site"
 
 
@@ -109,6 +106,7 @@ _NOT_CARRIED = (
     "nnx.vmap or nnx.scan pass the module with in_axes "
     "nnx.StateAxes({{optax_cgfac.CaptureVariable: 0, ...: the axes as before}})"
 )
+
 
 Site = tuple[int, Path]  # the merged module's index, the layer's path below it
 
@@ -251,6 +249,8 @@ class _Tap:
 
 
 _LOCAL = threading.local()
+
+
 _LOCK = threading.Lock()
 
 

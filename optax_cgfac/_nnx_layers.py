@@ -17,7 +17,7 @@ from optax_cgfac._describe import (
     describe_elementwise,
     describe_embed,
 )
-from optax_cgfac._types import Array
+from optax_cgfac.utils.types import Array
 
 Describe = Callable[..., Described]
 
@@ -151,6 +151,7 @@ LAYERS: dict[type[nnx.Module], dict[str, Describe]] = {
     nnx.PReLU: {"__call__": _prelu},
 }
 """The methods of every known class, by the class that defines them."""
+
 
 REPARAMETRIZED = (nnx.WeightNorm, nnx.SpectralNorm)
 """Modules that call a layer with other weights than its parameters."""

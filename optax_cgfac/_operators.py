@@ -10,8 +10,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._checks import describe
-from optax_cgfac._numerics import matmul, scaled
 from optax_cgfac._rows import (
     Rows,
     column_squares,
@@ -23,7 +21,10 @@ from optax_cgfac._rows import (
     to_dense,
     transpose_times,
 )
-from optax_cgfac._types import Array, InspectableOperator
+from optax_cgfac.utils.arrays import scaled
+from optax_cgfac.utils.linalg import matmul
+from optax_cgfac.utils.types import Array, InspectableOperator
+from optax_cgfac.utils.validate import describe
 
 
 @jax.tree_util.register_dataclass

@@ -3,7 +3,8 @@
 import math
 from typing import Any
 
-from optax_cgfac._checks import (
+from optax_cgfac._step import StepOptions
+from optax_cgfac.utils.validate import (
     BELOW_ONE,
     INSIDE_ONE,
     NOT_NEGATIVE,
@@ -17,7 +18,6 @@ from optax_cgfac._checks import (
     describe,
     is_number,
 )
-from optax_cgfac._step import StepOptions
 
 
 def check_step_options(

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from optax_cgfac._checks import describe
 from optax_cgfac._curvature import Curvature
-from optax_cgfac._paths import leaves_by_path, text
-from optax_cgfac._types import PyTree
+from optax_cgfac.utils.paths import leaves_by_path, text
+from optax_cgfac.utils.types import PyTree
+from optax_cgfac.utils.validate import describe
 
 
 def check_parameters(params: PyTree) -> None:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_cgfac._types import Array
+from optax_cgfac.utils.types import Array
 
 
 class Window(NamedTuple):

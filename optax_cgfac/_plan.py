@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Literal, NamedTuple
 
-from optax_cgfac._checks import (
+from optax_cgfac.utils.types import Array
+from optax_cgfac.utils.validate import (
     BELOW_ONE,
     check_choice,
     check_number,
@@ -11,10 +12,12 @@ from optax_cgfac._checks import (
     check_switch,
     describe,
 )
-from optax_cgfac._types import Array
 
 DampingForm = Literal["tikhonov", "factored"]
+
+
 Structure = Literal["kronecker", "block", "full"]
+
 
 _CHOICES = {
     "damping_form": ("tikhonov", "factored"),

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._auto_axes import with_auto_axes
 from optax_cgfac._curvature import Curvature
 from optax_cgfac._fisher_blocks import check_units
 from optax_cgfac._layers import (
@@ -20,14 +19,15 @@ from optax_cgfac._layers import (
     rows_for_leaves,
 )
 from optax_cgfac._low_rank import LayerSpectra, solve_low_rank, split_dampings
-from optax_cgfac._numerics import narrowed, power_of_two, scaled
-from optax_cgfac._paths import Path, leaves_by_path, map_with_path, text
 from optax_cgfac._plan import SolveConfig, make_plan
 from optax_cgfac._rows import num_rows
 from optax_cgfac._solve import checked, damped_operator, relative_residual, solve_layers
 from optax_cgfac._solve_info import CGInfo, SolveInfo, StopReason, direct_info
 from optax_cgfac._spread import spread, spread_size
-from optax_cgfac._types import Array, PyTree
+from optax_cgfac.utils.arrays import narrowed, power_of_two, scaled
+from optax_cgfac.utils.devices import with_auto_axes
+from optax_cgfac.utils.paths import Path, leaves_by_path, map_with_path, text
+from optax_cgfac.utils.types import Array, PyTree
 
 
 def precondition(

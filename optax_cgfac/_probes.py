@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from optax_cgfac._layers import LayerCall, decode, encode
-from optax_cgfac._paths import Path
-from optax_cgfac._types import Array, PyTree
+from optax_cgfac.utils.paths import Path
+from optax_cgfac.utils.types import Array, PyTree
 
 
 class Root(NamedTuple):

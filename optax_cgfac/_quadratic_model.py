@@ -17,11 +17,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._auto_axes import with_auto_axes
-from optax_cgfac._axis import mean_over
 from optax_cgfac._curvature import Curvature
-from optax_cgfac._numerics import power_of_two, safe_divide, tree_dot
-from optax_cgfac._types import Array, PyTree, user_inputs
+from optax_cgfac.utils.arrays import power_of_two, safe_divide, tree_dot
+from optax_cgfac.utils.devices import mean_over, with_auto_axes
+from optax_cgfac.utils.types import Array, PyTree, user_inputs
 
 # Of a slope: with less curvature a step ends at the sides of its box.
 _TINY_CURVATURE = 2.0**-40

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 
 from optax_cgfac._factored import sides_in_row_space
 from optax_cgfac._layers import LayerTag
-from optax_cgfac._paths import Path, text
 from optax_cgfac._plan import Plan, SolveConfig, make_plan
 from optax_cgfac._rows import num_bytes, num_features, num_rows
-from optax_cgfac._types import LayerRows
+from optax_cgfac.utils.paths import Path, text
+from optax_cgfac.utils.types import LayerRows
 
 _HEADER = ("layer", "kind", "matrix", "rows/step", "window", "bytes", "solve", "why")
 

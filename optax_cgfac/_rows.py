@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._numerics import matmul, narrowed
-from optax_cgfac._types import Array
+from optax_cgfac.utils.arrays import narrowed
+from optax_cgfac.utils.linalg import matmul
+from optax_cgfac.utils.types import Array
 
 
 @jax.tree_util.register_dataclass

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._types import Array, PyTree
+from optax_cgfac.utils.types import Array, PyTree
 
 
 class StopReason(enum.IntEnum):
@@ -40,6 +40,7 @@ class StopReason(enum.IntEnum):
 
 UNKNOWN = -1.0
 """The residual of a solve that did not compute it."""
+
 
 # The true residual may be larger than the recurrence's by this factor for a solve to
 # count as converged: well above their difference where rounding does not matter.

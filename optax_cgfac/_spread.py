@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._types import PyTree
+from optax_cgfac.utils.types import PyTree
 
 
 def assign(costs: Sequence[float], num_devices: int) -> list[list[int]]:

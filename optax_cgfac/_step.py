@@ -7,17 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._checks import is_number
 from optax_cgfac._curvature import Curvature
-from optax_cgfac._damping import (
-    kl_clip_scale,
-    levenberg_marquardt,
-    reduction_ratio,
-)
+from optax_cgfac._damping import kl_clip_scale, levenberg_marquardt, reduction_ratio
 from optax_cgfac._initial_damping import LOWEST_SHARE, first_share, typical_damping
 from optax_cgfac._intervals import FIRST, damping_interval, model_interval
 from optax_cgfac._modules import MERGE_STATE, explaining_states
-from optax_cgfac._numerics import narrowed, tree_dot, tree_is_finite
 from optax_cgfac._quadratic_model import (
     QuadraticModel,
     Step,
@@ -28,18 +22,26 @@ from optax_cgfac._quadratic_model import (
 )
 from optax_cgfac._solve_info import SolveInfo
 from optax_cgfac._transform import ScalarOrSchedule, current
-from optax_cgfac._types import Array, PyTree
 from optax_cgfac._update_checks import check_moved_value
+from optax_cgfac.utils.arrays import narrowed, tree_dot, tree_is_finite
+from optax_cgfac.utils.types import Array, PyTree
+from optax_cgfac.utils.validate import is_number
 
 # Damping is adapted within these multiples of the initial one.
 _BOUNDS = (LOWEST_SHARE, 1e5)
+
+
 # How many times what the last fitted step promised, in parts of the loss, a step that
 # keeps its size may promise. With few outputs single examples that are misfit make
 # gradients large, and there is nothing to gain below 4 (benchmarks/LOG.md, 26).
 _MANY_TIMES, _MANY_TIMES_OF_FEW_OUTPUTS = 2.0, 4.0
+
+
 # With a curvature so many times that of the first update the damping begins anew: far
 # above what a batch of outliers has for once.
 _OUTGROWN = 1e8
+
+
 # Until there are data to tell the damping.
 _DAMPING_WITHOUT_DATA = 0.1
 

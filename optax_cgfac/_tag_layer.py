@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
-from optax_cgfac._checks import describe
 from optax_cgfac._describe import describe_dense, describe_elementwise
 from optax_cgfac._linen import tag_linen
 from optax_cgfac._nnx import tag_nnx
-from optax_cgfac._types import Array
+from optax_cgfac.utils.types import Array
+from optax_cgfac.utils.validate import describe
 
 
 def tag_layer(

@@ -20,8 +20,8 @@ from optax_cgfac._layers import (
     find_problem,
     num_positions,
 )
-from optax_cgfac._paths import Path, leaves_by_path, text
-from optax_cgfac._types import Array, PyTree
+from optax_cgfac.utils.paths import Path, leaves_by_path, text
+from optax_cgfac.utils.types import Array, PyTree
 
 Where = Callable[[str], bool]
 

@@ -7,10 +7,10 @@ from typing import Any, Self
 import optax
 from flax.training import train_state
 
-from optax_cgfac._checks import describe
 from optax_cgfac._curvature import Curvature
 from optax_cgfac._transform import gradient_transformation
-from optax_cgfac._types import PyTree
+from optax_cgfac.utils.types import PyTree
+from optax_cgfac.utils.validate import describe
 
 
 class TrainState(train_state.TrainState):

@@ -7,7 +7,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_cgfac._checks import (
+from optax_cgfac._curvature import Curvature
+from optax_cgfac._parameter_checks import check_trained
+from optax_cgfac._plan import SolveConfig, Structure
+from optax_cgfac._precondition import precondition
+from optax_cgfac._solve_info import SolveInfo, init_info
+from optax_cgfac._update_checks import (
+    Missing,
+    check_curvature,
+    check_state,
+    check_trees,
+)
+from optax_cgfac.utils.types import Array, PyTree
+from optax_cgfac.utils.validate import (
     BELOW_ONE,
     check_choice,
     check_damping,
@@ -15,18 +27,6 @@ from optax_cgfac._checks import (
     check_positive,
     check_scheduled,
     check_switch,
-)
-from optax_cgfac._curvature import Curvature
-from optax_cgfac._parameter_checks import check_trained
-from optax_cgfac._plan import SolveConfig, Structure
-from optax_cgfac._precondition import precondition
-from optax_cgfac._solve_info import SolveInfo, init_info
-from optax_cgfac._types import Array, PyTree
-from optax_cgfac._update_checks import (
-    Missing,
-    check_curvature,
-    check_state,
-    check_trees,
 )
 
 ScalarOrSchedule = float | Array | Callable[[Array], Array]

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 
 from optax_cgfac._layers import LayerTag
-from optax_cgfac._numerics import scaled
 from optax_cgfac._rows import (
     IndexRows,
     StackedRows,
@@ -13,7 +12,8 @@ from optax_cgfac._rows import (
     squares_are_finite,
     update_slot,
 )
-from optax_cgfac._types import Array, LayerRows
+from optax_cgfac.utils.arrays import scaled
+from optax_cgfac.utils.types import Array, LayerRows
 
 
 def without_bad_rows(new: LayerRows) -> tuple[LayerRows, Array]:

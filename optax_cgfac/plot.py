@@ -29,19 +29,15 @@ from optax_cgfac._drawing import (
 )
 from optax_cgfac._fisher_blocks import BlockFisherOperator
 from optax_cgfac._operators import KroneckerOperator
-from optax_cgfac._paths import leaves_by_path, text
-from optax_cgfac._plan import (
-    DampingForm,
-    SolveConfig,
-    default_damping_form,
-    make_plan,
-)
+from optax_cgfac._plan import DampingForm, SolveConfig, default_damping_form, make_plan
 from optax_cgfac._report import human_bytes
 from optax_cgfac._rows import Rows, num_bytes, num_features, num_rows, to_dense
-from optax_cgfac._types import PyTree
+from optax_cgfac.utils.paths import leaves_by_path, text
+from optax_cgfac.utils.types import PyTree
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
 
 __all__ = ["cost", "coverage", "damping", "residuals", "spectrum"]
 

@@ -11,7 +11,7 @@ from flax import nnx
 from models import NUM_EXAMPLES, init, normal
 from nnx_models import rngs
 from optax_cgfac import cgfac, fisher_estimator, scale_by_cgfac, value_and_grad
-from optax_cgfac._paths import leaves_by_path
+from optax_cgfac.utils.paths import leaves_by_path
 
 
 class LinenMlp(nn.Module):

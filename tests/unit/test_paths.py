@@ -5,7 +5,7 @@ import pytest
 from flax import core
 from flax import linen as nn
 
-from optax_cgfac._paths import leaves_by_path, map_with_path, normalize, text
+from optax_cgfac.utils.paths import leaves_by_path, map_with_path, normalize, text
 
 PLAIN = {"encoder": {"kernel": 1.0, "bias": 2.0}}
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_cgfac._types import Array
+from optax_cgfac.utils.types import Array
 
 
 class Range(NamedTuple):
@@ -29,9 +29,17 @@ class Range(NamedTuple):
 
 
 NOT_NEGATIVE = Range("be finite and not negative", lambda x: 0 <= x < math.inf)
+
+
 POSITIVE = Range("be finite and positive", lambda x: 0 < x < math.inf)
+
+
 FINITE = Range("be finite", math.isfinite)
+
+
 BELOW_ONE = Range("lie in [0, 1)", lambda x: 0 <= x < 1)
+
+
 INSIDE_ONE = Range("lie in (0, 1)", lambda x: 0 < x < 1)
 
 

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 Array = jax.Array
+
+
 PyTree = Any
 
 

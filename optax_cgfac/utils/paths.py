@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from optax_cgfac._types import Array, PyTree
+from optax_cgfac.utils.types import Array, PyTree
 
 Path = tuple[str, ...]
 
