@@ -8,7 +8,6 @@ from optax_cgfac._estimator import CurvatureEstimator, fisher_estimator
 from optax_cgfac._fisher_blocks import BlockFisherOperator, FullFisherOperator
 from optax_cgfac._gradient_check import GradientCheck, check_gradients
 from optax_cgfac._linen import capture_axes
-from optax_cgfac._losses import Loss
 from optax_cgfac._nnx_layers import CaptureVariable
 from optax_cgfac._operators import (
     DampedOperator,
@@ -23,6 +22,7 @@ from optax_cgfac._tag_layer import tag_layer
 from optax_cgfac._train_state import TrainState
 from optax_cgfac._transform import ScaleByCGFACState, scale_by_cgfac, scale_by_kfac
 from optax_cgfac._value_and_grad import value_and_grad
+from optax_cgfac.problem.loss import Loss
 from optax_cgfac.utils.types import LayerRows, LinearOperator
 
 __all__ = [

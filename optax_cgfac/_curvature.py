@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from optax_cgfac._curvature_spec import CurvatureSpec
-from optax_cgfac._examples import num_kept
 from optax_cgfac._fisher_blocks import (
     BlockFisherOperator,
     FullFisherOperator,
@@ -26,6 +25,7 @@ from optax_cgfac._report import format_report
 from optax_cgfac._rows import as_dtype, num_rows
 from optax_cgfac._solve import damped_operator
 from optax_cgfac._window import empty_rows, put_into_slot, without_bad_rows
+from optax_cgfac.problem.batch import num_kept
 from optax_cgfac.utils.paths import text
 from optax_cgfac.utils.types import Array, LayerRows, PyTree
 from optax_cgfac.utils.validate import (

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from optax_cgfac._criterion import Criterion
 from optax_cgfac._layers import LayerTag
+from optax_cgfac.problem.objective import Criterion
 from optax_cgfac.utils.paths import Path
 
 

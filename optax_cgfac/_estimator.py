@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from optax_cgfac._captured_rows import CaptureOptions, captured_rows, discover_few
-from optax_cgfac._criterion import Kind, Reduction, make_criterion
 from optax_cgfac._curvature import Curvature, empty_curvature
 from optax_cgfac._curvature_spec import CurvatureSpec
 from optax_cgfac._defaults import FEW_OUTPUTS, default_capture_every, default_rank
@@ -22,7 +21,10 @@ from optax_cgfac._estimator_checks import (
     warn_of_hanging_lapack,
     warn_of_mixing,
 )
-from optax_cgfac._examples import (
+from optax_cgfac._modules import bind, outputs_like
+from optax_cgfac._parameter_checks import check_parameters
+from optax_cgfac._tagging import RowOptions, Where, make_tags
+from optax_cgfac.problem.batch import (
     batched_leaves,
     check_enough,
     check_examples,
@@ -33,10 +35,8 @@ from optax_cgfac._examples import (
     slice_examples,
     strided_examples,
 )
-from optax_cgfac._losses import Loss
-from optax_cgfac._modules import bind, outputs_like
-from optax_cgfac._parameter_checks import check_parameters
-from optax_cgfac._tagging import RowOptions, Where, make_tags
+from optax_cgfac.problem.loss import Loss
+from optax_cgfac.problem.objective import Kind, Reduction, make_criterion
 from optax_cgfac.utils.devices import share, with_auto_axes, without_shardings
 from optax_cgfac.utils.types import Array, PyTree
 

@@ -3,7 +3,7 @@
 import math
 
 from optax_cgfac._curvature import Curvature
-from optax_cgfac._examples import num_kept
+from optax_cgfac.problem.batch import num_kept
 from optax_cgfac.utils.devices import axis_size
 
 # Updates at the beginning, where step size and damping change most, that all fit the

@@ -6,7 +6,7 @@ import pytest
 
 import oracles
 from optax_cgfac import Loss
-from optax_cgfac._losses import get_loss
+from optax_cgfac.problem.loss import get_loss
 
 NAMES = ["softmax_cross_entropy", "sigmoid_binary_cross_entropy", "squared_error"]
 CLASSES = 4

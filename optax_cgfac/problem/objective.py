@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._losses import Loss, get_loss
+from optax_cgfac.problem.loss import Loss, get_loss
 from optax_cgfac.utils.devices import mean_over
 from optax_cgfac.utils.types import Array, PyTree
 from optax_cgfac.utils.validate import check_choice, check_function, describe
