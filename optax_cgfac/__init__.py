@@ -5,23 +5,23 @@ from optax_cgfac._cg import conjugate_gradient
 from optax_cgfac._curvature import Curvature
 from optax_cgfac._diagnostics import diagnostics, scalars, stop_reasons
 from optax_cgfac._estimator import CurvatureEstimator, fisher_estimator
-from optax_cgfac._fisher_blocks import BlockFisherOperator, FullFisherOperator
 from optax_cgfac._gradient_check import GradientCheck, check_gradients
 from optax_cgfac._linen import capture_axes
 from optax_cgfac._nnx_layers import CaptureVariable
-from optax_cgfac._operators import (
-    DampedOperator,
-    DiagonalOperator,
-    FactoredDampedOperator,
-    KroneckerOperator,
-    jacobi_preconditioner,
-)
 from optax_cgfac._solve_info import CGInfo, StopReason
 from optax_cgfac._step import CGFACState
 from optax_cgfac._tag_layer import tag_layer
 from optax_cgfac._train_state import TrainState
 from optax_cgfac._transform import ScaleByCGFACState, scale_by_cgfac, scale_by_kfac
 from optax_cgfac._value_and_grad import value_and_grad
+from optax_cgfac.operators.exact_fisher import BlockFisherOperator, FullFisherOperator
+from optax_cgfac.operators.kronecker import (
+    DampedOperator,
+    DiagonalOperator,
+    FactoredDampedOperator,
+    KroneckerOperator,
+    jacobi_preconditioner,
+)
 from optax_cgfac.problem.loss import Loss
 from optax_cgfac.utils.types import LayerRows, LinearOperator
 

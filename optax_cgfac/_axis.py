@@ -8,7 +8,13 @@ sent but a 2 x 2 matrix.
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._rows import IndexRows, Rows, StackedRows, as_dtype, split_rows
+from optax_cgfac.operators.rows import (
+    IndexRows,
+    Rows,
+    StackedRows,
+    as_dtype,
+    split_rows,
+)
 from optax_cgfac.utils.devices import axis_size
 from optax_cgfac.utils.types import Array, LayerRows
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from optax_cgfac._layers import LayerCall, LayerTag, Use
 from optax_cgfac._patches import mean_patches, patches_at
-from optax_cgfac._rows import IndexRows, StackedRows, split_rows
+from optax_cgfac.operators.rows import IndexRows, StackedRows, split_rows
 from optax_cgfac.utils.types import Array, LayerRows
 
 

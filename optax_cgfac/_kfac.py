@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from optax_cgfac._operators import (
+from optax_cgfac.operators.kronecker import (
     DampedOperator,
     FactoredDampedOperator,
     KroneckerOperator,

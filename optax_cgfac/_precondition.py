@@ -20,10 +20,10 @@ from optax_cgfac._layers import (
 )
 from optax_cgfac._low_rank import LayerSpectra, solve_low_rank, split_dampings
 from optax_cgfac._plan import SolveConfig, make_plan
-from optax_cgfac._rows import num_rows
 from optax_cgfac._solve import checked, damped_operator, relative_residual, solve_layers
 from optax_cgfac._solve_info import CGInfo, SolveInfo, StopReason, direct_info
 from optax_cgfac._spread import spread, spread_size
+from optax_cgfac.operators.rows import num_rows
 from optax_cgfac.utils.arrays import narrowed, power_of_two, scaled
 from optax_cgfac.utils.devices import with_auto_axes
 from optax_cgfac.utils.paths import Path, leaves_by_path, map_with_path, text

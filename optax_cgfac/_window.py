@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_cgfac._layers import LayerTag
-from optax_cgfac._rows import (
+from optax_cgfac.operators.rows import (
     IndexRows,
     StackedRows,
     keep_where,

@@ -13,7 +13,7 @@ from models import BATCH, NUM_EXAMPLES, normal
 from nnx_models import CASES, REPORTED, Mlp, Stateful, rngs, shifted
 from optax_cgfac import cgfac, fisher_estimator, scalars, value_and_grad
 from optax_cgfac._layers import leaves_from_matrix
-from optax_cgfac._rows import IndexRows, StackedRows
+from optax_cgfac.operators.rows import IndexRows, StackedRows
 from optax_cgfac.utils.paths import leaves_by_path, text
 
 EPS = np.finfo(np.float32).eps

@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._rows import (
+from optax_cgfac.operators.rows import (
     Rows,
     column_squares,
     gram,
