@@ -11,7 +11,6 @@ from optax_cgfac._captured_rows import CaptureOptions, captured_rows, discover_f
 from optax_cgfac._curvature import Curvature, empty_curvature
 from optax_cgfac._curvature_spec import CurvatureSpec
 from optax_cgfac._defaults import FEW_OUTPUTS, default_capture_every, default_rank
-from optax_cgfac._discovery import discover_wider
 from optax_cgfac._estimator_checks import (
     check_estimator_counts,
     check_options,
@@ -21,9 +20,10 @@ from optax_cgfac._estimator_checks import (
     warn_of_hanging_lapack,
     warn_of_mixing,
 )
-from optax_cgfac._modules import bind, outputs_like
 from optax_cgfac._parameter_checks import check_parameters
 from optax_cgfac._tagging import RowOptions, Where, make_tags
+from optax_cgfac.capture.discover import discover_wider
+from optax_cgfac.capture.nnx.module import bind, outputs_like
 from optax_cgfac.problem.batch import (
     batched_leaves,
     check_enough,

@@ -13,8 +13,8 @@ from flax import nnx
 from optax_cgfac._curvature import Curvature
 from optax_cgfac._curvature_checks import check_rows
 from optax_cgfac._curvature_spec import CurvatureSpec
-from optax_cgfac._modules import check_same_module
 from optax_cgfac._parameter_checks import check_parameters, check_same_parameters
+from optax_cgfac.capture.nnx.module import check_same_module
 from optax_cgfac.problem.objective import Criterion, Kind
 from optax_cgfac.utils.types import Array, PyTree
 from optax_cgfac.utils.validate import (

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._layers import LayerCall, LayerTag, Use
-from optax_cgfac._patches import mean_patches, patches_at
+from optax_cgfac._layers import LayerTag, Use
+from optax_cgfac.capture.call import LayerCall
+from optax_cgfac.capture.conv import mean_patches, patches_at
 from optax_cgfac.operators.rows import IndexRows, StackedRows, split_rows
 from optax_cgfac.utils.types import Array, LayerRows
 

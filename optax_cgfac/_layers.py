@@ -3,128 +3,19 @@
 Knows arrays and shapes, not Flax. `_example_rows` turns captured calls into rows.
 """
 
-import ast
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
-from optax_cgfac._patches import Window, output_sizes
+from optax_cgfac.capture.call import Form, LayerCall
 from optax_cgfac.utils.paths import Path, text
 from optax_cgfac.utils.types import Array, LayerRows
 
 LEFT_OUT = "left out by where"
 """The reason of a parameter that the user excluded."""
-
-
-Form = Literal["dense", "patches", "index", "swapped", "elementwise"]
-"""How the rows of a call come out of its input ``x`` and output cotangent ``y``.
-
-``dense``: ``a = x``, ``g = y``. ``patches``: ``a`` are patches of ``x``. ``index``:
-``x`` are indices, ``a`` one-hot. ``swapped``: the kernel is used transposed, ``a = y``
-and ``g = x``. ``elementwise``: the output is ``scale * x + bias``; a row is the
-gradient of an example with respect to both.
-"""
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class LayerCall:
-    """The static facts of one layer call, as its framework adapter saw it.
-
-    Shapes and axes are those inside all transforms. The captured input has the form
-    ``(*batch, *positions, *inner)``, where ``batch`` are axes that the kernel has too
-    and ``inner`` belongs to the form: one axis of features (``dense``, ``swapped``),
-    space and channels (``patches``), nothing (``index``), the output's features
-    (``elementwise``).
-
-    Attributes:
-      kind: The kind of layer, for reports.
-      form: How rows come out of the call.
-      input_ndim: Rank of the captured input.
-      output_ndim: Rank of the output.
-      kernel: Name of the kernel among the layer's parameters, if it has one.
-      scale: Name of an elementwise factor.
-      bias: Name of the bias.
-      kernel_axes: The kernel's axes in the order batch, summed over, features.
-      batch_ndim: How many of them are batched (one matrix each).
-      feature_ndim: How many are output features; of an ``elementwise`` call, the
-        trailing axes of its output that have parameters of their own.
-      groups: Groups of input and output channels with a matrix each.
-      windows: The spatial dimensions of a convolution.
-      output_axes: Transposition of the output into ``(*batch, *positions,
-        *features)``; empty if it has that form.
-      param_ndim: Rank of the kernel, or of the scale.
-    """
-
-    kind: str
-    form: Form
-    input_ndim: int
-    output_ndim: int
-    kernel: str | None = "kernel"
-    scale: str | None = None
-    bias: str | None = None
-    kernel_axes: tuple[int, ...] = (0, 1)
-    batch_ndim: int = 0
-    feature_ndim: int = 1
-    groups: int = 1
-    windows: tuple[Window, ...] = ()
-    output_axes: tuple[int, ...] = ()
-    param_ndim: int = 2
-
-    @property
-    def params(self) -> tuple[str, ...]:
-        """Names of the call's parameters; the first one identifies the layer."""
-        names = (self.kernel, self.scale, self.bias)
-        return tuple(name for name in names if name is not None)
-
-    @property
-    def inner_ndim(self) -> int:
-        """Trailing axes of the captured input that are not positions."""
-        if self.form == "patches":
-            return len(self.windows) + 1
-        return {"index": 0, "elementwise": self.feature_ndim}.get(self.form, 1)
-
-    @property
-    def output_inner_ndim(self) -> int:
-        """Trailing axes of the output that are not positions."""
-        if self.form == "patches":
-            return len(self.windows) + 1
-        return 1 if self.form == "swapped" else self.feature_ndim
-
-    @property
-    def positions_inside(self) -> int:
-        """Positions that the call itself makes of one input (a convolution's)."""
-        return math.prod(output_sizes(self.windows))
-
-
-# The facts of a call travel in the name of a captured variable: Python side effects
-# are lost where a lifted transform reuses a cached trace, a pytree's structure is not.
-_PREFIX = "cgfac:"
-
-
-def encode(call: LayerCall) -> str:
-    """Returns the facts of a call as a variable name."""
-    fields = [getattr(call, field.name) for field in dataclasses.fields(call)]
-    plain = [
-        tuple(map(tuple, value))
-        if isinstance(value, tuple) and value is call.windows
-        else value
-        for value in fields
-    ]
-    return _PREFIX + repr(tuple(plain))
-
-
-def decode(name: str) -> LayerCall | None:
-    """Returns the facts in a variable's name, or None for any other name."""
-    if not name.startswith(_PREFIX):
-        return None
-    call = LayerCall(*ast.literal_eval(name[len(_PREFIX) :]))
-    windows = tuple(Window(*window) for window in call.windows)
-    return dataclasses.replace(call, windows=windows)
 
 
 class Use(NamedTuple):

@@ -8,18 +8,17 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from optax_cgfac._discovery import Discovery, Layer
 from optax_cgfac._example_rows import Captured
 from optax_cgfac._layers import (
     LEFT_OUT,
     CallSite,
-    Form,
-    LayerCall,
     LayerTag,
     Use,
     find_problem,
     num_positions,
 )
+from optax_cgfac.capture.call import Form, LayerCall
+from optax_cgfac.capture.discover import Discovery, Layer
 from optax_cgfac.utils.paths import Path, leaves_by_path, text
 from optax_cgfac.utils.types import Array, PyTree
 

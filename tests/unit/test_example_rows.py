@@ -6,11 +6,11 @@ import pytest
 
 from layer_models import LAYER_CASES
 from models import CASES, NUM_EXAMPLES, by_name
-from optax_cgfac._discovery import discover
 from optax_cgfac._example_rows import Draw, example_rows
-from optax_cgfac._linen import run_captured
-from optax_cgfac._probes import probe_calls
 from optax_cgfac._tagging import RowOptions, calls_of, make_tags
+from optax_cgfac.capture.call import probe_calls
+from optax_cgfac.capture.discover import discover
+from optax_cgfac.capture.linen.tap import run_captured
 from optax_cgfac.operators.rows import to_dense
 
 EVERY = CASES | LAYER_CASES

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from models import normal
 from optax_cgfac import fisher_estimator
-from optax_cgfac._patches import Window, mean_patches, output_sizes, patches_at
+from optax_cgfac.capture.conv import Window, mean_patches, output_sizes, patches_at
 
 WINDOWS = {
     "plain": (Window(5, 3), Window(4, 2)),

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
-from optax_cgfac._describe import describe_dense, describe_elementwise
-from optax_cgfac._linen import tag_linen
-from optax_cgfac._nnx import tag_nnx
+from optax_cgfac.capture.describe import describe_dense, describe_elementwise
+from optax_cgfac.capture.linen.tap import tag_linen
+from optax_cgfac.capture.nnx.tap import tag_nnx
 from optax_cgfac.utils.types import Array
 from optax_cgfac.utils.validate import describe
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from optax_cgfac._nnx import open_module
+from optax_cgfac.capture.nnx.tap import open_module
 from optax_cgfac.utils.types import ModuleInputs, PyTree
 
 MERGE_STATE = (

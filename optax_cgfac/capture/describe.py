@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._layers import LayerCall
-from optax_cgfac._patches import Window
+from optax_cgfac.capture.call import LayerCall
+from optax_cgfac.capture.conv import Window
 from optax_cgfac.utils.types import Array
 
 Described = tuple[LayerCall, Array] | str

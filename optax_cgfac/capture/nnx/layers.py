@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from optax_cgfac._describe import (
+from optax_cgfac.capture.describe import (
     Described,
     describe_attend,
     describe_conv,

@@ -16,10 +16,14 @@ from typing import Any
 from flax import errors, nnx
 from flax.core.scope import Scope
 
-from optax_cgfac._describe import mixes_examples
-from optax_cgfac._layers import LayerCall, decode, encode
-from optax_cgfac._nnx_layers import LAYERS, REPARAMETRIZED, CaptureVariable, Describe
-from optax_cgfac._probes import Capture, Root, Visit
+from optax_cgfac.capture.call import Capture, LayerCall, Root, Visit, decode, encode
+from optax_cgfac.capture.describe import mixes_examples
+from optax_cgfac.capture.nnx.layers import (
+    LAYERS,
+    REPARAMETRIZED,
+    CaptureVariable,
+    Describe,
+)
 from optax_cgfac.utils.paths import Path, leaves_by_path
 from optax_cgfac.utils.types import Array, PyTree
 

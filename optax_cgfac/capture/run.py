@@ -5,8 +5,9 @@ from typing import Any
 
 from flax import nnx
 
-from optax_cgfac import _linen, _nnx
-from optax_cgfac._probes import Capture
+from optax_cgfac.capture.call import Capture
+from optax_cgfac.capture.linen import tap as _linen
+from optax_cgfac.capture.nnx import tap as _nnx
 from optax_cgfac.utils.types import PyTree
 
 

@@ -5,9 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from optax_cgfac._capture import run_captured
-from optax_cgfac._layers import LayerCall
-from optax_cgfac._probes import Capture, Visit, probes_like
+from optax_cgfac.capture.call import Capture, LayerCall, Visit, probes_like
+from optax_cgfac.capture.run import run_captured
 from optax_cgfac.utils.paths import Path, leaves_by_path, text
 from optax_cgfac.utils.types import PyTree
 

@@ -21,10 +21,9 @@ from typing import Any
 from flax import linen as nn
 from flax.core.scope import Scope, subtract_filters, union_filters
 
-from optax_cgfac._describe import mixes_examples
-from optax_cgfac._layers import LayerCall, encode
-from optax_cgfac._linen_layers import LAYERS
-from optax_cgfac._probes import Capture, Root, Visit, entries
+from optax_cgfac.capture.call import Capture, LayerCall, Root, Visit, encode, entries
+from optax_cgfac.capture.describe import mixes_examples
+from optax_cgfac.capture.linen.layers import LAYERS
 from optax_cgfac.utils.paths import Path, leaves_by_path
 from optax_cgfac.utils.types import Array, PyTree
 
