@@ -8,11 +8,10 @@ import jax.numpy as jnp
 
 from optax_cgfac._axis import gathered
 from optax_cgfac._curvature import Curvature
-from optax_cgfac._example_rows import Draw, example_rows, merge_columns
-from optax_cgfac._tagging import calls_of
 from optax_cgfac.capture.call import probe_calls
 from optax_cgfac.capture.discover import Discovery, discover
 from optax_cgfac.capture.run import run_captured
+from optax_cgfac.layers.extract import Draw, calls_of, example_rows, merge_columns
 from optax_cgfac.problem.batch import num_kept, strided_examples, strided_indices
 from optax_cgfac.problem.objective import Criterion, Kind, cotangents
 from optax_cgfac.utils.devices import axis_size, own_key, share

@@ -9,12 +9,12 @@ from jax.sharding import PartitionSpec
 
 from optax_cgfac._curvature_spec import CurvatureSpec
 from optax_cgfac._fisher_blocks import check_units
-from optax_cgfac._layers import LayerTag
 from optax_cgfac._low_rank import LayerSpectra, empty_spectrum, refresh
 from optax_cgfac._plan import DampingForm, SolveConfig, Structure, default_damping_form
 from optax_cgfac._report import format_report
 from optax_cgfac._solve import damped_operator
 from optax_cgfac._window import empty_rows, put_into_slot, without_bad_rows
+from optax_cgfac.layers.layer import LayerTag
 from optax_cgfac.operators.exact_fisher import BlockFisherOperator, FullFisherOperator
 from optax_cgfac.operators.kronecker import (
     DampedOperator,

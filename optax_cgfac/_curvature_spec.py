@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from optax_cgfac._layers import LayerTag
+from optax_cgfac.layers.layer import LayerTag
 from optax_cgfac.problem.objective import Criterion
 from optax_cgfac.utils.paths import Path
 

@@ -21,9 +21,9 @@ from optax_cgfac._estimator_checks import (
     warn_of_mixing,
 )
 from optax_cgfac._parameter_checks import check_parameters
-from optax_cgfac._tagging import RowOptions, Where, make_tags
 from optax_cgfac.capture.discover import discover_wider
 from optax_cgfac.capture.nnx.module import bind, outputs_like
+from optax_cgfac.layers.build import RowOptions, Where, make_tags
 from optax_cgfac.problem.batch import (
     batched_leaves,
     check_enough,

@@ -11,7 +11,7 @@ for training neural networks", section 3.
 
 from collections.abc import Sequence
 
-from optax_cgfac._layers import LayerTag
+from optax_cgfac.layers.layer import LayerTag
 from optax_cgfac.operators.exact_fisher import BlockFisherOperator
 
 

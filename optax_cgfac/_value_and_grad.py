@@ -11,14 +11,14 @@ from flax import nnx
 
 from optax_cgfac._curvature import Curvature, empty_curvature
 from optax_cgfac._curvature_spec import CurvatureSpec
-from optax_cgfac._example_rows import Draw, example_rows
-from optax_cgfac._layers import num_positions
 from optax_cgfac._parameter_checks import check_parameters
-from optax_cgfac._tagging import RowOptions, Where, calls_of, make_tags
 from optax_cgfac.capture.call import probe_calls
 from optax_cgfac.capture.discover import Discovery, discover, discover_wider
 from optax_cgfac.capture.nnx.module import bind, explaining_states, update_module
 from optax_cgfac.capture.run import run_captured
+from optax_cgfac.layers.build import RowOptions, Where, make_tags
+from optax_cgfac.layers.extract import Draw, calls_of, example_rows
+from optax_cgfac.layers.layer import num_positions
 from optax_cgfac.utils.paths import leaves_by_path
 from optax_cgfac.utils.types import PyTree
 from optax_cgfac.utils.validate import (

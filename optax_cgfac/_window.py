@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._layers import LayerTag
+from optax_cgfac.layers.layer import LayerTag
 from optax_cgfac.operators.rows import (
     IndexRows,
     StackedRows,

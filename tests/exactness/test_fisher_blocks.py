@@ -9,7 +9,7 @@ from flax import linen as nn
 
 import optax_cgfac
 import oracles
-from optax_cgfac._layers import matrix_from_leaves
+from optax_cgfac.layers.layer import matrix_from_leaves
 from optax_cgfac.utils.paths import leaves_by_path
 
 NUM_EXAMPLES = 4

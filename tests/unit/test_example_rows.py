@@ -6,11 +6,11 @@ import pytest
 
 from layer_models import LAYER_CASES
 from models import CASES, NUM_EXAMPLES, by_name
-from optax_cgfac._example_rows import Draw, example_rows
-from optax_cgfac._tagging import RowOptions, calls_of, make_tags
 from optax_cgfac.capture.call import probe_calls
 from optax_cgfac.capture.discover import discover
 from optax_cgfac.capture.linen.tap import run_captured
+from optax_cgfac.layers.build import RowOptions, make_tags
+from optax_cgfac.layers.extract import Draw, calls_of, example_rows
 from optax_cgfac.operators.rows import to_dense
 
 EVERY = CASES | LAYER_CASES
@@ -98,7 +98,7 @@ def test_a_row_of_a_long_table_keeps_one_entry_in_proportion_to_its_square(monke
     case = EVERY["attend"]()
     rows = captured(case)
     _, whole, queries = rows(Draw(), positions=1)
-    monkeypatch.setattr("optax_cgfac._tagging._LONG", 1)
+    monkeypatch.setattr("optax_cgfac.layers.build._LONG", 1)
     draws = 1000
     mean = np.zeros_like(whole)
     for key in jax.random.split(jax.random.key(0), draws):

@@ -12,7 +12,7 @@ from flax import nnx
 from models import BATCH, NUM_EXAMPLES, normal
 from nnx_models import CASES, REPORTED, Mlp, Stateful, rngs, shifted
 from optax_cgfac import cgfac, fisher_estimator, scalars, value_and_grad
-from optax_cgfac._layers import leaves_from_matrix
+from optax_cgfac.layers.layer import leaves_from_matrix
 from optax_cgfac.operators.rows import IndexRows, StackedRows
 from optax_cgfac.utils.paths import leaves_by_path, text
 

@@ -8,15 +8,19 @@ Modern Neural Network Architectures", sections 3.1 and 3.2.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._layers import LayerTag, Use
 from optax_cgfac.capture.call import LayerCall
 from optax_cgfac.capture.conv import mean_patches, patches_at
+from optax_cgfac.layers.layer import (
+    LayerTag,
+    Use,
+)
 from optax_cgfac.operators.rows import IndexRows, StackedRows, split_rows
+from optax_cgfac.utils.paths import Path
 from optax_cgfac.utils.types import Array, LayerRows
 
 
@@ -387,3 +391,31 @@ def merge_columns(rows: LayerRows) -> LayerRows:
     else:
         a = merge(rows.a, -2)
     return LayerRows(a, merge(rows.g, -2))
+
+
+def calls_of(
+    tag: LayerTag,
+    captured: list[dict[Path, list[Any]]],
+    cotangents: list[dict[Path, list[Array]]],
+) -> list[Captured]:
+    """Returns facts, input and output cotangent of every call of one layer.
+
+    Args:
+      tag: The layer.
+      captured: ``Root.calls`` of every root of a captured run.
+      cotangents: Of the same run's probes, from `probe_calls`.
+    """
+    found = []
+    for site in tag.sources:
+        calls = captured[site.root][site.path]
+        own = [
+            (call, x, y)
+            for (call, (x,)), y in zip(
+                calls, cotangents[site.root][site.path], strict=True
+            )
+            if call.params[:1] == (site.name,)
+        ]
+        found += [
+            Captured(*call, axis) for call, axis in zip(own, site.axes, strict=True)
+        ]
+    return found

@@ -1,7 +1,4 @@
-"""What a layer is: the facts of its calls, its tag, its parameters as one matrix.
-
-Knows arrays and shapes, not Flax. `_example_rows` turns captured calls into rows.
-"""
+"""A tagged layer: its place in the parameter tree, its parameters as one matrix."""
 
 import dataclasses
 import math

@@ -4,12 +4,13 @@ import collections
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from optax_cgfac._example_rows import Captured
-from optax_cgfac._layers import (
+from optax_cgfac.capture.call import Form, LayerCall
+from optax_cgfac.capture.discover import Discovery, Layer
+from optax_cgfac.layers.layer import (
     LEFT_OUT,
     CallSite,
     LayerTag,
@@ -17,8 +18,6 @@ from optax_cgfac._layers import (
     find_problem,
     num_positions,
 )
-from optax_cgfac.capture.call import Form, LayerCall
-from optax_cgfac.capture.discover import Discovery, Layer
 from optax_cgfac.utils.paths import Path, leaves_by_path, text
 from optax_cgfac.utils.types import Array, PyTree
 
@@ -131,34 +130,6 @@ def make_tags(
         for tag in tags
     )
     return tuple(unique), tuple(uncovered)
-
-
-def calls_of(
-    tag: LayerTag,
-    captured: list[dict[Path, list[Any]]],
-    cotangents: list[dict[Path, list[Array]]],
-) -> list[Captured]:
-    """Returns facts, input and output cotangent of every call of one layer.
-
-    Args:
-      tag: The layer.
-      captured: ``Root.calls`` of every root of a captured run.
-      cotangents: Of the same run's probes, from `probe_calls`.
-    """
-    found = []
-    for site in tag.sources:
-        calls = captured[site.root][site.path]
-        own = [
-            (call, x, y)
-            for (call, (x,)), y in zip(
-                calls, cotangents[site.root][site.path], strict=True
-            )
-            if call.params[:1] == (site.name,)
-        ]
-        found += [
-            Captured(*call, axis) for call, axis in zip(own, site.axes, strict=True)
-        ]
-    return found
 
 
 def _example_axes(layer: Layer, wider: Layer | None) -> list[list[int | None]]:
