@@ -21,7 +21,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from optax_cgfac._spread import assign
+from optax_cgfac.solve.spread import assign
 
 
 @dataclasses.dataclass(frozen=True)

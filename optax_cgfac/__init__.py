@@ -1,12 +1,10 @@
 """K-FAC's natural gradient by conjugate gradients, as an Optax transformation."""
 
 from optax_cgfac._alias import cgfac
-from optax_cgfac._cg import conjugate_gradient
 from optax_cgfac._curvature import Curvature
 from optax_cgfac._diagnostics import diagnostics, scalars, stop_reasons
 from optax_cgfac._estimator import CurvatureEstimator, fisher_estimator
 from optax_cgfac._gradient_check import GradientCheck, check_gradients
-from optax_cgfac._solve_info import CGInfo, StopReason
 from optax_cgfac._step import CGFACState
 from optax_cgfac._train_state import TrainState
 from optax_cgfac._transform import ScaleByCGFACState, scale_by_cgfac, scale_by_kfac
@@ -23,6 +21,8 @@ from optax_cgfac.operators.kronecker import (
     jacobi_preconditioner,
 )
 from optax_cgfac.problem.loss import Loss
+from optax_cgfac.solve.cg import conjugate_gradient
+from optax_cgfac.solve.info import CGInfo, StopReason
 from optax_cgfac.utils.types import LayerRows, LinearOperator
 
 __all__ = [

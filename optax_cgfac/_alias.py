@@ -11,9 +11,7 @@ from optax_cgfac._curvature import Curvature
 from optax_cgfac._fallback import Rest, select
 from optax_cgfac._option_checks import check_step_options
 from optax_cgfac._parameter_checks import check_trained
-from optax_cgfac._plan import SolveConfig, Structure, default_damping_form
 from optax_cgfac._precondition import precondition
-from optax_cgfac._solve_info import init_info
 from optax_cgfac._step import (
     CGFACState,
     Objective,
@@ -41,6 +39,8 @@ from optax_cgfac._update_checks import (
     check_value,
     check_value_fn,
 )
+from optax_cgfac.solve.choose import SolveConfig, Structure, default_damping_form
+from optax_cgfac.solve.info import init_info
 from optax_cgfac.utils.arrays import tree_is_finite
 from optax_cgfac.utils.types import Array, PyTree
 from optax_cgfac.utils.validate import is_number

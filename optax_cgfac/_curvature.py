@@ -9,10 +9,7 @@ from jax.sharding import PartitionSpec
 
 from optax_cgfac._curvature_spec import CurvatureSpec
 from optax_cgfac._fisher_blocks import check_units
-from optax_cgfac._low_rank import LayerSpectra, empty_spectrum, refresh
-from optax_cgfac._plan import DampingForm, SolveConfig, Structure, default_damping_form
 from optax_cgfac._report import format_report
-from optax_cgfac._solve import damped_operator
 from optax_cgfac._window import empty_rows, put_into_slot, without_bad_rows
 from optax_cgfac.layers.layer import LayerTag
 from optax_cgfac.operators.exact_fisher import BlockFisherOperator, FullFisherOperator
@@ -23,6 +20,14 @@ from optax_cgfac.operators.kronecker import (
 )
 from optax_cgfac.operators.rows import as_dtype, num_rows
 from optax_cgfac.problem.batch import num_kept
+from optax_cgfac.solve.choose import (
+    DampingForm,
+    SolveConfig,
+    Structure,
+    default_damping_form,
+)
+from optax_cgfac.solve.low_rank import LayerSpectra, empty_spectrum, refresh
+from optax_cgfac.solve.solver import damped_operator
 from optax_cgfac.utils.paths import text
 from optax_cgfac.utils.types import Array, LayerRows, PyTree
 from optax_cgfac.utils.validate import (

@@ -10,11 +10,6 @@ import jax.numpy as jnp
 
 from optax_cgfac._curvature import Curvature
 from optax_cgfac._fisher_blocks import check_units
-from optax_cgfac._low_rank import LayerSpectra, solve_low_rank, split_dampings
-from optax_cgfac._plan import SolveConfig, make_plan
-from optax_cgfac._solve import checked, damped_operator, relative_residual, solve_layers
-from optax_cgfac._solve_info import CGInfo, SolveInfo, StopReason, direct_info
-from optax_cgfac._spread import spread, spread_size
 from optax_cgfac.layers.layer import (
     LayerTag,
     blocks_from_leaves,
@@ -24,6 +19,16 @@ from optax_cgfac.layers.layer import (
     rows_for_leaves,
 )
 from optax_cgfac.operators.rows import num_rows
+from optax_cgfac.solve.choose import SolveConfig, make_plan
+from optax_cgfac.solve.info import CGInfo, SolveInfo, StopReason, direct_info
+from optax_cgfac.solve.low_rank import LayerSpectra, solve_low_rank, split_dampings
+from optax_cgfac.solve.solver import (
+    checked,
+    damped_operator,
+    relative_residual,
+    solve_layers,
+)
+from optax_cgfac.solve.spread import spread, spread_size
 from optax_cgfac.utils.arrays import narrowed, power_of_two, scaled
 from optax_cgfac.utils.devices import with_auto_axes
 from optax_cgfac.utils.paths import Path, leaves_by_path, map_with_path, text

@@ -3,10 +3,10 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from optax_cgfac._factored import sides_in_row_space
-from optax_cgfac._plan import Plan, SolveConfig, make_plan
 from optax_cgfac.layers.layer import LayerTag
 from optax_cgfac.operators.rows import num_bytes, num_features, num_rows
+from optax_cgfac.solve.choose import Plan, SolveConfig, make_plan
+from optax_cgfac.solve.factored import sides_in_row_space
 from optax_cgfac.utils.paths import Path, text
 from optax_cgfac.utils.types import LayerRows
 

@@ -19,10 +19,10 @@ from optax_cgfac._quadratic_model import (
     within_loss,
     within_promise,
 )
-from optax_cgfac._solve_info import SolveInfo
 from optax_cgfac._transform import ScalarOrSchedule, current
 from optax_cgfac._update_checks import check_moved_value
 from optax_cgfac.capture.nnx.module import MERGE_STATE, explaining_states
+from optax_cgfac.solve.info import SolveInfo
 from optax_cgfac.utils.arrays import narrowed, tree_dot, tree_is_finite
 from optax_cgfac.utils.types import Array, PyTree
 from optax_cgfac.utils.validate import is_number

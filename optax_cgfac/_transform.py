@@ -9,15 +9,15 @@ import optax
 
 from optax_cgfac._curvature import Curvature
 from optax_cgfac._parameter_checks import check_trained
-from optax_cgfac._plan import SolveConfig, Structure
 from optax_cgfac._precondition import precondition
-from optax_cgfac._solve_info import SolveInfo, init_info
 from optax_cgfac._update_checks import (
     Missing,
     check_curvature,
     check_state,
     check_trees,
 )
+from optax_cgfac.solve.choose import SolveConfig, Structure
+from optax_cgfac.solve.info import SolveInfo, init_info
 from optax_cgfac.utils.types import Array, PyTree
 from optax_cgfac.utils.validate import (
     BELOW_ONE,

@@ -27,11 +27,16 @@ from optax_cgfac._drawing import (
     new_axes,
     positions_of,
 )
-from optax_cgfac._plan import DampingForm, SolveConfig, default_damping_form, make_plan
 from optax_cgfac._report import human_bytes
 from optax_cgfac.operators.exact_fisher import BlockFisherOperator
 from optax_cgfac.operators.kronecker import KroneckerOperator
 from optax_cgfac.operators.rows import Rows, num_bytes, num_features, num_rows, to_dense
+from optax_cgfac.solve.choose import (
+    DampingForm,
+    SolveConfig,
+    default_damping_form,
+    make_plan,
+)
 from optax_cgfac.utils.paths import leaves_by_path, text
 from optax_cgfac.utils.types import PyTree
 

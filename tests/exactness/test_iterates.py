@@ -12,7 +12,7 @@ from optax_cgfac import (
     conjugate_gradient,
     jacobi_preconditioner,
 )
-from optax_cgfac._sample_space import conjugate_gradient_on_rows
+from optax_cgfac.solve.sample_space import conjugate_gradient_on_rows
 
 DAMPING = 0.1
 AGREEMENT = {"float64": 1e-10, "float32": 1e-3}

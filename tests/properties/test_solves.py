@@ -13,8 +13,8 @@ from optax_cgfac import (
     KroneckerOperator,
     conjugate_gradient,
 )
-from optax_cgfac._factored import factored_damping, solve_directly
-from optax_cgfac._sample_space import conjugate_gradient_on_rows, solve_on_units
+from optax_cgfac.solve.factored import factored_damping, solve_directly
+from optax_cgfac.solve.sample_space import conjugate_gradient_on_rows, solve_on_units
 from strategies import factors, layers, precision, properties
 
 

@@ -24,11 +24,11 @@ from optax_cgfac import (
     scale_by_kfac,
     stop_reasons,
 )
-from optax_cgfac._cg import certified, cg_loop
-from optax_cgfac._plan import SolveConfig
-from optax_cgfac._sample_space import conjugate_gradient_on_rows
-from optax_cgfac._solve import solve_layers
-from optax_cgfac._solve_info import with_residual
+from optax_cgfac.solve.cg import certified, cg_loop
+from optax_cgfac.solve.choose import SolveConfig
+from optax_cgfac.solve.info import with_residual
+from optax_cgfac.solve.sample_space import conjugate_gradient_on_rows
+from optax_cgfac.solve.solver import solve_layers
 from optax_cgfac.utils.arrays import tree_dot
 from steps import ingredients, make_problem, update
 

@@ -5,7 +5,7 @@ import pytest
 
 import oracles
 from optax_cgfac import CGInfo, DiagonalOperator, StopReason, conjugate_gradient
-from optax_cgfac._cg import cg_loop
+from optax_cgfac.solve.cg import cg_loop
 
 
 @jax.tree_util.register_pytree_node_class

@@ -6,7 +6,7 @@ import pytest
 import oracles
 import problems
 from optax_cgfac import FactoredDampedOperator, KroneckerOperator
-from optax_cgfac._factored import (
+from optax_cgfac.solve.factored import (
     factored_damping,
     solve_by_cg,
     solve_directly,

@@ -5,8 +5,8 @@ import pytest
 import oracles
 import problems
 from optax_cgfac import DampedOperator, KroneckerOperator
-from optax_cgfac._factored import factored_damping
-from optax_cgfac._kfac import solve_by_eigendecomposition
+from optax_cgfac.solve.direct import solve_by_eigendecomposition
+from optax_cgfac.solve.factored import factored_damping
 
 DAMPING = 0.1
 

@@ -8,7 +8,7 @@ import oracles
 import problems
 import steps
 from optax_cgfac import KroneckerOperator, cgfac, fisher_estimator, scale_by_cgfac
-from optax_cgfac._low_rank import (
+from optax_cgfac.solve.low_rank import (
     LayerSpectra,
     _scattered,
     empty_spectrum,

@@ -6,7 +6,7 @@ import pytest
 import oracles
 import problems
 from optax_cgfac import KroneckerOperator, StopReason, _sample_space
-from optax_cgfac._sample_space import conjugate_gradient_on_rows
+from optax_cgfac.solve.sample_space import conjugate_gradient_on_rows
 
 solve = jax.jit(conjugate_gradient_on_rows)
 

@@ -6,8 +6,8 @@ import pytest
 import oracles
 import problems
 from optax_cgfac import DampedOperator, FactoredDampedOperator, KroneckerOperator
-from optax_cgfac._plan import SolveConfig, make_plan
-from optax_cgfac._solve import damped_operator, solve_layers
+from optax_cgfac.solve.choose import SolveConfig, make_plan
+from optax_cgfac.solve.solver import damped_operator, solve_layers
 
 DAMPING = 0.1
 TO_CONVERGENCE = {"max_steps": 300, "rtol": 1e-13}

@@ -14,8 +14,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from optax_cgfac._cg import certified, cg_loop, no_worse_than_zero
-from optax_cgfac._solve_info import CGInfo, StopReason
 from optax_cgfac.operators.kronecker import FactoredDampedOperator, KroneckerOperator
 from optax_cgfac.operators.rows import (
     IndexRows,
@@ -29,6 +27,8 @@ from optax_cgfac.operators.rows import (
     to_dense,
     transpose_times,
 )
+from optax_cgfac.solve.cg import certified, cg_loop, no_worse_than_zero
+from optax_cgfac.solve.info import CGInfo, StopReason
 from optax_cgfac.utils.arrays import power_of_two, safe_divide, scaled
 from optax_cgfac.utils.linalg import matmul, spd_inverses, tiny_shift
 from optax_cgfac.utils.types import Array, LayerRows

@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_cgfac._factored import split_damping
 from optax_cgfac.operators.kronecker import KroneckerOperator
+from optax_cgfac.solve.factored import split_damping
 from optax_cgfac.utils.arrays import safe_divide, scaled
 from optax_cgfac.utils.linalg import matmul, orthonormal, over_batch
 from optax_cgfac.utils.types import Array

@@ -24,11 +24,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._cg import certified, cg_loop
-from optax_cgfac._solve_info import CGInfo, direct_info
 from optax_cgfac.operators.exact_fisher import BlockFisherOperator, FullFisherOperator
 from optax_cgfac.operators.kronecker import KroneckerOperator
 from optax_cgfac.operators.rows import gram, times, transpose_times
+from optax_cgfac.solve.cg import certified, cg_loop
+from optax_cgfac.solve.info import CGInfo, direct_info
 from optax_cgfac.utils.arrays import tree_dot, tree_dtype
 from optax_cgfac.utils.linalg import matmul, spd_inverses, tiny_shift
 from optax_cgfac.utils.types import Array, PyTree

@@ -6,15 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._cg import solve_by_cg_in_parameters
-from optax_cgfac._factored import factored_damping, solve_by_cg, solve_directly
-from optax_cgfac._kfac import solve_by_eigendecomposition
-from optax_cgfac._plan import SolveConfig, make_plan
-from optax_cgfac._sample_space import conjugate_gradient_on_rows, solve_on_units
-from optax_cgfac._solve_info import UNKNOWN, CGInfo, direct_info, with_residual
 from optax_cgfac.operators.exact_fisher import FullFisherOperator
 from optax_cgfac.operators.kronecker import DampedOperator, jacobi_preconditioner
 from optax_cgfac.operators.rows import num_features, num_rows
+from optax_cgfac.solve.cg import solve_by_cg_in_parameters
+from optax_cgfac.solve.choose import SolveConfig, make_plan
+from optax_cgfac.solve.direct import solve_by_eigendecomposition
+from optax_cgfac.solve.factored import factored_damping, solve_by_cg, solve_directly
+from optax_cgfac.solve.info import UNKNOWN, CGInfo, direct_info, with_residual
+from optax_cgfac.solve.sample_space import conjugate_gradient_on_rows, solve_on_units
 from optax_cgfac.utils.arrays import safe_divide, tree_dot, tree_dtype
 from optax_cgfac.utils.types import Array
 
