@@ -1,17 +1,17 @@
 """K-FAC's natural gradient by conjugate gradients, as an Optax transformation."""
 
 from optax_cgfac._alias import cgfac
-from optax_cgfac._curvature import Curvature
 from optax_cgfac._diagnostics import diagnostics, scalars, stop_reasons
-from optax_cgfac._estimator import CurvatureEstimator, fisher_estimator
-from optax_cgfac._gradient_check import GradientCheck, check_gradients
 from optax_cgfac._step import CGFACState
 from optax_cgfac._train_state import TrainState
 from optax_cgfac._transform import ScaleByCGFACState, scale_by_cgfac, scale_by_kfac
-from optax_cgfac._value_and_grad import value_and_grad
 from optax_cgfac.capture.linen.tap import capture_axes
 from optax_cgfac.capture.nnx.layers import CaptureVariable
 from optax_cgfac.capture.tag_layer import tag_layer
+from optax_cgfac.curvature.check_gradients import GradientCheck, check_gradients
+from optax_cgfac.curvature.curvature import Curvature
+from optax_cgfac.curvature.estimator import CurvatureEstimator, fisher_estimator
+from optax_cgfac.curvature.single_pass import value_and_grad
 from optax_cgfac.operators.exact_fisher import BlockFisherOperator, FullFisherOperator
 from optax_cgfac.operators.kronecker import (
     DampedOperator,

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_cgfac._curvature import Curvature
 from optax_cgfac._fallback import Rest, select
 from optax_cgfac._option_checks import check_step_options
 from optax_cgfac._parameter_checks import check_trained
@@ -39,6 +38,7 @@ from optax_cgfac._update_checks import (
     check_value,
     check_value_fn,
 )
+from optax_cgfac.curvature.curvature import Curvature
 from optax_cgfac.solve.choose import SolveConfig, Structure, default_damping_form
 from optax_cgfac.solve.info import init_info
 from optax_cgfac.utils.arrays import tree_is_finite

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_cgfac._curvature import Curvature
+from optax_cgfac.curvature.curvature import Curvature
 from optax_cgfac.layers.layer import LEFT_OUT
 from optax_cgfac.utils.paths import leaves_by_path, map_with_path, text
 from optax_cgfac.utils.types import Array, PyTree

@@ -16,7 +16,7 @@ import math
 
 import jax.numpy as jnp
 
-from optax_cgfac._curvature import Curvature
+from optax_cgfac.curvature.curvature import Curvature
 from optax_cgfac.utils.types import Array
 
 # Of the mean curvature: it gives 0.1 for the autoencoder on CURVES, and a tenth or ten

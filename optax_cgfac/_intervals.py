@@ -2,7 +2,7 @@
 
 import math
 
-from optax_cgfac._curvature import Curvature
+from optax_cgfac.curvature.curvature import Curvature
 from optax_cgfac.problem.batch import num_kept
 from optax_cgfac.utils.devices import axis_size
 

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._curvature import Curvature
-from optax_cgfac._fisher_blocks import check_units
+from optax_cgfac.curvature.curvature import Curvature, check_units
 from optax_cgfac.layers.layer import (
     LayerTag,
     blocks_from_leaves,

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._curvature import Curvature
+from optax_cgfac.curvature.curvature import Curvature
 from optax_cgfac.utils.arrays import power_of_two, safe_divide, tree_dot
 from optax_cgfac.utils.devices import mean_over, with_auto_axes
 from optax_cgfac.utils.types import Array, PyTree, user_inputs

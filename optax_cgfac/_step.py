@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._curvature import Curvature
 from optax_cgfac._damping import kl_clip_scale, levenberg_marquardt, reduction_ratio
 from optax_cgfac._initial_damping import LOWEST_SHARE, first_share, typical_damping
 from optax_cgfac._intervals import FIRST, damping_interval, model_interval
@@ -22,6 +21,7 @@ from optax_cgfac._quadratic_model import (
 from optax_cgfac._transform import ScalarOrSchedule, current
 from optax_cgfac._update_checks import check_moved_value
 from optax_cgfac.capture.nnx.module import MERGE_STATE, explaining_states
+from optax_cgfac.curvature.curvature import Curvature
 from optax_cgfac.solve.info import SolveInfo
 from optax_cgfac.utils.arrays import narrowed, tree_dot, tree_is_finite
 from optax_cgfac.utils.types import Array, PyTree

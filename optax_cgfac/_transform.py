@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_cgfac._curvature import Curvature
 from optax_cgfac._parameter_checks import check_trained
 from optax_cgfac._precondition import precondition
 from optax_cgfac._update_checks import (
@@ -16,6 +15,7 @@ from optax_cgfac._update_checks import (
     check_state,
     check_trees,
 )
+from optax_cgfac.curvature.curvature import Curvature
 from optax_cgfac.solve.choose import SolveConfig, Structure
 from optax_cgfac.solve.info import SolveInfo, init_info
 from optax_cgfac.utils.types import Array, PyTree

@@ -6,9 +6,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._curvature import Curvature
-from optax_cgfac._curvature_checks import check_rows
 from optax_cgfac._parameter_checks import dtype_of
+from optax_cgfac.curvature.curvature import Curvature, check_rows
 from optax_cgfac.utils.paths import leaves_by_path, normalize, text
 from optax_cgfac.utils.types import PyTree
 from optax_cgfac.utils.validate import check_function, describe, is_real_scalar

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from flax import nnx
 
-from optax_cgfac._curvature import Curvature
 from optax_cgfac._drawing import (
     INK,
     PAPER,
@@ -27,7 +26,8 @@ from optax_cgfac._drawing import (
     new_axes,
     positions_of,
 )
-from optax_cgfac._report import human_bytes
+from optax_cgfac.curvature.curvature import Curvature
+from optax_cgfac.curvature.report import human_bytes
 from optax_cgfac.operators.exact_fisher import BlockFisherOperator
 from optax_cgfac.operators.kronecker import KroneckerOperator
 from optax_cgfac.operators.rows import Rows, num_bytes, num_features, num_rows, to_dense

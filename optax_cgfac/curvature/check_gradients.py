@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from optax_cgfac._curvature import Curvature
-from optax_cgfac._value_and_grad import value_and_grad
+from optax_cgfac.curvature.curvature import Curvature
+from optax_cgfac.curvature.single_pass import value_and_grad
 from optax_cgfac.layers.layer import leaves_from_matrix
 from optax_cgfac.operators.rows import transpose_times
 from optax_cgfac.utils.paths import leaves_by_path, text

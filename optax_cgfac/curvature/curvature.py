@@ -1,16 +1,16 @@
 """The curvature: a pytree of tagged layers and a window of their rows."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from optax_cgfac._curvature_spec import CurvatureSpec
-from optax_cgfac._fisher_blocks import check_units
-from optax_cgfac._report import format_report
-from optax_cgfac._window import empty_rows, put_into_slot, without_bad_rows
+from optax_cgfac.curvature.history import empty_rows, put_into_slot, without_bad_rows
+from optax_cgfac.curvature.report import format_report
+from optax_cgfac.curvature.spec import CurvatureSpec
 from optax_cgfac.layers.layer import LayerTag
 from optax_cgfac.operators.exact_fisher import BlockFisherOperator, FullFisherOperator
 from optax_cgfac.operators.kronecker import (
@@ -18,7 +18,10 @@ from optax_cgfac.operators.kronecker import (
     FactoredDampedOperator,
     KroneckerOperator,
 )
-from optax_cgfac.operators.rows import as_dtype, num_rows
+from optax_cgfac.operators.rows import (
+    as_dtype,
+    num_rows,
+)
 from optax_cgfac.problem.batch import num_kept
 from optax_cgfac.solve.choose import (
     DampingForm,
@@ -28,7 +31,7 @@ from optax_cgfac.solve.choose import (
 )
 from optax_cgfac.solve.low_rank import LayerSpectra, empty_spectrum, refresh
 from optax_cgfac.solve.solver import damped_operator
-from optax_cgfac.utils.paths import text
+from optax_cgfac.utils.paths import leaves_by_path, text
 from optax_cgfac.utils.types import Array, LayerRows, PyTree
 from optax_cgfac.utils.validate import (
     NOT_NEGATIVE,
@@ -382,3 +385,51 @@ def empty_curvature(spec: CurvatureSpec, model_inputs: PyTree = None) -> Curvatu
 
 def _describe(curvature: Curvature) -> str:
     return ", ".join(f"{tag.name} ({tag.rows_per_step} rows)" for tag in curvature.tags)
+
+
+def check_rows(curvature: Curvature) -> None:
+    """Checks shapes and dtypes of rows and eigenpairs.
+
+    A curvature that was restored into another one's place, or of which several are
+    stacked, would otherwise fail deep inside a solve, or not at all.
+
+    Args:
+      curvature: The curvature.
+
+    Raises:
+      ValueError: If an array is another than the layers ask for.
+    """
+    like = jax.eval_shape(lambda: empty_curvature(curvature.spec))
+    expected = leaves_by_path({"layers": like.layers, "spectra": like.spectra})
+    got = leaves_by_path({"layers": curvature.layers, "spectra": curvature.spectra})
+    for path in sorted(expected.keys() | got.keys()):
+        texts = [
+            f"{leaves[path].dtype} {leaves[path].shape}" if path in leaves else "none"
+            for leaves in (expected, got)
+        ]
+        if texts[0] != texts[1]:
+            raise ValueError(
+                f"The array {text(path)!r} of the curvature does not fit its layers.\n"
+                f"  expected: {texts[0]}\n  got:      {texts[1]}\n"
+                "It is of another window, number of rows or dtype, or several "
+                "curvatures are stacked. Pass what estimator.init or estimator.update "
+                "returned, restore checkpoints into the former, and use stacked ones "
+                "inside jax.vmap."
+            )
+
+
+def check_units(
+    blocks: Sequence[BlockFisherOperator], tags: Sequence[LayerTag]
+) -> None:
+    """Checks that the layers have gradients of the same examples.
+
+    Raises:
+      ValueError: If one has not.
+    """
+    for tag, block in zip(tags, blocks, strict=True):
+        if tag.sharing > 1 or block.num_units != blocks[0].num_units:
+            raise ValueError(
+                f"Layer {tag.name!r} has one input for all examples, so that no "
+                "example has a gradient of its own in it. Leave it out of the "
+                "structure 'full' by fisher_estimator(..., where=...)."
+            )

@@ -6,11 +6,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._axis import gathered
-from optax_cgfac._curvature import Curvature
 from optax_cgfac.capture.call import probe_calls
 from optax_cgfac.capture.discover import Discovery, discover
 from optax_cgfac.capture.run import run_captured
+from optax_cgfac.curvature.curvature import Curvature
+from optax_cgfac.curvature.history import gathered
 from optax_cgfac.layers.extract import Draw, calls_of, example_rows, merge_columns
 from optax_cgfac.problem.batch import num_kept, strided_examples, strided_indices
 from optax_cgfac.problem.objective import Criterion, Kind, cotangents

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
-from optax_cgfac._curvature import Curvature, empty_curvature
-from optax_cgfac._curvature_spec import CurvatureSpec
-from optax_cgfac._parameter_checks import check_parameters
 from optax_cgfac.capture.call import probe_calls
 from optax_cgfac.capture.discover import Discovery, discover, discover_wider
 from optax_cgfac.capture.nnx.module import bind, explaining_states, update_module
 from optax_cgfac.capture.run import run_captured
+from optax_cgfac.curvature.curvature import Curvature, empty_curvature
+from optax_cgfac.curvature.estimator import check_parameters
+from optax_cgfac.curvature.spec import CurvatureSpec
 from optax_cgfac.layers.build import RowOptions, Where, make_tags
 from optax_cgfac.layers.extract import Draw, calls_of, example_rows
 from optax_cgfac.layers.layer import num_positions
