@@ -1,10 +1,5 @@
 """K-FAC's natural gradient by conjugate gradients, as an Optax transformation."""
 
-from optax_cgfac._alias import cgfac
-from optax_cgfac._diagnostics import diagnostics, scalars, stop_reasons
-from optax_cgfac._step import CGFACState
-from optax_cgfac._train_state import TrainState
-from optax_cgfac._transform import ScaleByCGFACState, scale_by_cgfac, scale_by_kfac
 from optax_cgfac.capture.linen.tap import capture_axes
 from optax_cgfac.capture.nnx.layers import CaptureVariable
 from optax_cgfac.capture.tag_layer import tag_layer
@@ -20,9 +15,18 @@ from optax_cgfac.operators.kronecker import (
     KroneckerOperator,
     jacobi_preconditioner,
 )
+from optax_cgfac.optimize.adaptive import CGFACState
+from optax_cgfac.optimize.cgfac import cgfac
+from optax_cgfac.optimize.diagnostics import diagnostics, scalars, stop_reasons
+from optax_cgfac.optimize.scale_by import (
+    ScaleByCGFACState,
+    scale_by_cgfac,
+    scale_by_kfac,
+)
 from optax_cgfac.problem.loss import Loss
 from optax_cgfac.solve.cg import conjugate_gradient
 from optax_cgfac.solve.info import CGInfo, StopReason
+from optax_cgfac.train_state import TrainState
 from optax_cgfac.utils.types import LayerRows, LinearOperator
 
 __all__ = [

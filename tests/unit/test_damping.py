@@ -2,7 +2,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_cgfac._damping import kl_clip_scale, levenberg_marquardt, reduction_ratio
+from optax_cgfac.optimize.damping import (
+    kl_clip_scale,
+    levenberg_marquardt,
+    reduction_ratio,
+)
 
 BOUNDS = {"decay": 0.5, "minimum": 1e-3, "maximum": 1e3}
 

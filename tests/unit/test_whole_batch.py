@@ -12,7 +12,7 @@ import oracles
 from layer_models import LAYER_CASES
 from models import NUM_EXAMPLES, init, normal
 from optax_cgfac import fisher_estimator
-from optax_cgfac._quadratic_model import gauss_newton_products
+from optax_cgfac.optimize.quadratic_model import gauss_newton_products
 
 X = normal(0, NUM_EXAMPLES, 5)
 ROWS = 3

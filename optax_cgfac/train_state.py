@@ -7,8 +7,8 @@ from typing import Any, Self
 import optax
 from flax.training import train_state
 
-from optax_cgfac._transform import gradient_transformation
 from optax_cgfac.curvature.curvature import Curvature
+from optax_cgfac.optimize.scale_by import gradient_transformation
 from optax_cgfac.utils.types import PyTree
 from optax_cgfac.utils.validate import describe
 

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from optax_cgfac._step import CGFACState
-from optax_cgfac._transform import ScaleByCGFACState
+from optax_cgfac.optimize.adaptive import CGFACState
+from optax_cgfac.optimize.scale_by import ScaleByCGFACState
 from optax_cgfac.solve.info import StopReason
 from optax_cgfac.utils.paths import leaves_by_path, text
 from optax_cgfac.utils.types import Array, PyTree

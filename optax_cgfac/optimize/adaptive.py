@@ -7,10 +7,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac._damping import kl_clip_scale, levenberg_marquardt, reduction_ratio
-from optax_cgfac._initial_damping import LOWEST_SHARE, first_share, typical_damping
-from optax_cgfac._intervals import FIRST, damping_interval, model_interval
-from optax_cgfac._quadratic_model import (
+from optax_cgfac.capture.nnx.module import MERGE_STATE, explaining_states
+from optax_cgfac.curvature.curvature import Curvature
+from optax_cgfac.optimize.damping import (
+    FIRST,
+    LOWEST_SHARE,
+    damping_interval,
+    first_share,
+    kl_clip_scale,
+    levenberg_marquardt,
+    model_interval,
+    reduction_ratio,
+    typical_damping,
+)
+from optax_cgfac.optimize.quadratic_model import (
     QuadraticModel,
     Step,
     minimize_in_box,
@@ -18,10 +28,7 @@ from optax_cgfac._quadratic_model import (
     within_loss,
     within_promise,
 )
-from optax_cgfac._transform import ScalarOrSchedule, current
-from optax_cgfac._update_checks import check_moved_value
-from optax_cgfac.capture.nnx.module import MERGE_STATE, explaining_states
-from optax_cgfac.curvature.curvature import Curvature
+from optax_cgfac.optimize.scale_by import ScalarOrSchedule, check_moved_value, current
 from optax_cgfac.solve.info import SolveInfo
 from optax_cgfac.utils.arrays import narrowed, tree_dot, tree_is_finite
 from optax_cgfac.utils.types import Array, PyTree
