@@ -62,7 +62,9 @@ def coverage(
       >>> from optax_cgfac import plot
       >>> model, x = nn.Sequential([nn.Dense(4), nn.Dense(2)]), jnp.ones((8, 3))
       >>> params = model.init(jax.random.key(0), x)
-      >>> estimator = optax_cgfac.fisher_estimator(model.apply, "squared_error", rows=4)
+      >>> estimator = optax_cgfac.fisher_estimator(
+      ...     model.apply, "squared_error", examples=4
+      ... )
       >>> ax = plot.coverage(estimator.init(params, x), params)
       >>> ax.get_title(loc="left")
       '26 of 26 parameters preconditioned (100 %)'
@@ -123,7 +125,9 @@ def cost(
       >>> from optax_cgfac import plot
       >>> model, x = nn.Sequential([nn.Dense(4), nn.Dense(2)]), jnp.ones((8, 3))
       >>> params = model.init(jax.random.key(0), x)
-      >>> estimator = optax_cgfac.fisher_estimator(model.apply, "squared_error", rows=4)
+      >>> estimator = optax_cgfac.fisher_estimator(
+      ...     model.apply, "squared_error", examples=4
+      ... )
       >>> ax = plot.cost(estimator.init(params, x))
       >>> [label.get_text() for label in ax.get_yticklabels()]
       ['params/layers_0', 'params/layers_1']
@@ -134,8 +138,8 @@ def cost(
     flops, notes = [], []
     for tag in curvature.tags:
         rows = curvature.layers[tag.name]
-        spectra = curvature.spectra.get(tag.name)
-        ranks = None if spectra is None else spectra.ranks
+        eigenpairs = curvature.eigenpairs.get(tag.name)
+        ranks = None if eigenpairs is None else eigenpairs.ranks
         plan = make_plan(config, num_rows(rows.a), tag.n_in, tag.n_out, ranks)
         flops.append(plan.flops * math.prod(tag.stack))
         held = human_bytes(num_bytes(rows.a) + num_bytes(rows.g))
@@ -332,7 +336,7 @@ def _eigenvalues(operator: KroneckerOperator | BlockFisherOperator) -> np.ndarra
     """Returns the eigenvalues that are more than rounding, the largest first."""
     if isinstance(operator, BlockFisherOperator):
         values = np.linalg.eigvalsh(np.asarray(operator.gram(), np.float64))
-        least = operator.num_units * _EPS * values[..., -1:]
+        least = operator.num_samples * _EPS * values[..., -1:]
         values = np.where(values > least, values, 0) * _beside(operator.scale)
     else:
         a = _squared_singular_values(operator.a) * _beside(operator.a_scale)

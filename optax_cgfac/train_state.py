@@ -10,7 +10,7 @@ from flax.training import train_state
 from optax_cgfac.curvature.curvature import Curvature
 from optax_cgfac.optimize.scale_by import gradient_transformation
 from optax_cgfac.utils.types import PyTree
-from optax_cgfac.utils.validate import describe
+from optax_cgfac.utils.validate import summarize
 
 
 class TrainState(train_state.TrainState):
@@ -25,7 +25,9 @@ class TrainState(train_state.TrainState):
       >>> from flax import linen as nn
       >>> model, x = nn.Dense(1), jax.random.normal(jax.random.key(0), (8, 3))
       >>> params = model.init(jax.random.key(1), x)
-      >>> estimator = optax_cgfac.fisher_estimator(model.apply, "squared_error", rows=8)
+      >>> estimator = optax_cgfac.fisher_estimator(
+      ...     model.apply, "squared_error", examples=8
+      ... )
       >>> state = optax_cgfac.TrainState.create(
       ...     apply_fn=model.apply,
       ...     params=params,
@@ -80,7 +82,7 @@ class TrainState(train_state.TrainState):
         if not isinstance(extra_args, Mapping | None):
             raise TypeError(
                 "extra_args must be a dict of keyword arguments of tx.update, got "
-                f"{describe(extra_args)}. Pass extra_args={{'grad': grads}}, say."
+                f"{summarize(extra_args)}. Pass extra_args={{'grad': grads}}, say."
             )
         twice = {"curvature", "value", "value_fn"} & (extra_args or {}).keys()
         if twice:

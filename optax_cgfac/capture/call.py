@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac.capture.conv import Window, output_sizes
+from optax_cgfac.capture.conv import SpatialDim, output_sizes
 from optax_cgfac.utils.paths import Path
 from optax_cgfac.utils.types import Array, PyTree
 
@@ -47,7 +47,7 @@ class LayerCall:
       feature_ndim: How many are output features; of an ``elementwise`` call, the
         trailing axes of its output that have parameters of their own.
       groups: Groups of input and output channels with a matrix each.
-      windows: The spatial dimensions of a convolution.
+      spatial_dims: The spatial dimensions of a convolution.
       output_axes: Transposition of the output into ``(*batch, *positions,
         *features)``; empty if it has that form.
       param_ndim: Rank of the kernel, or of the scale.
@@ -64,7 +64,7 @@ class LayerCall:
     batch_ndim: int = 0
     feature_ndim: int = 1
     groups: int = 1
-    windows: tuple[Window, ...] = ()
+    spatial_dims: tuple[SpatialDim, ...] = ()
     output_axes: tuple[int, ...] = ()
     param_ndim: int = 2
 
@@ -78,20 +78,20 @@ class LayerCall:
     def inner_ndim(self) -> int:
         """Trailing axes of the captured input that are not positions."""
         if self.form == "patches":
-            return len(self.windows) + 1
+            return len(self.spatial_dims) + 1
         return {"index": 0, "elementwise": self.feature_ndim}.get(self.form, 1)
 
     @property
     def output_inner_ndim(self) -> int:
         """Trailing axes of the output that are not positions."""
         if self.form == "patches":
-            return len(self.windows) + 1
+            return len(self.spatial_dims) + 1
         return 1 if self.form == "swapped" else self.feature_ndim
 
     @property
     def positions_inside(self) -> int:
         """Positions that the call itself makes of one input (a convolution's)."""
-        return math.prod(output_sizes(self.windows))
+        return math.prod(output_sizes(self.spatial_dims))
 
 
 # The facts of a call travel in the name of a captured variable: Python side effects
@@ -104,7 +104,7 @@ def encode(call: LayerCall) -> str:
     fields = [getattr(call, field.name) for field in dataclasses.fields(call)]
     plain = [
         tuple(map(tuple, value))
-        if isinstance(value, tuple) and value is call.windows
+        if isinstance(value, tuple) and value is call.spatial_dims
         else value
         for value in fields
     ]
@@ -116,8 +116,8 @@ def decode(name: str) -> LayerCall | None:
     if not name.startswith(_PREFIX):
         return None
     call = LayerCall(*ast.literal_eval(name[len(_PREFIX) :]))
-    windows = tuple(Window(*window) for window in call.windows)
-    return dataclasses.replace(call, windows=windows)
+    spatial_dims = tuple(SpatialDim(*dim) for dim in call.spatial_dims)
+    return dataclasses.replace(call, spatial_dims=spatial_dims)
 
 
 class Root(NamedTuple):

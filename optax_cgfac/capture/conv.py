@@ -19,7 +19,7 @@ import numpy as np
 from optax_cgfac.utils.types import Array
 
 
-class Window(NamedTuple):
+class SpatialDim(NamedTuple):
     """One spatial dimension of a convolution; all static.
 
     Attributes:
@@ -48,7 +48,7 @@ class Window(NamedTuple):
         """Returns input positions by output position and tap, -1 for a zero.
 
         Example:
-          >>> Window(size=3, taps=2, padding=(1, 0)).table().tolist()
+          >>> SpatialDim(size=3, taps=2, padding=(1, 0)).table().tolist()
           [[-1, 0], [0, 1], [1, 2]]
         """
         inputs = np.arange(self.size)
@@ -65,32 +65,32 @@ class Window(NamedTuple):
         return table[:, ::-1] if self.flip else table
 
 
-def output_sizes(windows: Sequence[Window]) -> tuple[int, ...]:
+def output_sizes(spatial_dims: Sequence[SpatialDim]) -> tuple[int, ...]:
     """Returns the spatial shape of a convolution's output."""
-    return tuple(len(window.table()) for window in windows)
+    return tuple(len(dim.table()) for dim in spatial_dims)
 
 
-def patches_at(x: Array, windows: Sequence[Window], positions: Array) -> Array:
+def patches_at(x: Array, spatial_dims: Sequence[SpatialDim], positions: Array) -> Array:
     """Returns the patches at some output positions.
 
     Args:
       x: Inputs, shape ``(N, E, *spatial, channels)``.
-      windows: One per spatial dimension.
+      spatial_dims: One per spatial dimension.
       positions: Shape ``(N, P)``, numbers of output positions, ``E`` slowest and the
         last spatial dimension fastest.
 
     Returns:
       Shape ``(N, P, taps, channels)``, the taps of all dimensions row-major.
     """
-    sizes = (x.shape[1], *output_sizes(windows))
+    sizes = (x.shape[1], *output_sizes(spatial_dims))
     extra, *places = jnp.unravel_index(positions, sizes)
-    num_dims = len(windows)
+    num_dims = len(spatial_dims)
     index: list[Array] = []
     valid = jnp.ones((1,) * (2 + num_dims), bool)
-    for dim, (window, place) in enumerate(zip(windows, places, strict=True)):
-        taps = jnp.asarray(window.table())[place]  # (N, P, taps of this dimension)
+    for axis, (dim, place) in enumerate(zip(spatial_dims, places, strict=True)):
+        taps = jnp.asarray(dim.table())[place]  # (N, P, taps of this dimension)
         shape = [1] * num_dims
-        shape[dim] = window.taps
+        shape[axis] = dim.taps
         taps = taps.reshape(*positions.shape, *shape)
         valid = valid & (taps >= 0)
         index.append(jnp.maximum(taps, 0))
@@ -101,27 +101,27 @@ def patches_at(x: Array, windows: Sequence[Window], positions: Array) -> Array:
     return patches.reshape(*positions.shape, -1, x.shape[-1])
 
 
-def mean_patches(x: Array, windows: Sequence[Window]) -> Array:
+def mean_patches(x: Array, spatial_dims: Sequence[SpatialDim]) -> Array:
     """Returns the mean over all output positions, without forming any patch.
 
     Args:
       x: Inputs, shape ``(N, E, *spatial, channels)``.
-      windows: One per spatial dimension.
+      spatial_dims: One per spatial dimension.
 
     Returns:
       Shape ``(N, taps, channels)``.
     """
     mean = jnp.mean(x, 1)
-    for dim, window in enumerate(windows):
-        table = window.table()
+    for axis, dim in enumerate(spatial_dims):
+        table = dim.table()
         # How often each tap reads each input, over the number of output positions.
-        counts = (table[:, :, None] == np.arange(window.size)).mean(0)
-        mean = jnp.moveaxis(mean, 1 + dim, -1)
+        counts = (table[:, :, None] == np.arange(dim.size)).mean(0)
+        mean = jnp.moveaxis(mean, 1 + axis, -1)
         mean = jnp.einsum(
             "...i,ki->...k",
             mean,
             jnp.asarray(counts, x.dtype),
             precision=jax.lax.Precision.HIGHEST,
         )
-        mean = jnp.moveaxis(mean, -1, 1 + dim)
+        mean = jnp.moveaxis(mean, -1, 1 + axis)
     return mean.reshape(x.shape[0], -1, x.shape[-1])

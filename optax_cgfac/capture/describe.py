@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_cgfac.capture.call import LayerCall
-from optax_cgfac.capture.conv import Window
+from optax_cgfac.capture.conv import SpatialDim
 from optax_cgfac.utils.types import Array
 
 Described = tuple[LayerCall, Array] | str
@@ -122,8 +122,8 @@ def describe_conv(
         pads = jax.lax.padtype_to_pads(sizes, reach, strides, padding)
     else:
         pads = _pairs(padding, num_dims)
-    windows = tuple(
-        Window(
+    spatial_dims = tuple(
+        SpatialDim(
             sizes[i],
             taps[i],
             strides[i],
@@ -135,7 +135,7 @@ def describe_conv(
         )
         for i in range(num_dims)
     )
-    return _conv_call("conv", x, windows, groups=groups, bias=bias), x
+    return _conv_call("conv", x, spatial_dims, groups=groups, bias=bias), x
 
 
 def describe_conv_transpose(
@@ -165,8 +165,8 @@ def describe_conv_transpose(
         ]
     else:
         pads = _pairs(padding, num_dims)
-    windows = tuple(
-        Window(
+    spatial_dims = tuple(
+        SpatialDim(
             sizes[i],
             taps[i],
             1,
@@ -178,7 +178,7 @@ def describe_conv_transpose(
         for i in range(num_dims)
     )
     swap = transpose_kernel
-    return _conv_call("conv_transpose", x, windows, bias=bias, swap=swap), x
+    return _conv_call("conv_transpose", x, spatial_dims, bias=bias, swap=swap), x
 
 
 def describe_embed(x: Array) -> Described:
@@ -222,13 +222,13 @@ def describe_elementwise(
 def _conv_call(
     kind: str,
     x: Array,
-    windows: tuple[Window, ...],
+    spatial_dims: tuple[SpatialDim, ...],
     *,
     groups: int = 1,
     bias: bool,
     swap: bool = False,
 ) -> LayerCall:
-    last = len(windows)
+    last = len(spatial_dims)
     channels = (last + 1, last) if swap else (last, last + 1)
     return LayerCall(
         kind,
@@ -238,7 +238,7 @@ def _conv_call(
         bias=_name(bias),
         kernel_axes=(*range(last), *channels),
         groups=groups,
-        windows=windows,
+        spatial_dims=spatial_dims,
         param_ndim=last + 2,
     )
 

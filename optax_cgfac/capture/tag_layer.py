@@ -12,7 +12,7 @@ from optax_cgfac.capture.describe import describe_dense, describe_elementwise
 from optax_cgfac.capture.linen.tap import tag_linen
 from optax_cgfac.capture.nnx.tap import tag_nnx
 from optax_cgfac.utils.types import Array
-from optax_cgfac.utils.validate import describe
+from optax_cgfac.utils.validate import summarize
 
 
 def tag_layer(
@@ -59,7 +59,7 @@ def tag_layer(
       >>> x = jnp.ones((4, 2))
       >>> params = model.init(jax.random.key(0), x)["params"]
       >>> estimator = optax_cgfac.fisher_estimator(
-      ...     lambda p, x: model.apply({"params": p}, x), "squared_error", rows=4
+      ...     lambda p, x: model.apply({"params": p}, x), "squared_error", examples=4
       ... )
       >>> [tag.kind for tag in estimator.init(params, x).tags]
       ['dense', 'custom']
@@ -74,7 +74,7 @@ def tag_layer(
       ...     def __call__(self, x):
       ...         return optax_cgfac.tag_layer(self, x, x + self.shift, bias="shift")
       >>> estimator = optax_cgfac.fisher_estimator(
-      ...     lambda m, x: m(x), "squared_error", rows=4
+      ...     lambda m, x: m(x), "squared_error", examples=4
       ... )
       >>> [tag.kind for tag in estimator.init(Shift(2), x).tags]
       ['custom']
@@ -84,7 +84,7 @@ def tag_layer(
         if not isinstance(name, str | None):
             raise TypeError(
                 f"tag_layer: {role}= must be the name of a parameter, got "
-                f"{describe(name)}. Pass {role}='{role}', say, and not the parameter."
+                f"{summarize(name)}. Pass {role}='{role}', say, and not the parameter."
             )
     if (kernel is None) == (scale is None) and (kernel is not None or bias is None):
         raise ValueError(
@@ -107,7 +107,7 @@ def tag_layer(
         if not hasattr(array, "shape") or array.shape == ():
             raise TypeError(
                 f"tag_layer: {argument} must be an array of shape (N, ..., features), "
-                f"got {describe(array)}. Pass the layer's input and its output."
+                f"got {summarize(array)}. Pass the layer's input and its output."
             )
     params = _params_of(module)
     shapes = {

@@ -29,7 +29,7 @@ from optax_cgfac.solve.choose import (
     Structure,
     default_damping_form,
 )
-from optax_cgfac.solve.low_rank import LayerSpectra, empty_spectrum, refresh
+from optax_cgfac.solve.eigenpairs import LayerEigenpairs, empty_eigenpairs, refresh
 from optax_cgfac.solve.solver import damped_operator
 from optax_cgfac.utils.paths import leaves_by_path, text
 from optax_cgfac.utils.types import Array, LayerRows, PyTree
@@ -37,7 +37,7 @@ from optax_cgfac.utils.validate import (
     NOT_NEGATIVE,
     check_number,
     check_positive,
-    describe,
+    summarize,
 )
 
 AnyOperator = (
@@ -65,7 +65,7 @@ class Curvature:
       dropped: Rows so far that were not finite and did not enter the window, int32 in
         the order of ``tags``.
       model_inputs: A slice of the last inputs, for Gauss-Newton products.
-      spectra: Leading eigenpairs of the factors, by layer name, where they are kept.
+      eigenpairs: Leading eigenpairs of the factors, by layer name, where they are kept.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax_cgfac
@@ -74,7 +74,7 @@ class Curvature:
       >>> x = jnp.ones((8, 3))
       >>> params = model.init(jax.random.key(0), x)["params"]
       >>> estimator = optax_cgfac.fisher_estimator(
-      ...     lambda p, x: model.apply({"params": p}, x), "squared_error", rows=4
+      ...     lambda p, x: model.apply({"params": p}, x), "squared_error", examples=4
       ... )
       >>> curvature = estimator.init(params, x)
       >>> curvature = estimator.update(curvature, params, x, rng=jax.random.key(1))
@@ -88,7 +88,7 @@ class Curvature:
     num_calls: Array
     dropped: Array
     model_inputs: PyTree = None
-    spectra: dict[str, LayerSpectra] = dataclasses.field(default_factory=dict)
+    eigenpairs: dict[str, LayerEigenpairs] = dataclasses.field(default_factory=dict)
 
     @property
     def tags(self) -> tuple[LayerTag, ...]:
@@ -100,7 +100,7 @@ class Curvature:
         if not isinstance(path, str):
             raise TypeError(
                 "covers() takes a parameter's path as a text, got "
-                f"{describe(path)}. Write curvature.covers('hidden/kernel')."
+                f"{summarize(path)}. Write curvature.covers('hidden/kernel')."
             )
         return path in {text(leaf) for tag in self.tags for leaf in tag.leaves}
 
@@ -145,7 +145,7 @@ class Curvature:
         if path is None:
             blocks = (self.block_operator(t, self.layers[t.name]) for t in self.tags)
             operator = FullFisherOperator(tuple(blocks))
-            check_units(operator.blocks, self.tags)
+            check_samples_match(operator.blocks, self.tags)
         else:
             tag = self._tag(path)
             operator = self.layer_operator(tag, self.layers[tag.name], structure)
@@ -173,10 +173,10 @@ class Curvature:
                 "mean: its exact Fisher block needs all. Pass "
                 "fisher_estimator(..., positions=None, weight_sharing='expand')."
             )
-        per_unit = sum(use.kept for use in tag.uses)
-        units = num_rows(rows.a) // per_unit
+        per_sample = sum(use.kept for use in tag.uses)
+        units = num_rows(rows.a) // per_sample
         rows = LayerRows(as_dtype(rows.a, tag.dtype), rows.g.astype(tag.dtype))
-        seen = jnp.maximum(self.num_rows(tag.name) // (per_unit * tag.columns), 1)
+        seen = jnp.maximum(self.num_rows(tag.name) // (per_sample * tag.columns), 1)
         return BlockFisherOperator(*rows, units, 1 / seen.astype(tag.dtype))
 
     def kronecker_operator(self, tag: LayerTag, rows: LayerRows) -> KroneckerOperator:
@@ -209,7 +209,7 @@ class Curvature:
         """
         if not isinstance(other, Curvature):
             raise TypeError(
-                f"push() takes a Curvature, got {describe(other)}. Pass the third "
+                f"push() takes a Curvature, got {summarize(other)}. Pass the third "
                 "result of value_and_grad(loss_fn)(params, batch)."
             )
         if other.tags != self.tags or other.spec.window != 1:
@@ -236,21 +236,21 @@ class Curvature:
             num_updates=self.num_updates + 1,
             dropped=self.dropped + jnp.array(dropped, self.dropped.dtype),
         )
-        if not self.spectra:
+        if not self.eigenpairs:
             return pushed
         # While the window fills, whenever it holds twice as much as before.
         count = pushed.num_updates
         due = (count & (count - 1) == 0) | (count == self.spec.window)
         due &= count <= self.spec.window
         due |= count % self.spec.refresh_every == 0
-        spectra = jax.lax.cond(due, pushed._new_spectra, lambda: self.spectra)
-        return dataclasses.replace(pushed, spectra=spectra)
+        eigenpairs = jax.lax.cond(due, pushed._new_eigenpairs, lambda: self.eigenpairs)
+        return dataclasses.replace(pushed, eigenpairs=eigenpairs)
 
-    def _new_spectra(self) -> dict[str, LayerSpectra]:
-        tags = [tag for tag in self.tags if tag.name in self.spectra]
+    def _new_eigenpairs(self) -> dict[str, LayerEigenpairs]:
+        tags = [tag for tag in self.tags if tag.name in self.eigenpairs]
         operators = [self.kronecker_operator(t, self.layers[t.name]) for t in tags]
-        spectra = refresh(operators, [self.spectra[tag.name] for tag in tags])
-        return {tag.name: x for tag, x in zip(tags, spectra, strict=True)}
+        eigenpairs = refresh(operators, [self.eigenpairs[tag.name] for tag in tags])
+        return {tag.name: x for tag, x in zip(tags, eigenpairs, strict=True)}
 
     def with_window(self, window: int) -> "Curvature":
         """Returns an empty curvature of the same layers with another window.
@@ -286,16 +286,17 @@ class Curvature:
         if not isinstance(axis_name, str):
             raise TypeError(
                 "partition_specs() takes the name of a mesh axis, got "
-                f"{describe(axis_name)}. Write curvature.partition_specs('batch')."
+                f"{summarize(axis_name)}. Write curvature.partition_specs('batch')."
             )
         devices = jax.sharding.get_abstract_mesh().shape.get(axis_name, 1)
         if any(self.spec.batched):
             kept = num_kept(self.model_inputs, self.spec.batched)
             if kept % devices:
                 raise ValueError(
-                    f"The quadratic model has {kept} examples, which cannot be split "
-                    f"over the {devices} devices of the axis {axis_name!r}: pass "
-                    f"fisher_estimator(..., model_rows=...) a multiple of {devices}."
+                    f"The quadratic model has {kept} examples that cannot be split "
+                    f"over the {devices} devices of the axis {axis_name!r}: "
+                    "pass fisher_estimator(..., model_examples=...) a multiple of "
+                    f"{devices}."
                 )
         specs = jax.tree.map(lambda _: PartitionSpec(), self)
         leaves, structure = jax.tree.flatten(self.model_inputs)
@@ -341,7 +342,7 @@ class Curvature:
             self.layers,
             config,
             sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.model_inputs)),
-            {name: x.ranks for name, x in self.spectra.items()},
+            {name: x.ranks for name, x in self.eigenpairs.items()},
         )
 
     def _tag(self, name: str) -> LayerTag:
@@ -361,15 +362,15 @@ def empty_curvature(spec: CurvatureSpec, model_inputs: PyTree = None) -> Curvatu
         tag.name: empty_rows(tag, spec.window, spec.rows_dtype_of(tag))
         for tag in spec.tags
     }
-    spectra = {}
+    eigenpairs = {}
     for tag in spec.tags:
-        if spec.rank is not None and spec.has_spectra(tag):
+        if spec.rank is not None and spec.keeps_eigenpairs(tag):
             count = spec.window * tag.rows_per_step
             a, g = (
-                empty_spectrum(tag.stack, count, n, spec.rank, tag.dtype)
+                empty_eigenpairs(tag.stack, count, n, spec.rank, tag.dtype)
                 for n in (tag.n_in, tag.n_out)
             )
-            spectra[tag.name] = LayerSpectra(a, g)
+            eigenpairs[tag.name] = LayerEigenpairs(a, g)
     zero = jnp.zeros((), jnp.int32)
     # Two arrays, so that the curvature can be donated.
     return Curvature(
@@ -379,7 +380,7 @@ def empty_curvature(spec: CurvatureSpec, model_inputs: PyTree = None) -> Curvatu
         jnp.zeros_like(zero),
         jnp.zeros(len(spec.tags), jnp.int32),
         model_inputs,
-        spectra,
+        eigenpairs,
     )
 
 
@@ -400,8 +401,10 @@ def check_rows(curvature: Curvature) -> None:
       ValueError: If an array is another than the layers ask for.
     """
     like = jax.eval_shape(lambda: empty_curvature(curvature.spec))
-    expected = leaves_by_path({"layers": like.layers, "spectra": like.spectra})
-    got = leaves_by_path({"layers": curvature.layers, "spectra": curvature.spectra})
+    expected = leaves_by_path({"layers": like.layers, "eigenpairs": like.eigenpairs})
+    got = leaves_by_path(
+        {"layers": curvature.layers, "eigenpairs": curvature.eigenpairs}
+    )
     for path in sorted(expected.keys() | got.keys()):
         texts = [
             f"{leaves[path].dtype} {leaves[path].shape}" if path in leaves else "none"
@@ -418,7 +421,7 @@ def check_rows(curvature: Curvature) -> None:
             )
 
 
-def check_units(
+def check_samples_match(
     blocks: Sequence[BlockFisherOperator], tags: Sequence[LayerTag]
 ) -> None:
     """Checks that the layers have gradients of the same examples.
@@ -427,7 +430,7 @@ def check_units(
       ValueError: If one has not.
     """
     for tag, block in zip(tags, blocks, strict=True):
-        if tag.sharing > 1 or block.num_units != blocks[0].num_units:
+        if tag.sharing > 1 or block.num_samples != blocks[0].num_samples:
             raise ValueError(
                 f"Layer {tag.name!r} has one input for all examples, so that no "
                 "example has a gradient of its own in it. Leave it out of the "

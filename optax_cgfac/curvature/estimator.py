@@ -34,8 +34,8 @@ from optax_cgfac.problem.batch import (
     strided_examples,
 )
 from optax_cgfac.problem.loss import Loss
-from optax_cgfac.problem.objective import Criterion, Kind, Reduction, make_criterion
-from optax_cgfac.utils.devices import share, with_auto_axes, without_shardings
+from optax_cgfac.problem.objective import Kind, Objective, Reduction, make_objective
+from optax_cgfac.utils.devices import per_device, with_auto_axes, without_shardings
 from optax_cgfac.utils.paths import leaves_by_path, text
 from optax_cgfac.utils.types import Array, PyTree
 from optax_cgfac.utils.validate import (
@@ -43,9 +43,9 @@ from optax_cgfac.utils.validate import (
     check_function,
     check_positive,
     check_switch,
-    describe,
     is_number,
     signature_of,
+    summarize,
     takes,
 )
 
@@ -96,8 +96,8 @@ def fisher_estimator(
     *,
     kind: Kind = "mc",
     window: int = 8,
-    rows: int = 32,
-    model_rows: int = 32,
+    examples: int = 32,
+    model_examples: int = 32,
     where: Where | None = None,
     fallback: bool = False,
     input_axes: PyTree = "auto",
@@ -118,7 +118,7 @@ def fisher_estimator(
     For the loss :math:`\frac1N\sum_n L(f(θ, x_n), y_n)` the Fisher (or generalised
     Gauss-Newton) matrix is :math:`F = \frac1N\sum_n J_nᵀ H_n J_n`, with ``J_n`` the
     Jacobian of the model's outputs for one example and ``H_n`` the loss Hessian.
-    Every update runs the model forward and backward on ``rows`` examples of the
+    Every update runs the model forward and backward on ``examples`` of the
     batch and keeps the input ``a`` and the output cotangent ``g`` of every layer;
     the last ``window`` updates count.
 
@@ -138,8 +138,8 @@ def fisher_estimator(
         is another matrix); ``"exact"`` uses all columns of a square root of the
         loss Hessian and costs a backward pass for each output number.
       window: Number of updates whose rows are kept.
-      rows: Examples captured per update.
-      model_rows: Examples kept for the Gauss-Newton products of `cgfac`; fewer if
+      examples: Examples captured per update.
+      model_examples: Examples kept for the Gauss-Newton products of `cgfac`; fewer if
         ``init`` is given fewer, so give it a whole batch.
       where: ``where("encoder/Dense_0/kernel") -> bool``, true for the parameters
         to precondition; None for all.
@@ -152,7 +152,7 @@ def fisher_estimator(
         a BatchNorm, may have that length by chance.
       whole_batch: Whether the model runs on all of ``inputs`` instead of on a slice
         of them, for models that compare the examples of a batch with each other. The
-        rows are those of ``rows`` examples still, and the Gauss-Newton products of
+        rows are those of ``examples`` still, and the Gauss-Newton products of
         `cgfac` are of all; an update then costs a forward and backward pass of the
         batch, and the curvature holds a copy of it.
       samples: How often ``"mc"`` draws targets for an example.
@@ -188,8 +188,8 @@ def fisher_estimator(
         of outputs.
       axis_name: Inside `jax.shard_map`, the axis of devices over which the batch is
         split. ``update`` gets a device's own examples and gathers the new rows;
-        ``rows`` and ``model_rows`` count those of all devices. ``init`` runs outside,
-        on a whole batch, and `Curvature.partition_specs` are its specs. Under
+        ``examples`` and ``model_examples`` count those of all devices. ``init`` runs
+        outside, on a whole batch, and `Curvature.partition_specs` are its specs. Under
         `jax.jit` alone, whose arrays are those of all devices, leave it out.
 
     Returns:
@@ -207,7 +207,7 @@ def fisher_estimator(
       >>> x = jnp.ones((8, 3))
       >>> params = model.init(jax.random.key(0), x)["params"]
       >>> estimator = fisher_estimator(
-      ...     lambda p, x: model.apply({"params": p}, x), "squared_error", rows=4
+      ...     lambda p, x: model.apply({"params": p}, x), "squared_error", examples=4
       ... )
       >>> curvature = estimator.init(params, x)
       >>> curvature = estimator.update(curvature, params, x, rng=jax.random.key(1))
@@ -220,7 +220,7 @@ def fisher_estimator(
       >>> from flax import nnx
       >>> from optax_cgfac import cgfac
       >>> module = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
-      >>> estimator = fisher_estimator(lambda m, x: m(x), "squared_error", rows=4)
+      >>> estimator = fisher_estimator(lambda m, x: m(x), "squared_error", examples=4)
       >>> curvature = estimator.init(module, x)
       >>> optimizer = nnx.Optimizer(module, cgfac(), wrt=nnx.Param)
       >>> @nnx.jit
@@ -252,9 +252,9 @@ def fisher_estimator(
     References:
       Martens & Grosse (2015), sections 2 and 5; Chen (2021).
     """
-    criterion = make_criterion(loss, reduction, weights, axis_name)
-    check_options(model_fn, criterion, kind, samples, weight_sharing, where)
-    counts = {"window": window, "rows": rows, "model_rows": model_rows}
+    objective = make_objective(loss, reduction, weights, axis_name)
+    check_options(model_fn, objective, kind, samples, weight_sharing, where)
+    counts = {"window": window, "examples": examples, "model_examples": model_examples}
     counts |= {"samples": samples, "refresh_every": refresh_every}
     counts |= {"capture_every": capture_every, "positions": positions}
     switches = {"fallback": fallback, "whole_batch": whole_batch}
@@ -264,8 +264,8 @@ def fisher_estimator(
     options = (
         kind,
         window,
-        rows,
-        model_rows,
+        examples,
+        model_examples,
         samples,
         weight_sharing,
         positions,
@@ -275,15 +275,15 @@ def fisher_estimator(
         capture_every,
     )
 
-    capture_options = CaptureOptions(criterion, kind, rows, samples, whole_batch)
+    capture_options = CaptureOptions(objective, kind, examples, samples, whole_batch)
 
     def init(params: PyTree, inputs: PyTree) -> Curvature:
         check_inputs(inputs)
         function, params, (inputs,) = bind(model_fn, params, inputs)
         check_parameters(params)
-        heads = criterion.heads(outputs_like(function, params, inputs))
+        heads = objective.heads(outputs_like(function, params, inputs))
         num_examples = heads[0].shape[0]
-        check_enough(num_examples, rows)
+        check_enough(num_examples, examples)
         batched = batched_leaves(inputs, num_examples, input_axes)
 
         def shapes(count: int) -> PyTree:
@@ -293,13 +293,13 @@ def fisher_estimator(
             )
 
         num_outputs = sum(head.shape[-1] for head in heads)
-        captured = num_examples if whole_batch else rows
+        captured = num_examples if whole_batch else examples
         discovery = discover_few(function, params, shapes(captured), captured)
         wider = discover_wider(function, params, shapes(2 * captured), found=discovery)
         row_options = RowOptions(
             captured,
-            rows,
-            criterion.num_columns(heads, kind, samples),
+            examples,
+            objective.num_columns(heads, kind, samples),
             positions,
             weight_sharing == "reduce",
             shares=True,
@@ -314,11 +314,11 @@ def fisher_estimator(
             uncovered,
             window,
             function,
-            criterion,
+            objective,
             options,
             batched,
-            criterion.factor(num_examples),
-            rows,
+            objective.factor(num_examples),
+            examples,
             pairs,
             refresh_every,
             num_examples,
@@ -327,7 +327,7 @@ def fisher_estimator(
             dtype,
             positions == 1,
         )
-        kept = num_examples if whole_batch else min(model_rows, num_examples)
+        kept = num_examples if whole_batch else min(model_examples, num_examples)
         warn_of_hanging_lapack()
         warn_of_mixing(discovery.mixing, (captured, kept), num_examples)
         few = with_auto_axes(
@@ -346,13 +346,13 @@ def fisher_estimator(
         check_inputs(inputs)
         rng = checked_key(rng, kind, inputs)
         function, params, (inputs,) = bind(model_fn, params, inputs)
-        source = (function, criterion, options)
+        source = (function, objective, options)
         check_update(curvature, source, params, kind, targets)
-        own_rows = share("rows", rows, axis_name)
+        captured = per_device("examples", examples, axis_name)
         kept_inputs = curvature.model_inputs
         batched = curvature.spec.batched
-        num_examples = check_examples(inputs, batched, kept_inputs, own_rows)
-        check_targets(targets, num_examples, criterion.num_targets)
+        num_examples = check_examples(inputs, batched, kept_inputs, captured)
+        check_targets(targets, num_examples, objective.num_targets)
 
         def run(*given: Any) -> Curvature:
             return _updated(capture_options, function, *given)
@@ -409,7 +409,7 @@ def rows_dtype_name(dtype: Any) -> str:
         found = jnp.dtype(dtype)
     except TypeError:
         raise TypeError(
-            f"rows_dtype must be a floating-point dtype, got {describe(dtype)}. Pass "
+            f"rows_dtype must be a floating-point dtype, got {summarize(dtype)}. Pass "
             "rows_dtype='float32' or rows_dtype=jnp.bfloat16."
         ) from None
     if not jnp.issubdtype(found, jnp.floating):
@@ -422,7 +422,7 @@ def rows_dtype_name(dtype: Any) -> str:
 
 def check_options(
     model_fn: Any,
-    criterion: Criterion,
+    objective: Objective,
     kind: Any,
     samples: Any,
     weight_sharing: Any,
@@ -435,7 +435,7 @@ def check_options(
       TypeError: If ``model_fn`` or ``where`` is no function of its arguments.
     """
     check_choice("kind", kind, ("mc", "empirical", "exact"))
-    for loss in criterion.losses:
+    for loss in objective.losses:
         if kind == "exact" and loss.hessian_columns is None:
             raise ValueError(
                 f"kind='exact' needs Loss.hessian_columns, which {loss.name!r} lacks. "
@@ -445,7 +445,7 @@ def check_options(
         check_function("where", where, ["path"], "lambda path: 'Dense' in path")
     if kind != "mc" and not (is_number(samples) and samples == 1):
         raise ValueError(
-            f"samples={describe(samples)} needs kind='mc', got kind={kind!r}. Drop "
+            f"samples={summarize(samples)} needs kind='mc', got kind={kind!r}. Drop "
             "samples=, or draw targets by kind='mc'."
         )
     check_choice("weight_sharing", weight_sharing, ("expand", "reduce"))
@@ -461,7 +461,7 @@ def _check_model_fn(model_fn: Any) -> None:
     if is_module or not callable(model_fn):
         raise TypeError(
             "model_fn must be a function (params, inputs) -> outputs, got "
-            f"{describe(model_fn)}. {how}"
+            f"{summarize(model_fn)}. {how}"
         )
     signature = signature_of(model_fn)
     if signature is not None and not takes(signature, 2):
@@ -514,11 +514,11 @@ def check_update(
     if not isinstance(curvature, Curvature):
         raise TypeError(
             "estimator.update takes the Curvature that estimator.init returned, got "
-            f"{describe(curvature)}. Call estimator.update(curvature, params, inputs, "
+            f"{summarize(curvature)}. Call estimator.update(curvature, params, inputs, "
             "...) with curvature = estimator.init(params, inputs)."
         )
     spec = curvature.spec
-    if (spec.model_fn, spec.criterion, spec.options) != source:
+    if (spec.model_fn, spec.objective, spec.options) != source:
         check_same_module(spec.model_fn, source[0])
         raise ValueError(
             "estimator.update needs a curvature of its own estimator, got one that "
@@ -535,7 +535,7 @@ def check_update(
         )
     if kind != "empirical" and targets is not None:
         raise ValueError(
-            f"kind={kind!r} takes no targets, got {describe(targets)}: they come from "
+            f"kind={kind!r} takes no targets, got {summarize(targets)}: they come from "
             "the model's own distribution. Drop targets= or use kind='empirical'."
         )
 
@@ -575,15 +575,17 @@ def checked_key(rng: Any, kind: Kind, inputs: PyTree) -> Array | None:
         )
     dtype, shape = getattr(rng, "dtype", None), getattr(rng, "shape", None)
     if dtype is None or shape is None or isinstance(rng, nnx.Rngs | nnx.RngStream):
-        own = " or rng=rngs() of nnx.Rngs" if "Rng" in describe(rng) else ""
-        raise TypeError(f"rng must be a key, got {describe(rng)}: {way_out[:-1]}{own}.")
+        own = " or rng=rngs() of nnx.Rngs" if "Rng" in summarize(rng) else ""
+        raise TypeError(
+            f"rng must be a key, got {summarize(rng)}: {way_out[:-1]}{own}."
+        )
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
         key, count = rng, shape
     else:
         data = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
         if dtype != data.dtype or shape[-1:] != data.shape:
             raise TypeError(
-                f"rng must be a key, got {describe(rng)}: {way_out} Keys of the old "
+                f"rng must be a key, got {summarize(rng)}: {way_out} Keys of the old "
                 f"kind are {data.dtype} arrays of shape {data.shape}."
             )
         key, count = jax.random.wrap_key_data(jnp.asarray(rng)), shape[:-1]
@@ -650,19 +652,19 @@ def check_parameters(params: PyTree) -> None:
     leaves = leaves_by_path(params)
     if not leaves:
         raise ValueError(
-            f"params has no leaves (got {describe(params)}): there is nothing to "
+            f"params has no leaves (got {summarize(params)}): there is nothing to "
             "precondition. Pass the tree of parameters, such as "
             "model.init(key, x)['params'], or an nnx.Module that has some."
         )
     if () in leaves:
         raise TypeError(
             "params must be a tree of named parameters, got "
-            f"{describe(params)}. Pass the parameters first and the inputs second."
+            f"{summarize(params)}. Pass the parameters first and the inputs second."
         )
     for path, leaf in leaves.items():
         if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
             raise TypeError(
-                f"Parameter {text(path)!r} is {describe(leaf)}; expected an array. "
+                f"Parameter {text(path)!r} is {summarize(leaf)}; expected an array. "
                 "Convert numbers by jax.tree.map(jnp.asarray, params), and leave "
                 "anything else to model_fn."
             )

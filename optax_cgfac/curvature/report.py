@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from optax_cgfac.layers.layer import LayerTag
 from optax_cgfac.operators.rows import num_bytes, num_features, num_rows
 from optax_cgfac.solve.choose import Plan, SolveConfig, make_plan
-from optax_cgfac.solve.factored import sides_in_row_space
+from optax_cgfac.solve.factored import sides_in_sample_space
 from optax_cgfac.utils.paths import Path, text
 from optax_cgfac.utils.types import LayerRows
 
@@ -96,8 +96,10 @@ def _space(
     sizes = num_features(rows.a), num_features(rows.g)
     count = num_rows(rows.a)
     return " | ".join(
-        f"sample {count}" if in_row_space else f"factor {size}"
-        for in_row_space, size in zip(sides_in_row_space(rows), sizes, strict=True)
+        f"sample {count}" if in_sample_space else f"factor {size}"
+        for in_sample_space, size in zip(
+            sides_in_sample_space(rows), sizes, strict=True
+        )
     )
 
 

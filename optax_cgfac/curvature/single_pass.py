@@ -26,9 +26,9 @@ from optax_cgfac.utils.validate import (
     check_function,
     check_positive,
     check_switch,
-    describe,
     is_real_scalar,
     signature_of,
+    summarize,
     takes,
 )
 
@@ -97,7 +97,7 @@ def value_and_grad(
     if not callable(loss_fn) or isinstance(loss_fn, (nn.Module, nnx.Module, type)):
         raise TypeError(
             "loss_fn must be a function (params, *args) -> loss, got "
-            f"{describe(loss_fn)}. Write lambda params, x, y: "
+            f"{summarize(loss_fn)}. Write lambda params, x, y: "
             "jnp.mean((model.apply({'params': params}, x) - y) ** 2), say."
         )
 
@@ -171,8 +171,8 @@ def _check_scalar(outputs: Any, has_aux: bool) -> None:
         expected = "a pair (scalar, aux)" if has_aux else "a scalar"
         raise ValueError(
             f"loss_fn must return {expected}, the loss a real number; got "
-            f"{jax.tree.map(describe, outputs)}. Set has_aux=True if it returns (loss, "
-            "aux), and take the mean of losses by example."
+            f"{jax.tree.map(summarize, outputs)}. Set has_aux=True if it returns "
+            "(loss, aux), and take the mean of losses by example."
         )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from optax_cgfac.layers.layer import LayerTag
-from optax_cgfac.problem.objective import Criterion
+from optax_cgfac.problem.objective import Objective
 from optax_cgfac.utils.paths import Path
 
 
@@ -19,7 +19,7 @@ class CurvatureSpec:
       window: Number of updates whose rows are kept.
       model_fn: The user's model, for Gauss-Newton products; None for a curvature
         of `value_and_grad`.
-      criterion: The losses, for their Hessians; None likewise.
+      objective: The losses, for their Hessians; None likewise.
       options: The options of the estimator that fills the window.
       batched: For every leaf of the inputs, whether it has an axis of examples.
       factor: Of the Fisher beside a mean over examples: their number for a sum.
@@ -38,7 +38,7 @@ class CurvatureSpec:
     uncovered: tuple[tuple[Path, str], ...]
     window: int
     model_fn: Callable[..., Any] | None = None
-    criterion: Criterion | None = None
+    objective: Objective | None = None
     options: tuple[Any, ...] = ()
     batched: tuple[bool, ...] = ()
     factor: int = 1
@@ -57,10 +57,12 @@ class CurvatureSpec:
             return self.rows_dtype
         # The leading eigenpairs of a few sampled rows are far more uncertain than an
         # eighth binary digit (benchmarks/LOG.md, 16).
-        halves = self.halves_rows and tag.dtype == "float32" and self.has_spectra(tag)
+        halves = (
+            self.halves_rows and tag.dtype == "float32" and self.keeps_eigenpairs(tag)
+        )
         return "bfloat16" if halves else tag.dtype
 
-    def has_spectra(self, tag: LayerTag) -> bool:
+    def keeps_eigenpairs(self, tag: LayerTag) -> bool:
         """Whether fewer eigenpairs are kept than a layer's factors have."""
         if self.rank is None:
             return False

@@ -13,8 +13,8 @@ from optax_cgfac.curvature.curvature import Curvature
 from optax_cgfac.curvature.history import gathered
 from optax_cgfac.layers.extract import Draw, calls_of, example_rows, merge_columns
 from optax_cgfac.problem.batch import num_kept, strided_examples, strided_indices
-from optax_cgfac.problem.objective import Criterion, Kind, cotangents
-from optax_cgfac.utils.devices import axis_size, own_key, share
+from optax_cgfac.problem.objective import Kind, Objective, cotangents
+from optax_cgfac.utils.devices import axis_size, own_key, per_device
 from optax_cgfac.utils.types import Array, LayerRows, PyTree, user_inputs
 
 # Of the draws that are made without a user's key: one that no user has by chance.
@@ -24,9 +24,9 @@ _SEED = 0xCFAC
 class CaptureOptions(NamedTuple):
     """What `fisher_estimator` was told about captures; see there."""
 
-    criterion: Criterion
+    objective: Objective
     kind: Kind
-    rows: int
+    examples: int
     samples: int
     whole_batch: bool
 
@@ -54,9 +54,9 @@ def captured_rows(
     Returns:
       The curvature with one update more.
     """
-    criterion = options.criterion
-    axis_name = criterion.axis_name
-    rows = share("rows", options.rows, axis_name)
+    objective = options.objective
+    axis_name = objective.axis_name
+    count = per_device("examples", options.examples, axis_name)
     batched = curvature.spec.batched
     num_examples = num_kept(inputs, batched)
     if rng is None:
@@ -70,15 +70,15 @@ def captured_rows(
         start_rng, sample_rng, position_rng, sign_rng, entry_rng = keys
         # One draw where `randint` takes three, and as good as uniform.
         start = (jax.random.bits(start_rng) % num_examples).astype(jnp.int32)
-    indices = strided_indices(start, rows, num_examples)
+    indices = strided_indices(start, count, num_examples)
     is_target = [True] * len(jax.tree.leaves(targets))
-    few_targets = strided_examples(targets, is_target, start, rows)
+    few_targets = strided_examples(targets, is_target, start, count)
     seen, captured, examples = inputs, num_examples, indices
     if not options.whole_batch:
-        seen, captured = strided_examples(inputs, batched, start, rows), rows
+        seen, captured = strided_examples(inputs, batched, start, count), count
         examples = None
 
-    cycle = curvature.num_updates // (num_examples // rows)
+    cycle = curvature.num_updates // (num_examples // count)
     discovery = discover_few(function, params, seen, captured)
 
     def forward(probes):
@@ -88,7 +88,7 @@ def captured_rows(
         return capture.outputs, [root.calls for root in capture.roots]
 
     outputs, backward, calls = jax.vjp(forward, discovery.probes, has_aux=True)
-    all_heads = criterion.heads(outputs)
+    all_heads = objective.heads(outputs)
     draw = Draw(position_rng, indices + cycle, examples, entry_rng)
     heads = [draw.pick(head, 0) for head in all_heads]
     precise = [head.astype(_at_least_float32(head)) for head in heads]
@@ -110,11 +110,11 @@ def captured_rows(
         }
 
     columns = cotangents(
-        criterion,
+        objective,
         options.kind,
         precise,
-        criterion.scales(user_inputs(inputs), heads, indices, num_examples),
-        factor=criterion.factor(num_examples * axis_size(axis_name)),
+        objective.scales(user_inputs(inputs), heads, indices, num_examples),
+        factor=objective.factor(num_examples * axis_size(axis_name)),
         samples=options.samples,
         rng=sample_rng,
         targets=few_targets,

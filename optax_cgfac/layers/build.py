@@ -29,7 +29,7 @@ class RowOptions(NamedTuple):
 
     Attributes:
       num_examples: Examples ``N`` of a captured batch.
-      rows: How many of them become rows; None for all.
+      examples: How many of them become rows; None for all.
       columns: Cotangents per example.
       positions: Positions of each example that become rows; None for all.
       reduce: Whether all positions of an example go into one row.
@@ -39,7 +39,7 @@ class RowOptions(NamedTuple):
     """
 
     num_examples: int
-    rows: int | None = None
+    examples: int | None = None
     columns: int = 1
     positions: int | None = 1
     reduce: bool = False
@@ -49,7 +49,7 @@ class RowOptions(NamedTuple):
     @property
     def num_rows(self) -> int:
         """Examples that become rows."""
-        return self.num_examples if self.rows is None else self.rows
+        return self.num_examples if self.examples is None else self.examples
 
 
 def make_tags(
@@ -98,7 +98,7 @@ def make_tags(
         axes = _example_axes(layer, wider and wider.layers.get(anchor))
         depends = [axis != -1 for own_axes in axes for axis in own_axes]
         if not any(depends):
-            own = options._replace(num_examples=1, rows=1, sharing=options.num_rows)
+            own = options._replace(num_examples=1, examples=1, sharing=options.num_rows)
         problem = _problem(layer, leaves[anchor], own)
         if any(depends) and not all(depends):
             problem = "some of its calls depend on the batch and some do not"

@@ -1,4 +1,4 @@
-"""Captured calls of a layer become rows, one form of call at a time.
+"""Call calls of a layer become rows, one form of call at a time.
 
 Positions (of a sequence, of an image) that share weights become rows of their own, all
 of them or a few of each example ("expand"), or are averaged and summed into one row
@@ -24,7 +24,7 @@ from optax_cgfac.utils.paths import Path
 from optax_cgfac.utils.types import Array, LayerRows
 
 
-class Captured(NamedTuple):
+class Call(NamedTuple):
     """One call.
 
     Attributes:
@@ -84,7 +84,7 @@ class Draw(NamedTuple):
 
 
 def example_rows(
-    tag: LayerTag, calls: Sequence[Captured], num_examples: int, draw: Draw
+    tag: LayerTag, calls: Sequence[Call], num_examples: int, draw: Draw
 ) -> LayerRows:
     """Brings the calls of one layer to rows.
 
@@ -140,7 +140,7 @@ def _weigh(rows: LayerRows, weight: float) -> LayerRows:
 
 
 def _dense(
-    tag: LayerTag, use: Use, calls: Sequence[Captured], num_examples: int, draw: Draw
+    tag: LayerTag, use: Use, calls: Sequence[Call], num_examples: int, draw: Draw
 ) -> LayerRows:
     inputs = jnp.concatenate([_inputs(tag, c, num_examples, draw) for c in calls], -2)
     cotangents = jnp.concatenate(
@@ -155,7 +155,7 @@ def _dense(
 
 
 def _swapped(
-    tag: LayerTag, use: Use, calls: Sequence[Captured], num_examples: int, draw: Draw
+    tag: LayerTag, use: Use, calls: Sequence[Call], num_examples: int, draw: Draw
 ) -> LayerRows:
     rows = _dense(tag, use, calls, num_examples, draw)
     if not use.sampled:
@@ -168,7 +168,7 @@ def _swapped(
 
 
 def _index(
-    tag: LayerTag, use: Use, calls: Sequence[Captured], num_examples: int, draw: Draw
+    tag: LayerTag, use: Use, calls: Sequence[Call], num_examples: int, draw: Draw
 ) -> LayerRows:
     indices = jnp.concatenate(
         [_inputs(tag, c, num_examples, draw)[..., None] for c in calls], -2
@@ -184,7 +184,7 @@ def _index(
 
 
 def _patches(
-    tag: LayerTag, use: Use, calls: Sequence[Captured], num_examples: int, draw: Draw
+    tag: LayerTag, use: Use, calls: Sequence[Call], num_examples: int, draw: Draw
 ) -> LayerRows:
     lifted = len(tag.stack) - tag.batch_ndim
     count = draw.count(num_examples)
@@ -193,7 +193,7 @@ def _patches(
         g = jnp.concatenate([x.reshape(count, -1, x.shape[-1]) for x in cotangents], 1)
         if use.reduce:
             means = [
-                mean_patches(x, c.call.windows)
+                mean_patches(x, c.call.spatial_dims)
                 for x, c in zip(inputs, calls, strict=True)
             ]
             weights = [x.size / g.size for x in cotangents]
@@ -217,14 +217,14 @@ def _patches(
 
 
 def _patches_of_calls(
-    inputs: Sequence[Array], calls: Sequence[Captured], chosen: Array
+    inputs: Sequence[Array], calls: Sequence[Call], chosen: Array
 ) -> Array:
     """Patches ``(N, P, taps, channels)`` at positions counted over all calls."""
     start, patches = 0, jnp.zeros(())
     for x, captured in zip(inputs, calls, strict=True):
         size = x.shape[1] * captured.call.positions_inside
         local = jnp.clip(chosen - start, 0, size - 1)
-        found = patches_at(x, captured.call.windows, local)
+        found = patches_at(x, captured.call.spatial_dims, local)
         patches = jnp.where((chosen >= start)[..., None, None], found, patches)
         start += size
     return patches
@@ -242,7 +242,7 @@ def _split_groups(a: Array, g: Array, groups: int) -> LayerRows:
 
 
 def _elementwise(
-    tag: LayerTag, use: Use, calls: Sequence[Captured], num_examples: int, draw: Draw
+    tag: LayerTag, use: Use, calls: Sequence[Call], num_examples: int, draw: Draw
 ) -> LayerRows:
     """The gradient of every example, exact whatever the number of positions."""
     del use
@@ -272,7 +272,7 @@ _EXTRACT = {
 }
 
 
-def _inputs(tag: LayerTag, captured: Captured, num_examples: int, draw: Draw) -> Array:
+def _inputs(tag: LayerTag, captured: Call, num_examples: int, draw: Draw) -> Array:
     """The captured input as ``(*stack, N, T, *inner)``, features flat."""
     call, x = captured.call, captured.x
     if call.form != "index":
@@ -290,7 +290,7 @@ def _inputs(tag: LayerTag, captured: Captured, num_examples: int, draw: Draw) ->
 
 def _outputs(
     tag: LayerTag,
-    captured: Captured,
+    captured: Call,
     num_examples: int,
     draw: Draw,
     *,
@@ -315,7 +315,7 @@ def _outputs(
 
 def _examples_first(
     tag: LayerTag,
-    captured: Captured,
+    captured: Call,
     x: Array,
     inside_ndim: int,
     inner_ndim: int,
@@ -397,7 +397,7 @@ def calls_of(
     tag: LayerTag,
     captured: list[dict[Path, list[Any]]],
     cotangents: list[dict[Path, list[Array]]],
-) -> list[Captured]:
+) -> list[Call]:
     """Returns facts, input and output cotangent of every call of one layer.
 
     Args:
@@ -415,7 +415,5 @@ def calls_of(
             )
             if call.params[:1] == (site.name,)
         ]
-        found += [
-            Captured(*call, axis) for call, axis in zip(own, site.axes, strict=True)
-        ]
+        found += [Call(*call, axis) for call, axis in zip(own, site.axes, strict=True)]
     return found

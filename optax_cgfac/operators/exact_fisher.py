@@ -41,21 +41,21 @@ class BlockFisherOperator:
     Attributes:
       a: Input activations, shape ``(*stack, R, n_in)``, rows of an example adjacent.
       g: Output cotangents, shape ``(*stack, R, n_out)``.
-      num_units: ``M``, the number of gradients that the rows add up to; ``R`` if
+      num_samples: ``M``, the number of gradients that the rows add up to; ``R`` if
         every row is one.
       scale: ``s``; ``1/M`` for a mean.
 
     Example:
       >>> import jax.numpy as jnp
       >>> a, g = jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([[1.0], [2.0]])
-      >>> print(BlockFisherOperator(a, g, num_units=1).to_dense())
+      >>> print(BlockFisherOperator(a, g, num_samples=1).to_dense())
       [[1. 2.]
        [2. 4.]]
     """
 
     a: Rows
     g: Array
-    num_units: int = dataclasses.field(metadata={"static": True})
+    num_samples: int = dataclasses.field(metadata={"static": True})
     scale: Array | float = 1.0
 
     @property
@@ -69,7 +69,7 @@ class BlockFisherOperator:
 
     def diagonal(self) -> Array:
         """Returns the diagonal as a matrix of shape ``(*stack, n_in, n_out)``."""
-        gradients = self.unit_gradients()
+        gradients = self.sample_gradients()
         return self._scaled(jnp.sum(gradients**2, -3))
 
     def trace(self) -> Array:
@@ -78,7 +78,7 @@ class BlockFisherOperator:
 
     def to_dense(self) -> Array:
         """Returns the matrix acting on row-major ``V``; for small layers only."""
-        gradients = self.unit_gradients()
+        gradients = self.sample_gradients()
         flat = gradients.reshape(*gradients.shape[:-2], -1)
         return self._scaled(matmul(flat.mT, flat))
 
@@ -87,7 +87,9 @@ class BlockFisherOperator:
         values = jnp.linalg.eigvalsh(self._scaled(self.gram()))
         n = self.shape[0] * self.shape[1]
         # K has the eigenvalues of F, and zeros where it is larger.
-        low = values[..., -n] if n <= self.num_units else jnp.zeros_like(values[..., 0])
+        low = (
+            values[..., -n] if n <= self.num_samples else jnp.zeros_like(values[..., 0])
+        )
         return jnp.maximum(low, 0), jnp.maximum(values[..., -1], 0)
 
     def project(self, vector: Array) -> Array:
@@ -109,16 +111,16 @@ class BlockFisherOperator:
         """Returns ``K = D Dᵀ``, shape ``(*stack, M, M)``, without forming ``D``."""
         if self.g.ndim > 2:
             return jax.vmap(
-                lambda a, g: BlockFisherOperator(a, g, self.num_units).gram()
+                lambda a, g: BlockFisherOperator(a, g, self.num_samples).gram()
             )(self.a, self.g)
         parts = list(self._parts())
-        total = jnp.zeros((self.num_units, self.num_units), self.g.dtype)
+        total = jnp.zeros((self.num_samples, self.num_samples), self.g.dtype)
         for a, g, count in parts:
             for other_a, other_g, other_count in parts:
-                total += _unit_products(a, g, count, other_a, other_g, other_count)
+                total += _sample_products(a, g, count, other_a, other_g, other_count)
         return total
 
-    def unit_gradients(self) -> Array:
+    def sample_gradients(self) -> Array:
         """Returns the gradients ``d_m``, shape ``(*stack, M, n_in, n_out)``."""
         return sum(
             jnp.einsum(
@@ -134,17 +136,17 @@ class BlockFisherOperator:
         """Yields rows of one form and how many of them a gradient has."""
         if isinstance(self.a, StackedRows):
             split = num_rows(self.a.top)
-            yield self.a.top, self.g[..., :split, :], split // self.num_units
-            rest = num_rows(self.a.bottom) // self.num_units
+            yield self.a.top, self.g[..., :split, :], split // self.num_samples
+            rest = num_rows(self.a.bottom) // self.num_samples
             yield self.a.bottom, self.g[..., split:, :], rest
         else:
-            yield self.a, self.g, num_rows(self.a) // self.num_units
+            yield self.a, self.g, num_rows(self.a) // self.num_samples
 
     def _scaled(self, x: Array) -> Array:
         return x * jnp.asarray(self.scale, x.dtype)
 
 
-def _unit_products(
+def _sample_products(
     a: Rows, g: Array, count: int, other_a: Rows, other_g: Array, other_count: int
 ) -> Array:
     """Inner products of gradients, ``(M, M)``, from blocks of rows."""
@@ -167,12 +169,12 @@ class FullFisherOperator:
     It acts on sequences of matrices, one for each layer.
 
     Attributes:
-      blocks: Their own blocks, with equal ``num_units`` and ``scale``.
+      blocks: Their own blocks, with equal ``num_samples`` and ``scale``.
 
     Example:
       >>> import jax.numpy as jnp
       >>> row = jnp.array([[1.0]])
-      >>> block = BlockFisherOperator(row, row, num_units=1)
+      >>> block = BlockFisherOperator(row, row, num_samples=1)
       >>> print(FullFisherOperator((block, block)).to_dense())
       [[1. 1.]
        [1. 1.]]
@@ -202,7 +204,7 @@ class FullFisherOperator:
         """Returns the matrix acting on the concatenated row-major matrices."""
         flat = []
         for block in self.blocks:
-            gradients = block.unit_gradients()
+            gradients = block.sample_gradients()
             gradients = jnp.moveaxis(gradients, -3, 0)
             flat.append(gradients.reshape(gradients.shape[0], -1))
         rows = jnp.concatenate(flat, -1)

@@ -24,7 +24,7 @@ from optax_cgfac.operators.rows import (
 from optax_cgfac.utils.arrays import scaled
 from optax_cgfac.utils.linalg import matmul
 from optax_cgfac.utils.types import Array, InspectableOperator
-from optax_cgfac.utils.validate import describe
+from optax_cgfac.utils.validate import summarize
 
 
 @jax.tree_util.register_dataclass
@@ -306,7 +306,7 @@ def jacobi_preconditioner(operator: InspectableOperator) -> DiagonalOperator:
     if not hasattr(operator, "diagonal"):
         raise TypeError(
             "jacobi_preconditioner takes an operator with a diagonal(), got "
-            f"{describe(operator)}. Pass DampedOperator(curvature.operator('hidden'), "
+            f"{summarize(operator)}. Pass DampedOperator(curvature.operator('hidden'), "
             "0.1), say, or none: conjugate_gradient(..., preconditioner=None)."
         )
     return DiagonalOperator(operator.diagonal()).inverse()

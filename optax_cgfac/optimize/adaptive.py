@@ -11,9 +11,9 @@ from optax_cgfac.capture.nnx.module import MERGE_STATE, explaining_states
 from optax_cgfac.curvature.curvature import Curvature
 from optax_cgfac.optimize.damping import (
     FIRST,
-    LOWEST_SHARE,
+    LOWEST_FRACTION,
     damping_interval,
-    first_share,
+    initial_fraction,
     kl_clip_scale,
     levenberg_marquardt,
     model_interval,
@@ -35,7 +35,7 @@ from optax_cgfac.utils.types import Array, PyTree
 from optax_cgfac.utils.validate import is_number
 
 # Damping is adapted within these multiples of the initial one.
-_BOUNDS = (LOWEST_SHARE, 1e5)
+_BOUNDS = (LOWEST_FRACTION, 1e5)
 
 
 # How many times what the last fitted step promised, in parts of the loss, a step that
@@ -102,7 +102,7 @@ class StepOptions:
     max_damping: float | None
 
 
-class Objective(NamedTuple):
+class LossAt(NamedTuple):
     """The user's loss.
 
     Attributes:
@@ -120,7 +120,7 @@ def with_initial_damping(state: CGFACState, curvature: Curvature) -> CGFACState:
     # The first curvature may be next to nothing, as that of a saturated softmax is.
     is_new = state.initial_damping == 0
     is_new |= typical > _OUTGROWN * state.initial_damping
-    first = first_share(curvature) * typical
+    first = initial_fraction(curvature) * typical
     start = jnp.where(first > 0, first, _DAMPING_WITHOUT_DATA)
     return state._replace(
         damping=jnp.where(is_new, start, state.damping),
@@ -140,7 +140,7 @@ def adaptive_step(
     params: PyTree,
     grads: PyTree,
     direction: PyTree,
-    objective: Objective,
+    loss_at: LossAt,
 ) -> tuple[Step, Array, Array, CGFACState]:
     """Step size and momentum from the quadratic model, damping by its success.
 
@@ -151,7 +151,7 @@ def adaptive_step(
       params: The parameters ``θ``.
       grads: ``∇h``, with the ``l2`` term.
       direction: ``Δ``, like ``params``.
-      objective: The loss, to measure the reduction ratio.
+      loss_at: The loss, to measure the reduction ratio.
 
     Returns:
       ``α`` and ``μ``, whether gradients and directions are finite, whether the loss is
@@ -163,8 +163,8 @@ def adaptive_step(
     fixed = options.momentum
     box = {} if fixed is None else {"min_momentum": fixed, "max_momentum": fixed}
     spec = curvature.spec
-    is_nonnegative = spec.criterion is not None and spec.criterion.is_nonnegative
-    value = _regularized(objective.value, params, options)
+    is_nonnegative = spec.objective is not None and spec.objective.is_nonnegative
+    value = _regularized(loss_at.value, params, options)
     unit = jnp.ones((), dtype)
     if is_nonnegative:
         usable = (value > 0) & jnp.isfinite(value)
@@ -192,7 +192,7 @@ def adaptive_step(
     every = damping_interval(options.damping_interval, curvature)
     is_early = count <= FIRST if options.damping_interval is None else False
     # A loss that is not finite: was it the last step, or is it the batch?
-    blown_up = ~jnp.isfinite(objective.value)
+    blown_up = ~jnp.isfinite(loss_at.value)
     due = is_early | (count % every == 0) | blown_up
     interval = model_interval(options.model_interval, curvature)
     fits: Any = True
@@ -217,17 +217,17 @@ def adaptive_step(
     def move(p: Array, d: Array, v: Array) -> Array:
         return p + jnp.where(blown_up, -v, combine(step, d, v))
 
-    def objective_change() -> Array:
+    def loss_change() -> Array:
         moved = jax.tree.map(move, params, direction, state.velocity)
         with explaining_states("value_fn", moved, MERGE_STATE):
-            moved_value = objective.value_fn(moved)
+            moved_value = loss_at.value_fn(moved)
         check_moved_value(moved_value)
         change = _regularized(moved_value, moved, options)
         change -= jnp.where(blown_up, 0, value)
         return jnp.asarray(change, predicted.dtype)
 
     def adapt() -> tuple[Array, Array, Array, Array]:
-        change = objective_change()
+        change = loss_change()
         ratio = reduction_ratio(change, predicted)
         low, high = _damping_bounds(options, state)
         damping = levenberg_marquardt(

@@ -11,7 +11,7 @@ import optax
 from optax_cgfac.curvature.curvature import Curvature
 from optax_cgfac.optimize.adaptive import (
     CGFACState,
-    Objective,
+    LossAt,
     StepOptions,
     adaptive_step,
     has_l2,
@@ -19,7 +19,7 @@ from optax_cgfac.optimize.adaptive import (
     settle,
     with_initial_damping,
 )
-from optax_cgfac.optimize.fallback import Rest, select
+from optax_cgfac.optimize.fallback import Fallback, select
 from optax_cgfac.optimize.precondition import precondition
 from optax_cgfac.optimize.scale_by import (
     HOW_TO_UPDATE,
@@ -52,8 +52,8 @@ from optax_cgfac.utils.validate import (
     check_number,
     check_number_or_schedule,
     check_positive,
-    describe,
     is_number,
+    summarize,
 )
 
 # Initial damping and floor of the structures without factors. The exact Fisher of few
@@ -97,7 +97,7 @@ def cgfac(
     With ``learning_rate=None`` the update is ``δ = α Δ + μ δ₀``, where ``Δ`` solves
     ``(F + λ I) Δ = -∇h`` layer by layer, ``δ₀`` is the previous update, and
     ``α, μ`` minimize the exact Gauss-Newton quadratic model of the loss on
-    ``model_rows`` examples. Every ``damping_interval`` updates the
+    ``model_examples`` examples. Every ``damping_interval`` updates the
     Levenberg-Marquardt rule compares the predicted with the actual change of the
     loss and adapts ``λ``; a step that raised the loss of its batch is not taken. No
     step promises more than the whole of a loss that is never negative, and a loss that
@@ -173,7 +173,9 @@ def cgfac(
       ...     return model.apply({"params": params}, x)
       >>> def loss_fn(params):
       ...     return jnp.mean(jnp.sum((model_fn(params, x) - y) ** 2, -1))
-      >>> estimator = optax_cgfac.fisher_estimator(model_fn, "squared_error", rows=8)
+      >>> estimator = optax_cgfac.fisher_estimator(
+      ...     model_fn, "squared_error", examples=8
+      ... )
       >>> curvature = estimator.init(params, x)
       >>> tx = optax_cgfac.cgfac(damping=1e-2)
       >>> state = tx.init(params)
@@ -230,7 +232,7 @@ def cgfac(
     )
     check_missing(missing)
     check_step_options(options, learning_rate, damping, fallback, where)
-    rest = Rest(fallback, where)
+    rest = Fallback(fallback, where)
     keeps_start = warm_start and config.is_iterative
 
     def init(params: PyTree) -> CGFACState:
@@ -282,7 +284,7 @@ def cgfac(
         check_trees("cgfac", updates, params, state.velocity, num_leaves, rest.keeps)
         check_dtypes("cgfac", params, state.velocity)
         rest.check(curvature, updates, whole=learning_rate is None)
-        objective = _objective(value, value_fn, is_needed=learning_rate is None)
+        loss_at = _loss_at(value, value_fn, is_needed=learning_rate is None)
         grads = jax.tree.map(_like_parameter, updates, params)
         if has_l2(options):
             grads = jax.tree.map(lambda g, p: g + l2 * p, grads, params)
@@ -307,7 +309,7 @@ def cgfac(
         old = state
         if learning_rate is None:
             step, finite, undone, state = adaptive_step(
-                options, state, curvature, params, grads, direction, objective
+                options, state, curvature, params, grads, direction, loss_at
             )
         else:
             step, finite, state = scheduled_step(
@@ -365,7 +367,7 @@ def _like(old: PyTree | None, new: PyTree) -> PyTree | None:
     return jax.tree.map(lambda x, y: y.astype(x.dtype), old, new)
 
 
-def _objective(value: Any, value_fn: Any, *, is_needed: bool) -> Objective:
+def _loss_at(value: Any, value_fn: Any, *, is_needed: bool) -> LossAt:
     """Returns the loss, which with a learning rate nobody needs."""
     given: dict[str, Any] = {"value": value, "value_fn": value_fn}
     absent = [name for name, x in given.items() if x is None]
@@ -378,7 +380,7 @@ def _objective(value: Any, value_fn: Any, *, is_needed: bool) -> Objective:
         check_value(value)
     if value_fn is not None:
         check_value_fn(value_fn)
-    return Objective(**given)
+    return LossAt(**given)
 
 
 def check_step_options(
@@ -429,7 +431,7 @@ def _check_adaptive(
 ) -> None:
     if options.kl_clip is not None:
         raise ValueError(
-            f"kl_clip needs a learning_rate, got kl_clip={describe(options.kl_clip)} "
+            f"kl_clip needs a learning_rate, got kl_clip={summarize(options.kl_clip)} "
             "without one: the quadratic model sets the step size. Drop kl_clip, or "
             "pass cgfac(learning_rate=0.1, kl_clip=...)."
         )
@@ -463,7 +465,7 @@ def _check_fallback(fallback: Any, where: Any) -> None:
     if fallback is not None and not all(map(callable, functions)):
         raise TypeError(
             "fallback must be an optax.GradientTransformation, got "
-            f"{describe(fallback)}. Pass fallback=optax.adam(1e-3)."
+            f"{summarize(fallback)}. Pass fallback=optax.adam(1e-3)."
         )
     if where is not None:
         check_function("where", where, ["path"], "lambda path: 'Dense' in path")

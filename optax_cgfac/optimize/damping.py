@@ -109,7 +109,7 @@ _FEW_PARAMETERS = 1000
 # The damping may fall to this share of the typical one. Without a lower end a good
 # reduction ratio on small batches, which rewards fitting the batch, lowers it until the
 # loss turns up.
-LOWEST_SHARE = 1e-2
+LOWEST_FRACTION = 1e-2
 
 
 def mean_curvature(curvature: Curvature) -> Array:
@@ -124,12 +124,12 @@ def mean_curvature(curvature: Curvature) -> Array:
     """
     traces, size = [], 0
     for tag in curvature.tags:
-        spectra = curvature.spectra.get(tag.name)
-        if spectra is None:
+        eigenpairs = curvature.eigenpairs.get(tag.name)
+        if eigenpairs is None:
             rows = curvature.layers[tag.name]
             trace = curvature.kronecker_operator(tag, rows).trace()
         else:
-            trace = spectra.a.trace * spectra.g.trace
+            trace = eigenpairs.a.trace * eigenpairs.g.trace
         traces.append(jnp.sum(jnp.where(jnp.isfinite(trace), trace, 0)))
         size += max(trace.size, 1) * tag.n_in * tag.n_out
     return sum(traces, start=jnp.zeros((), jnp.float32)) / size
@@ -154,7 +154,7 @@ def typical_damping(curvature: Curvature) -> Array:
       ...     lambda p, x: model.apply({"params": p}, x),
       ...     "squared_error",
       ...     kind="exact",
-      ...     rows=4,
+      ...     examples=4,
       ... )
       >>> curvature = estimator.update(estimator.init(params, x), params, x)
       >>> print(f"{typical_damping(curvature):.3f}")  # the Hessian is 2 I
@@ -164,18 +164,18 @@ def typical_damping(curvature: Curvature) -> Array:
     return jnp.where(jnp.isfinite(damping), damping, 0)
 
 
-def first_share(curvature: Curvature) -> float:
+def initial_fraction(curvature: Curvature) -> float:
     """Returns the share of the typical damping to start from: 1 but for few parameters.
 
     Args:
       curvature: The curvature.
 
     Returns:
-      A number in ``[LOWEST_SHARE, 1]``, for fewer than a thousand parameters less in
+      A number in ``[LOWEST_FRACTION, 1]``, for fewer than a thousand parameters less in
       proportion.
     """
     size = sum(math.prod(shape) for tag in curvature.tags for shape in tag.shapes)
-    return min(max(size / _FEW_PARAMETERS, LOWEST_SHARE), 1.0)
+    return min(max(size / _FEW_PARAMETERS, LOWEST_FRACTION), 1.0)
 
 
 # Updates at the beginning, where step size and damping change most, that all fit the
@@ -219,7 +219,7 @@ def model_interval(given: int | None, curvature: Curvature) -> int:
     kept = num_kept(curvature.model_inputs, spec.batched) if spec.batched else 1
     # A forward pass and two tangents are five products with every kernel, a gradient
     # three.
-    axis_name = None if spec.criterion is None else spec.criterion.axis_name
+    axis_name = None if spec.objective is None else spec.objective.axis_name
     share = 5 / 3 * kept * axis_size(axis_name) / spec.batch_size
     most = 0.06 if spec.few_outputs else 0.12
     return max(1, min(math.ceil(share / most), 10))

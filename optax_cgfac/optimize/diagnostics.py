@@ -11,7 +11,7 @@ from optax_cgfac.optimize.scale_by import ScaleByCGFACState
 from optax_cgfac.solve.info import StopReason
 from optax_cgfac.utils.paths import leaves_by_path, text
 from optax_cgfac.utils.types import Array, PyTree
-from optax_cgfac.utils.validate import describe
+from optax_cgfac.utils.validate import summarize
 
 
 def diagnostics(opt_state: Any, params: PyTree = None) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def diagnostics(opt_state: Any, params: PyTree = None) -> dict[str, Any]:
     Returns:
       A dict with ``"layers"``, for every layer its ``"cg_steps"``, its true relative
       ``"residual"`` (-1 where it was not computed), how often so far its solve was
-      replaced, ``"num_fallbacks"``, and a captured row left out, ``"num_dropped"``, for
+      replaced, ``"num_replaced"``, and a captured row left out, ``"num_dropped"``, for
       a number that was not finite, and the ``"stop_reason"`` of its solve, a
       `StopReason` as int32 (by the number of the parameter where the solves are direct
       and the state holds no names); for `cgfac` also
@@ -55,7 +55,7 @@ def diagnostics(opt_state: Any, params: PyTree = None) -> dict[str, Any]:
     if len(found) != 1:
         raise ValueError(
             f"Expected one CG-FAC state inside opt_state, found {len(found)} (in "
-            f"{describe(opt_state)}). Pass the state of one optimizer that contains "
+            f"{summarize(opt_state)}). Pass the state of one optimizer that contains "
             "cgfac, scale_by_cgfac or scale_by_kfac."
         )
     (state,) = found
@@ -105,7 +105,7 @@ def scalars(
     """
     if not isinstance(prefix, str):
         raise TypeError(
-            f"prefix must be a text, got {describe(prefix)}. Pass prefix='cgfac', say."
+            f"prefix must be a text, got {summarize(prefix)}. Pass prefix='cgfac', say."
         )
     result = diagnostics(opt_state, params)
     layers = result.pop("layers")
@@ -180,7 +180,7 @@ def _layers(
         text(path[:-1]) or ".": {
             "cg_steps": state.info.num_steps[..., index],
             "residual": state.info.residual[..., index],
-            "num_fallbacks": state.info.num_fallbacks[..., index],
+            "num_replaced": state.info.num_replaced[..., index],
             "stop_reason": state.info.reason[..., index],
             "num_dropped": state.info.num_dropped[..., index],
         }

@@ -19,7 +19,7 @@ def select(condition: Array, new: PyTree, old: PyTree) -> PyTree:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rest:
+class Fallback:
     """The parameters that CG-FAC leaves to the fallback transformation."""
 
     fallback: optax.GradientTransformation | None

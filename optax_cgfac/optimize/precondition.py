@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac.curvature.curvature import Curvature, check_units
+from optax_cgfac.curvature.curvature import Curvature, check_samples_match
 from optax_cgfac.layers.layer import (
     LayerTag,
     blocks_from_leaves,
@@ -19,8 +19,12 @@ from optax_cgfac.layers.layer import (
 )
 from optax_cgfac.operators.rows import num_rows
 from optax_cgfac.solve.choose import SolveConfig, make_plan
+from optax_cgfac.solve.eigenpairs import (
+    LayerEigenpairs,
+    solve_with_eigenpairs,
+    split_dampings,
+)
 from optax_cgfac.solve.info import CGInfo, SolveInfo, StopReason, direct_info
-from optax_cgfac.solve.low_rank import LayerSpectra, solve_low_rank, split_dampings
 from optax_cgfac.solve.solver import (
     checked,
     damped_operator,
@@ -105,7 +109,7 @@ def _precondition(
             "estimator.init(params, inputs) with the parameters that are trained."
         )
     if config.structure == "full":
-        check_units([p.operator for p in problems], [p.tag for p in problems])
+        check_samples_match([p.operator for p in problems], [p.tag for p in problems])
     solved = _solve_spread(config, problems, gamma)
     solutions: dict[Path, Array] = {}
     infos: dict[Path, _Solved] = {}
@@ -145,7 +149,7 @@ class _Problem(NamedTuple):
     operator: Any
     blocks: list[Array]
     x0: Array | None
-    spectra: LayerSpectra | None
+    eigenpairs: LayerEigenpairs | None
 
 
 class _Solved(NamedTuple):
@@ -172,17 +176,17 @@ def _problem(
     if starts is not None:
         x0 = matrix_from_leaves(tag, {path: starts[path] for path in present})
     operator = curvature.layer_operator(tag, rows, config.structure)
-    spectra = None
+    eigenpairs = None
     # The eigenpairs are those of the layer with all of its parameters.
-    if config.takes_spectra and len(present) == len(tag.leaves):
-        spectra = curvature.spectra.get(tag.name)
+    if config.uses_eigenpairs and len(present) == len(tag.leaves):
+        eigenpairs = curvature.eigenpairs.get(tag.name)
     # With eigenpairs a kernel and a bias need not be copied into one matrix. The
     # leaves of an elementwise layer lie side by side.
-    if spectra is None or tag.is_elementwise:
+    if eigenpairs is None or tag.is_elementwise:
         blocks = [matrix_from_leaves(tag, present)]
     else:
         blocks = blocks_from_leaves(tag, present)
-    return _Problem(tag, present, operator, blocks, x0, spectra)
+    return _Problem(tag, present, operator, blocks, x0, eigenpairs)
 
 
 def _solve_spread(
@@ -244,7 +248,7 @@ def _parts(problem: _Problem, most: int) -> list[_Problem]:
             operator=cut(problem.operator, first, last),
             blocks=cut(problem.blocks, first, last),
             x0=cut(problem.x0, first, last),
-            spectra=cut(problem.spectra, first, last),
+            eigenpairs=cut(problem.eigenpairs, first, last),
         )
         for first, last in itertools.pairwise(ends)
         if last > first
@@ -256,7 +260,7 @@ def _cost(config: SolveConfig, problem: _Problem) -> float:
     rows = num_rows(problem.operator.a)
     *stack, _, n_out = problem.blocks[0].shape
     n_in = sum(block.shape[-2] for block in problem.blocks)
-    ranks = None if problem.spectra is None else problem.spectra.ranks
+    ranks = None if problem.eigenpairs is None else problem.eigenpairs.ranks
     return math.prod(stack) * make_plan(config, rows, n_in, n_out, ranks).flops
 
 
@@ -265,24 +269,29 @@ def _solve(
 ) -> list[_Solved]:
     """Solves the systems of some layers."""
     solved: dict[int, _Solved] = {}
-    pairs = [(i, p, p.spectra) for i, p in enumerate(problems) if p.spectra is not None]
-    dampings = split_dampings([spectra for _, _, spectra in pairs], gamma)
-    for (index, problem, spectra), split in zip(pairs, dampings, strict=True):
-        blocks, is_finite = solve_low_rank(spectra, split, problem.blocks)
-        info, b = direct_info(problem.tag.dtype, StopReason.LOW_RANK), problem.blocks[0]
+    pairs = [
+        (i, p, p.eigenpairs) for i, p in enumerate(problems) if p.eigenpairs is not None
+    ]
+    dampings = split_dampings([eigenpairs for _, _, eigenpairs in pairs], gamma)
+    for (index, problem, eigenpairs), split in zip(pairs, dampings, strict=True):
+        blocks, is_finite = solve_with_eigenpairs(eigenpairs, split, problem.blocks)
+        info, b = (
+            direct_info(problem.tag.dtype, StopReason.EIGENPAIRS),
+            problem.blocks[0],
+        )
         if config.certify:
             b, x = (jnp.concatenate(part, -2) for part in (problem.blocks, blocks))
             damped = damped_operator(problem.operator, gamma, config.damping_form)
             info = checked(config, damped, b, x, info)
         solved[index] = _as_solved(blocks, info, b, ~is_finite)
-    others = [(i, p) for i, p in enumerate(problems) if p.spectra is None]
-    results = _solve_in_units(config, [problem for _, problem in others], gamma)
+    others = [(i, p) for i, p in enumerate(problems) if p.eigenpairs is None]
+    results = _solve_normalized(config, [problem for _, problem in others], gamma)
     for (index, _), result in zip(others, results, strict=True):
         solved[index] = result
     return [solved[index] for index in range(len(problems))]
 
 
-def _solve_in_units(
+def _solve_normalized(
     config: SolveConfig, problems: list[_Problem], gamma: Array
 ) -> list[_Solved]:
     """Solves with all rows, CG for right-hand sides of about one.
@@ -360,7 +369,7 @@ def _merge_info(
             column = SolveInfo(
                 num_steps=solved.num_steps,
                 residual=solved.residual,
-                num_fallbacks=column.num_fallbacks + solved.failed,
+                num_replaced=column.num_replaced + solved.failed,
                 reason=solved.reason,
                 num_dropped=dropped.get(path, column.num_dropped),
             )

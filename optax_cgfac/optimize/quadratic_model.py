@@ -73,8 +73,8 @@ def gauss_newton_products(
     Raises:
       ValueError: If the curvature holds no model.
     """
-    model_fn, criterion = curvature.spec.model_fn, curvature.spec.criterion
-    if model_fn is None or criterion is None:
+    model_fn, objective = curvature.spec.model_fn, curvature.spec.objective
+    if model_fn is None or objective is None:
         raise ValueError(
             "Gauss-Newton products need the curvature of fisher_estimator, which keeps "
             "the model and examples. With value_and_grad pass cgfac(learning_rate=...)."
@@ -82,17 +82,17 @@ def gauss_newton_products(
     outputs, push_forward = jax.linearize(
         lambda p: model_fn(p, curvature.model_inputs), params
     )
-    heads = criterion.heads(outputs)
+    heads = objective.heads(outputs)
     dtype = jnp.result_type(*heads, jnp.float32)
     heads = [head.astype(dtype) for head in heads]
     tangents = [
-        [x.astype(dtype) for x in criterion.heads(push_forward(direction))]
+        [x.astype(dtype) for x in objective.heads(push_forward(direction))]
         for direction in directions
     ]
-    scales = criterion.scales(user_inputs(curvature.model_inputs), heads)
-    products = criterion.hessian_products(heads, scales, tangents)
+    scales = objective.scales(user_inputs(curvature.model_inputs), heads)
+    products = objective.hessian_products(heads, scales, tangents)
     # Every device has as many examples of its own.
-    return mean_over(products, criterion.axis_name) * curvature.spec.factor
+    return mean_over(products, objective.axis_name) * curvature.spec.factor
 
 
 def quadratic_model(

@@ -24,8 +24,8 @@ from optax_cgfac.utils.validate import (
     check_positive,
     check_scheduled,
     check_switch,
-    describe,
     is_real_scalar,
+    summarize,
 )
 
 Missing = Literal["raise", "gradient"]
@@ -310,7 +310,7 @@ def check_curvature(curvature: Any, missing: Missing) -> Curvature | None:
     if not isinstance(curvature, Curvature):
         raise TypeError(
             "curvature must be an optax_cgfac.Curvature from estimator.init or "
-            f"estimator.update, got {describe(curvature)}. Pass "
+            f"estimator.update, got {summarize(curvature)}. Pass "
             "curvature=estimator.update(curvature, params, inputs, rng=rng)."
         )
     check_rows(curvature)
@@ -326,7 +326,7 @@ def check_state(name: str, state: Any, kind: type) -> None:
     if not isinstance(state, kind):
         raise TypeError(
             f"{name}: the optimizer state must be the {kind.__name__} of its own init, "
-            f"got {describe(state)}. Call tx.update(grads, opt_state, params, ...) "
+            f"got {summarize(state)}. Call tx.update(grads, opt_state, params, ...) "
             "with opt_state = tx.init(params), and restore checkpoints into the latter."
         )
 
@@ -420,7 +420,7 @@ def check_value(value: Any) -> None:
         return
     shape = getattr(value, "shape", None)
     error = TypeError if shape is None or shape == () else ValueError
-    got = describe(value) if shape is None else f"shape {shape}, {value.dtype}"
+    got = summarize(value) if shape is None else f"shape {shape}, {value.dtype}"
     raise error(
         f"value must be the scalar loss of this batch, a real number, got {got}. Pass "
         "value=loss of loss, grads = jax.value_and_grad(loss_fn)(params, batch), "
@@ -446,7 +446,7 @@ def check_moved_value(value: Any) -> None:
     if not is_real_scalar(value):
         raise ValueError(
             f"value_fn must return the scalar loss, a real number, got "
-            f"{describe(value)}. For a loss with auxiliary outputs pass "
+            f"{summarize(value)}. For a loss with auxiliary outputs pass "
             "lambda p: loss_fn(p, batch)[0]."
         )
 
@@ -473,7 +473,7 @@ def _check_alike(grads: PyTree, other: PyTree, rule: str, way_out: str) -> None:
         if getattr(like, "shape", None) != jnp.shape(leaf):
             raise ValueError(
                 f"{rule}: {text(normalize(path))!r}\n"
-                f"  expected: {getattr(like, 'shape', describe(like))}\n"
+                f"  expected: {getattr(like, 'shape', summarize(like))}\n"
                 f"  got:      {jnp.shape(leaf)}\n{way_out}"
             )
 
@@ -499,7 +499,7 @@ def check_trained(
     if params is None or isinstance(params, nnx.Module):
         raise TypeError(
             f"{name}: tx.init must be given the tree of parameters, got "
-            f"{describe(params)}. Call tx.init(params); of an nnx.Module, "
+            f"{summarize(params)}. Call tx.init(params); of an nnx.Module, "
             "nnx.Optimizer(module, tx, wrt=nnx.Param)."
         )
     for path, leaf in leaves_by_path(params).items():
@@ -508,7 +508,7 @@ def check_trained(
         if not real and keeps(text(path)):
             raise TypeError(
                 f"{name}: parameter {text(path)!r} must be a real floating-point "
-                f"array, got {describe(leaf)}. Leave it to another transformation by "
+                f"array, got {summarize(leaf)}. Leave it to another transformation by "
                 "optax.partition or optax.masked."
             )
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_cgfac.utils.types import Array, ModuleInputs, PyTree
-from optax_cgfac.utils.validate import describe
+from optax_cgfac.utils.validate import summarize
 
 _EMPTY = (
     "The batch must hold examples, got one of 0. Drop empty batches, and initialise "
@@ -68,7 +68,7 @@ def batched_leaves(
 
 
 def check_examples(
-    inputs: PyTree, batched: Sequence[bool], model_inputs: PyTree, rows: int
+    inputs: PyTree, batched: Sequence[bool], model_inputs: PyTree, captured: int
 ) -> int:
     """Returns the number of examples in ``inputs``, checked against ``init``'s.
 
@@ -76,7 +76,7 @@ def check_examples(
       inputs: The inputs of one update.
       batched: From `batched_leaves`.
       model_inputs: The slice that the curvature holds.
-      rows: Examples captured per update.
+      captured: Examples captured per update.
 
     Returns:
       The length of the axis of examples.
@@ -121,19 +121,19 @@ def check_examples(
             "fisher_estimator(..., input_axes=...) which of them have examples."
         )
     ((num_examples,),) = sizes
-    if num_examples < max(kept, rows):
+    if num_examples < max(kept, captured):
         if num_examples == 0:
             raise ValueError(_EMPTY)
         raise ValueError(
             f"The batch has {num_examples} examples; the curvature was initialised to "
-            f"capture rows={rows} and to keep {kept} for the quadratic model. Drop "
-            f"smaller batches, or pass rows and model_rows of at most {num_examples} "
-            "to fisher_estimator."
+            f"capture examples={captured} and to keep {kept} for the quadratic model. "
+            "Drop smaller batches, or pass examples and model_examples of at most "
+            f"{num_examples} to fisher_estimator."
         )
     return num_examples
 
 
-def check_enough(num_examples: int, rows: int) -> None:
+def check_enough(num_examples: int, captured: int) -> None:
     """Checks that a batch has the examples that are captured of it.
 
     Raises:
@@ -141,10 +141,10 @@ def check_enough(num_examples: int, rows: int) -> None:
     """
     if num_examples == 0:
         raise ValueError(_EMPTY)
-    if num_examples < rows:
+    if num_examples < captured:
         raise ValueError(
-            f"rows={rows} examples are captured per update, but the inputs hold "
-            f"{num_examples}. Pass fisher_estimator(..., rows={num_examples}) or "
+            f"examples={captured} are captured per update, but the inputs hold "
+            f"{num_examples}. Pass fisher_estimator(..., examples={num_examples}) or "
             "initialise with a whole batch."
         )
 
@@ -162,7 +162,7 @@ def check_inputs(inputs: PyTree) -> None:
             is_array = leaf.dtype.kind not in "OSUMm"  # objects, texts and times
         if not is_array and not is_number:
             raise TypeError(
-                f"A leaf of inputs is {describe(leaf)}; expected arrays and numbers "
+                f"A leaf of inputs is {summarize(leaf)}; expected arrays and numbers "
                 "only. Convert it by jnp.asarray; what is no data belongs in model_fn, "
                 "lambda params, x: model.apply({'params': params}, x, train=True)."
             )
@@ -184,7 +184,7 @@ def check_input_axes(input_axes: PyTree) -> None:
     for axis in jax.tree.leaves(input_axes, is_leaf=_is_none):
         if axis is not None and not (type(axis) is int and axis == 0):
             raise ValueError(
-                f"input_axes takes 0 and None, got {describe(axis)} in it. Bring "
+                f"input_axes takes 0 and None, got {summarize(axis)} in it. Bring "
                 "examples to the first axis, and write 0 for leaves that have one."
             )
 
@@ -209,7 +209,7 @@ def check_targets(targets: PyTree, num_examples: int, num_outputs: int | None) -
         count = f" of {len(targets)}" if isinstance(targets, (tuple, list)) else ""
         raise ValueError(
             f"targets must be a tuple of {num_outputs}, as the losses are; got "
-            f"{describe(targets)}{count}. Pass targets=(targets_of_first, ...)."
+            f"{summarize(targets)}{count}. Pass targets=(targets_of_first, ...)."
         )
     for leaf in jax.tree.leaves(targets):
         is_array = isinstance(leaf, jax.Array)
@@ -217,7 +217,7 @@ def check_targets(targets: PyTree, num_examples: int, num_outputs: int | None) -
             is_array = leaf.dtype.kind not in "OSUMm"  # objects, texts and times
         if not is_array:
             raise TypeError(
-                f"targets must be arrays of numbers, got {describe(leaf)}. Pass "
+                f"targets must be arrays of numbers, got {summarize(leaf)}. Pass "
                 "targets=jnp.asarray(targets)."
             )
         if leaf.shape[:1] != (num_examples,):

@@ -12,8 +12,8 @@ from optax_cgfac.utils.validate import (
     NOT_NEGATIVE,
     check_function,
     check_number,
-    describe,
     is_number,
+    summarize,
 )
 
 
@@ -75,7 +75,7 @@ class Loss:
         """
         if not isinstance(self.name, str):
             raise TypeError(
-                f"Loss.name must be a text, got {describe(self.name)}. Pass "
+                f"Loss.name must be a text, got {summarize(self.name)}. Pass "
                 "name='poisson', say: messages show it."
             )
         for field, arguments in _FUNCTIONS.items():
@@ -85,7 +85,7 @@ class Loss:
                 check_function(f"Loss.{field}", function, arguments, example)
         if not is_number(self.weight):  # it is compared and hashed
             raise TypeError(
-                f"Loss.weight must be a plain number, got {describe(self.weight)}. "
+                f"Loss.weight must be a plain number, got {summarize(self.weight)}. "
                 "Pass a float such as weight=0.1."
             )
         check_number("Loss.weight", self.weight, NOT_NEGATIVE, 0.1)
@@ -109,7 +109,7 @@ _FUNCTIONS = {
 def _check_targets(name: str, targets: Array, *expected: tuple[int, ...]) -> None:
     if not hasattr(targets, "dtype"):
         raise TypeError(
-            f"Targets of {name} must be one array, got {describe(targets)}. Pass "
+            f"Targets of {name} must be one array, got {summarize(targets)}. Pass "
             "targets=labels, say; a tuple goes with a tuple of losses."
         )
     if jnp.issubdtype(targets.dtype, jnp.complexfloating):
@@ -253,7 +253,7 @@ def get_loss(loss: str | Loss) -> Loss:
     if not isinstance(loss, str):
         raise TypeError(
             "loss must be a name or an optax_cgfac.Loss, got "
-            f"{describe(loss) if loss is None else type(loss).__name__}. "
+            f"{summarize(loss) if loss is None else type(loss).__name__}. "
             f"Pass one of the names {', '.join(_LOSSES)}, or a Loss of your own."
         )
     if loss not in _LOSSES:

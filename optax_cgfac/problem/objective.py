@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from optax_cgfac.problem.loss import Loss, get_loss
 from optax_cgfac.utils.devices import mean_over
 from optax_cgfac.utils.types import Array, PyTree
-from optax_cgfac.utils.validate import check_choice, check_function, describe
+from optax_cgfac.utils.validate import check_choice, check_function, summarize
 
 Kind = Literal["mc", "empirical", "exact"]
 
@@ -28,7 +28,7 @@ REDUCTIONS = ("mean", "mean_of_sums", "sum")
 
 
 @dataclasses.dataclass(frozen=True)
-class Criterion:
+class Objective:
     """What is minimised, as a function of the model's outputs.
 
     Attributes:
@@ -68,13 +68,13 @@ class Criterion:
                 raise ValueError(
                     "model_fn must return one array of shape (N, ..., C), examples "
                     "first and one prediction on the last axis; got "
-                    f"{describe(head)}. Return predictions and not the loss, with "
+                    f"{summarize(head)}. Return predictions and not the loss, with "
                     "outputs[:, None] for one number an example."
                 )
             if not jnp.issubdtype(head.dtype, jnp.floating):
                 raise TypeError(
                     "model_fn must return real floating-point predictions, got "
-                    f"{describe(head)}. Return logits, and not the classes that they "
+                    f"{summarize(head)}. Return logits, and not the classes that they "
                     "are largest for."
                 )
         if len({head.shape[0] for head in heads}) != 1:
@@ -189,13 +189,13 @@ class Criterion:
         return total
 
 
-def make_criterion(
+def make_objective(
     loss: str | Loss | Sequence[str | Loss],
     reduction: Reduction = "mean",
     weights: Callable[[PyTree], PyTree] | None = None,
     axis_name: str | None = None,
-) -> Criterion:
-    """Returns the criterion of the user's options.
+) -> Objective:
+    """Returns the objective of the user's options.
 
     Raises:
       ValueError: If an option is unknown.
@@ -206,7 +206,7 @@ def make_criterion(
         check_function("weights", weights, ["inputs"], "lambda inputs: inputs['mask']")
     if not isinstance(axis_name, str | None):
         raise TypeError(
-            f"axis_name must be the name of a mesh axis, got {describe(axis_name)}. "
+            f"axis_name must be the name of a mesh axis, got {summarize(axis_name)}. "
             "Pass axis_name='batch' inside jax.shard_map over such an axis, else None."
         )
     if isinstance(loss, (tuple, list)):
@@ -218,11 +218,11 @@ def make_criterion(
             "loss must be a loss, or a tuple of them; got an empty tuple. Pass a loss "
             "for each output."
         )
-    return Criterion(losses, is_tuple, reduction, weights, axis_name)
+    return Objective(losses, is_tuple, reduction, weights, axis_name)
 
 
 def cotangents(
-    criterion: Criterion,
+    objective: Objective,
     kind: Kind,
     heads: Sequence[Array],
     scales: Sequence[Array],
@@ -235,11 +235,11 @@ def cotangents(
     """Returns the output cotangents of every example, a leading axis of columns.
 
     Args:
-      criterion: The objective.
+      objective: The objective.
       kind: As in `fisher_estimator`.
       heads: The outputs, in the precision of the result.
-      scales: From `Criterion.scales`.
-      factor: From `Criterion.factor`.
+      scales: From `Objective.scales`.
+      factor: From `Objective.factor`.
       samples: How often targets are drawn.
       rng: A key, for ``"mc"``.
       targets: Like ``heads``, for ``"empirical"``.
@@ -249,18 +249,18 @@ def cotangents(
     """
     weighed = [
         scale.astype(head.dtype) * loss.weight
-        for loss, head, scale in zip(criterion.losses, heads, scales, strict=True)
+        for loss, head, scale in zip(objective.losses, heads, scales, strict=True)
     ]
     if kind == "exact":
-        return _columns(criterion, heads, [scale * factor for scale in weighed])
+        return _columns(objective, heads, [scale * factor for scale in weighed])
     if kind == "empirical":
         # The gradient of the example's own share of the loss. A factor of the Fisher
         # enters by its root, as it stands before the outer product of gradients.
-        given = targets if criterion.is_tuple else (targets,)
+        given = targets if objective.is_tuple else (targets,)
         gradients = (
             _gradient(loss, head, target, scale * factor**0.5)
             for loss, head, target, scale in zip(
-                criterion.losses, heads, given, weighed, strict=True
+                objective.losses, heads, given, weighed, strict=True
             )
         )
         return tuple(gradient[None] for gradient in gradients)
@@ -277,7 +277,7 @@ def cotangents(
                 jnp.sqrt(scale * (factor / samples)),
             )
             for loss, head, key, scale in zip(
-                criterion.losses, heads, keys, weighed, strict=True
+                objective.losses, heads, keys, weighed, strict=True
             )
         )
 
@@ -301,11 +301,11 @@ def _gradient(loss: Loss, head: Array, targets: PyTree, scale: Array) -> Array:
 
 
 def _columns(
-    criterion: Criterion, heads: Sequence[Array], scales: Sequence[Array]
+    objective: Objective, heads: Sequence[Array], scales: Sequence[Array]
 ) -> tuple[Array, ...]:
     """All columns of the loss Hessian's square root, one prediction at a time."""
     blocks = []
-    for loss, head, scale in zip(criterion.losses, heads, scales, strict=True):
+    for loss, head, scale in zip(objective.losses, heads, scales, strict=True):
         if loss.hessian_columns is None:
             raise ValueError(
                 f"kind='exact' needs Loss.hessian_columns, which {loss.name!r} lacks."
@@ -344,7 +344,7 @@ def _check_weights(weights: Any, num_examples: int, inner: tuple[int, ...]) -> N
     dtype = getattr(weights, "dtype", None)
     if dtype is not None and not any(jnp.issubdtype(dtype, kind) for kind in kinds):
         raise TypeError(
-            f"weights(inputs) must be real numbers, got {describe(weights)}. Return a "
+            f"weights(inputs) must be real numbers, got {summarize(weights)}. Return a "
             "weight for each prediction, or for each example."
         )
     shape = getattr(weights, "shape", None)
@@ -355,7 +355,7 @@ def _check_weights(weights: Any, num_examples: int, inner: tuple[int, ...]) -> N
         fits = len(shape) <= len(expected) and all(n in (1, m) for n, m in sizes)
     if not fits:
         raise ValueError(
-            f"weights(inputs) is {describe(weights)}; expected one that broadcasts to "
+            f"weights(inputs) is {summarize(weights)}; expected one that broadcasts to "
             f"({', '.join(map(str, ('N', *inner)))}) with N = {num_examples}. Return a "
             "weight for each prediction, or for each example."
         )

@@ -20,7 +20,7 @@ from optax_cgfac.utils.validate import (
     NOT_NEGATIVE,
     check_number,
     check_positive,
-    describe,
+    summarize,
 )
 
 
@@ -391,13 +391,13 @@ def _check_real(b: PyTree) -> None:
     leaves = jax.tree.leaves(b)
     if not leaves:
         raise TypeError(
-            f"b must hold real floating-point arrays, got {describe(b)} without any. "
+            f"b must hold real floating-point arrays, got {summarize(b)} without any. "
             "Pass the right-hand side, an array or a tree of arrays."
         )
     for leaf in leaves:
         if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
             raise TypeError(
-                f"b must hold real floating-point arrays, got {describe(leaf)}. "
+                f"b must hold real floating-point arrays, got {summarize(leaf)}. "
                 "Convert with jnp.asarray(b, jnp.float32)."
             )
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -410,7 +410,7 @@ def _check_real(b: PyTree) -> None:
 def _check_operator(name: str, operator: Any, b: PyTree) -> None:
     if not callable(getattr(operator, "matvec", None)):
         raise TypeError(
-            f"{name} must have a matvec(vector), got {describe(operator)}. Pass an "
+            f"{name} must have a matvec(vector), got {summarize(operator)}. Pass an "
             "operator of optax_cgfac, such as curvature.operator('hidden', "
             "damping=0.1), or an object with a method matvec of your own."
         )

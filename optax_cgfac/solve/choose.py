@@ -10,7 +10,7 @@ from optax_cgfac.utils.validate import (
     check_number,
     check_positive,
     check_switch,
-    describe,
+    summarize,
 )
 
 DampingForm = Literal["tikhonov", "factored"]
@@ -60,7 +60,7 @@ class SolveConfig:
         if not isinstance(self.axis, str | None):
             raise TypeError(
                 "solve_axis must be the name of a mesh axis or None, got "
-                f"{describe(self.axis)}. Pass the name, solve_axis='layers', say."
+                f"{summarize(self.axis)}. Pass the name, solve_axis='layers', say."
             )
         check_switch("certify", self.certify)
         check_positive("max_steps", self.max_steps, may_be_array=True)
@@ -107,7 +107,7 @@ class SolveConfig:
         return "cholesky" if separates else "cg"
 
     @property
-    def takes_spectra(self) -> bool:
+    def uses_eigenpairs(self) -> bool:
         """Whether the leading eigenpairs of a layer's factors, if known, are enough."""
         return self.solver == "auto" and self.method == "cholesky"
 
@@ -168,7 +168,7 @@ def make_plan(
     n = n_in * n_out
     solver = config.method
     if config.structure != "kronecker":
-        return _plan_units(config, rows, n_in, n_out, steps)
+        return _plan_samples(config, rows, n_in, n_out, steps)
     if solver == "eigendecomposition":
         # Householder tridiagonalisation, QR and back-transformation: about 9n³
         # (Golub & Van Loan, section 8.3); four rotations.
@@ -185,7 +185,7 @@ def make_plan(
         sample = grams + outside + 4.0 * rows**3 * (steps + 1)
     else:
         sample = _factored_flops(solver, steps, rows, n_in, n_out)
-    if ranks is not None and config.takes_spectra:
+    if ranks is not None and config.uses_eigenpairs:
         flops = 4.0 * n * sum(ranks)
         why = f"eigenpairs {_human(flops)}F, all rows {_human(sample)}F"
         return Plan("factors", "eigenpairs", flops, why)
@@ -204,7 +204,7 @@ def make_plan(
     return Plan(space, solver, flops, why)
 
 
-def _plan_units(
+def _plan_samples(
     config: SolveConfig, rows: int, n_in: int, n_out: int, steps: int
 ) -> Plan:
     """The plan of an exact Fisher block; ``rows`` positions each count as one."""

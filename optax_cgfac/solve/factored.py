@@ -106,11 +106,11 @@ class _Side(NamedTuple):
     rows: Rows  # (*stack, R, n)
     scale: Array
     damping: Array  # stack
-    in_row_space: bool  # whether the system is that of the rows
+    in_sample_space: bool  # whether the system is that of the rows
 
     def system(self) -> Array:
         """The side's smaller matrix: the Gram matrix or the factor, damped."""
-        if self.in_row_space:
+        if self.in_sample_space:
             matrix = scaled(gram(self.rows), self.scale)
         else:
             rows = to_dense(self.rows)
@@ -120,24 +120,24 @@ class _Side(NamedTuple):
 
     def project(self, x: Array) -> Array:
         """Brings a matrix ``(*stack, n, k)`` to the space of the system."""
-        return times(self.rows, x) if self.in_row_space else x
+        return times(self.rows, x) if self.in_sample_space else x
 
     def lift(self, b: Array, z: Array) -> Array:
         """Returns the solution for ``b`` from that of the system."""
-        if not self.in_row_space:
+        if not self.in_sample_space:
             return z
         back = scaled(transpose_times(self.rows, z), self.scale)
         return (b - back) / self.damping[..., None, None]
 
     def apply(self, x: Array) -> Array:
         """Returns the damped factor times ``x``."""
-        if not self.in_row_space:
+        if not self.in_sample_space:
             return matmul(self.system(), x)
         product = scaled(transpose_times(self.rows, times(self.rows, x)), self.scale)
         return product + self.damping[..., None, None] * x
 
 
-def sides_in_row_space(rows: LayerRows) -> tuple[bool, bool]:
+def sides_in_sample_space(rows: LayerRows) -> tuple[bool, bool]:
     """Returns for either side whether it is solved among its rows.
 
     Beside a long vocabulary even ``R x n_in`` is too much: there the right side, as
@@ -151,7 +151,7 @@ def sides_in_row_space(rows: LayerRows) -> tuple[bool, bool]:
 def _sides(operator: FactoredDampedOperator) -> tuple[_Side, _Side]:
     kron = operator.operator
     dtype = rows_dtype(kron.a)
-    left, right = sides_in_row_space(LayerRows(kron.a, kron.g))
+    left, right = sides_in_sample_space(LayerRows(kron.a, kron.g))
     return (
         _Side(
             kron.a,

@@ -16,7 +16,7 @@ class StopReason(enum.IntEnum):
       UNSOLVED: Nothing has been solved so far.
       CONVERGED: The true residual fell to the tolerance.
       DIRECT: By a factorisation: exact but for rounding.
-      LOW_RANK: With the leading eigenpairs of the factors: exact but for the rest.
+      EIGENPAIRS: With the leading eigenpairs of the factors: exact but for the rest.
       STEP_LIMIT: After the largest number of iterations.
       STAGNATED: Rounding left nothing to gain.
       INDEFINITE: The operator or the preconditioner is not positive definite.
@@ -31,7 +31,7 @@ class StopReason(enum.IntEnum):
     UNSOLVED = 0
     CONVERGED = 1
     DIRECT = 2
-    LOW_RANK = 3
+    EIGENPAIRS = 3
     STEP_LIMIT = 4
     STAGNATED = 5
     INDEFINITE = 6
@@ -103,14 +103,14 @@ class SolveInfo(NamedTuple):
       num_steps: CG iterations, int32; 0 for direct solves.
       residual: Norm of the true residual relative to the gradient's; -1 where it was
         not computed: a direct solve computes it with ``certify=True`` only.
-      num_fallbacks: Solves so far whose result was not finite and was replaced.
+      num_replaced: Solves so far whose result was not finite and was replaced.
       reason: Why the solve ended, a `StopReason` as int32.
       num_dropped: Captured rows so far that were not finite and were left out.
     """
 
     num_steps: Array
     residual: Array
-    num_fallbacks: Array
+    num_replaced: Array
     reason: Array
     num_dropped: Array
 
@@ -121,7 +121,7 @@ def init_info(params: PyTree) -> SolveInfo:
     return SolveInfo(
         num_steps=jnp.zeros(shape, jnp.int32),
         residual=jnp.full(shape, UNKNOWN, jnp.float32),
-        num_fallbacks=jnp.zeros(shape, jnp.int32),
+        num_replaced=jnp.zeros(shape, jnp.int32),
         reason=jnp.full(shape, StopReason.UNSOLVED.value, jnp.int32),
         num_dropped=jnp.zeros(shape, jnp.int32),
     )

@@ -52,7 +52,7 @@ class _Coefficients(NamedTuple):
     q: Array
 
 
-def conjugate_gradient_on_rows(
+def cg_on_rows(
     operator: KroneckerOperator,
     damping: Array | float,
     b: Array,
@@ -82,7 +82,7 @@ def conjugate_gradient_on_rows(
     Example:
       >>> import jax.numpy as jnp
       >>> op = KroneckerOperator(jnp.array([[1.0, 0.0]]), jnp.array([[1.0]]))
-      >>> x, _ = conjugate_gradient_on_rows(op, 1.0, jnp.ones((2, 1)), max_steps=3)
+      >>> x, _ = cg_on_rows(op, 1.0, jnp.ones((2, 1)), max_steps=3)
       >>> print(x.T)
       [[0.5 1. ]]
     """
@@ -98,8 +98,8 @@ def conjugate_gradient_on_rows(
     def lift(theta: Array) -> Array:
         return transpose_times(a, matmul(theta, g))
 
-    return cg_on_coefficients(
-        RowSpace(project, sandwich, lift, operator.a_scale * operator.g_scale),
+    return cg_in_sample_space(
+        SampleSpace(project, sandwich, lift, operator.a_scale * operator.g_scale),
         damping,
         b,
         x0,
@@ -110,7 +110,7 @@ def conjugate_gradient_on_rows(
     )
 
 
-class RowSpace(NamedTuple):
+class SampleSpace(NamedTuple):
     """A set of vectors ``D`` (the rows of a matrix) that spans ``F = s DᵀD``.
 
     Attributes:
@@ -126,8 +126,8 @@ class RowSpace(NamedTuple):
     scale: Array | float
 
 
-def cg_on_coefficients(
-    space: RowSpace,
+def cg_in_sample_space(
+    space: SampleSpace,
     damping: Array | float,
     b: PyTree,
     x0: PyTree | None = None,
@@ -230,7 +230,7 @@ def cg_on_coefficients(
     return x, end.info()
 
 
-def solve_on_units(
+def solve_among_samples(
     operator: BlockFisherOperator | FullFisherOperator,
     damping: Array,
     b: PyTree,
@@ -258,13 +258,13 @@ def solve_on_units(
     """
     k = operator.gram()
     if not direct:
-        space = RowSpace(
+        space = SampleSpace(
             operator.project,
             lambda z: matmul(k, z[:, None])[:, 0],
             operator.lift,
             operator.scale,
         )
-        return cg_on_coefficients(
+        return cg_in_sample_space(
             space,
             damping,
             b,

@@ -14,7 +14,7 @@ from optax_cgfac.solve.choose import SolveConfig, make_plan
 from optax_cgfac.solve.direct import solve_by_eigendecomposition
 from optax_cgfac.solve.factored import factored_damping, solve_by_cg, solve_directly
 from optax_cgfac.solve.info import UNKNOWN, CGInfo, direct_info, with_residual
-from optax_cgfac.solve.sample_space import conjugate_gradient_on_rows, solve_on_units
+from optax_cgfac.solve.sample_space import cg_on_rows, solve_among_samples
 from optax_cgfac.utils.arrays import safe_divide, tree_dot, tree_dtype
 from optax_cgfac.utils.types import Array
 
@@ -80,7 +80,7 @@ def _solve_layer(
         )
         return jax.vmap(solve_one)(operator, b, x0)
     if config.structure == "block":
-        return _solve_units(config, operator, damping, b, x0)
+        return _solve_among_samples(config, operator, damping, b, x0)
     n_in, n_out = num_features(operator.a), num_features(operator.g)
     plan = make_plan(config, num_rows(operator.a), n_in, n_out)
     damped = damped_operator(operator, damping, config.damping_form)
@@ -97,7 +97,7 @@ def _solve_layer(
     if plan.solver == "eigendecomposition":
         x, info = solve_by_eigendecomposition(damped, b), direct_info(b.dtype)
     elif config.damping_form == "tikhonov":
-        x, info = conjugate_gradient_on_rows(operator, damping, b, x0, **limits)
+        x, info = cg_on_rows(operator, damping, b, x0, **limits)
     else:
         x, info = solve_by_cg(damped, b, x0, **limits)
     return x, checked(config, damped, b, x, info)
@@ -109,7 +109,7 @@ def _limits(config: SolveConfig) -> dict[str, Any]:
     return limits | {"doubts_start": True}
 
 
-def _solve_units(
+def _solve_among_samples(
     config: SolveConfig, operator: Any, damping: Array, b: Any, x0: Any
 ) -> tuple[Any, CGInfo]:
     """The solve with an exact Fisher, of one layer or of all."""
@@ -118,7 +118,7 @@ def _solve_units(
     damped = DampedOperator(operator, damping)
     if config.space == "parameter" and not direct:
         return solve_by_cg_in_parameters(damped, b, x0, **limits)
-    x, info = solve_on_units(operator, damping, b, x0, direct=direct, **limits)
+    x, info = solve_among_samples(operator, damping, b, x0, direct=direct, **limits)
     return x, checked(config, damped, b, x, info)
 
 
@@ -133,7 +133,7 @@ def _solve_jointly(
     x0 = None if any(x is None for x in x0s) else list(x0s)
     damping = jnp.asarray(damping, tree_dtype(b))
     full = FullFisherOperator(tuple(operators))
-    xs, info = _solve_units(config, full, damping, b, x0)
+    xs, info = _solve_among_samples(config, full, damping, b, x0)
     # Every layer reports the residual of the whole system, relative to its gradient.
     relative = relative_residual(info, jnp.sqrt(tree_dot(b, b)))
     norms = [jnp.sqrt(jnp.sum(leaf**2, (-2, -1))) for leaf in b]

@@ -63,7 +63,7 @@ def axis_size(axis_name: str | None) -> int:
         ) from None
 
 
-def share(name: str, count: int, axis_name: str | None) -> int:
+def per_device(name: str, count: int, axis_name: str | None) -> int:
     """Returns a device's part of a number of examples.
 
     Raises:

@@ -62,7 +62,7 @@ def is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, (int, float, np.integer, np.floating))
 
 
-def describe(value: Any) -> str:
+def summarize(value: Any) -> str:
     """Returns what a message says of an argument: no contents, no tracers.
 
     Args:
@@ -73,7 +73,7 @@ def describe(value: Any) -> str:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> describe(jnp.ones(3)), describe("a"), describe({})
+      >>> summarize(jnp.ones(3)), summarize("a"), summarize({})
       ('a float32 array of shape (3,)', "'a'", 'dict')
     """
     if isinstance(value, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
@@ -111,14 +111,16 @@ def check_number(name: str, value: Any, allowed: Range, example: Any) -> None:
     is_array = isinstance(value, (jax.Array, np.ndarray))
     if is_array and not _is_real(value.dtype):
         raise TypeError(
-            f"{name} must be a real number, got {describe(value)}. {way_out}"
+            f"{name} must be a real number, got {summarize(value)}. {way_out}"
         )
     if is_array and value.shape != ():
-        raise ValueError(f"{name} must be one number, got {describe(value)}. {way_out}")
+        raise ValueError(
+            f"{name} must be one number, got {summarize(value)}. {way_out}"
+        )
     if isinstance(value, jax.Array):
         return
     if not is_array and (not is_number(value) or isinstance(value, bool)):
-        raise TypeError(f"{name} must be a number, got {describe(value)}. {way_out}")
+        raise TypeError(f"{name} must be a number, got {summarize(value)}. {way_out}")
     if not allowed.holds(float(value)):
         raise ValueError(f"{name} must {allowed.text}, got {value}. {way_out}")
 
@@ -148,7 +150,7 @@ def check_scheduled(name: str, value: Any) -> None:
     if not is_real_scalar(value):
         error = ValueError if jnp.ndim(_array_or_zero(value)) else TypeError
         raise error(
-            f"The schedule {name} must return one real number, got {describe(value)}. "
+            f"The schedule {name} must return one real number, got {summarize(value)}. "
             f"Write {name}=lambda count: ... with a scalar for the count of updates."
         )
 
@@ -179,8 +181,8 @@ def check_positive(
     is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not is_int or value < 1:
         raise ValueError(
-            f"{name} must be {others}an int of at least 1, got {describe(value)}. Pass "
-            f"a Python int such as {name}=8."
+            f"{name} must be {others}an int of at least 1, got {summarize(value)}. "
+            f"Pass a Python int such as {name}=8."
         )
     return value
 
@@ -208,7 +210,7 @@ def check_switch(name: str, value: Any, hint: str = "") -> None:
     """
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(
-            f"{name} must be True or False, got {describe(value)}. "
+            f"{name} must be True or False, got {summarize(value)}. "
             f"Pass {name}=True or {name}=False{hint}."
         )
 
@@ -223,7 +225,7 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     if not isinstance(value, str | None) or value not in choices:
         raise ValueError(
             f"{name} must be one of {', '.join(map(repr, choices))}, "
-            f"got {describe(value)}. Pass {name}={choices[0]!r}, say."
+            f"got {summarize(value)}. Pass {name}={choices[0]!r}, say."
         )
 
 
@@ -248,7 +250,7 @@ def check_function(
     if not callable(value) or isinstance(value, type):
         raise TypeError(
             f"{name} must be a function, called as {called}, such as {example}; got "
-            f"{describe(value)}."
+            f"{summarize(value)}."
         )
     signature = signature_of(value)
     if signature is not None and not takes(signature, len(arguments)):

@@ -80,7 +80,7 @@ def estimate(model_fn, loss, params, kind="exact", rng=None, targets=None, **opt
         model_fn,
         loss,
         kind=kind,
-        rows=N,
+        examples=N,
         window=1,
         positions=None,
         fallback=True,
@@ -228,7 +228,7 @@ def test_padded_tokens_count_for_nothing(x64):
     estimator = optax_cgfac.fisher_estimator(
         first,
         "softmax_cross_entropy",
-        rows=N,
+        examples=N,
         positions=None,
         weights=mask,
         fallback=True,

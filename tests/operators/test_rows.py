@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import oracles
-from optax_cgfac import _rows
+from optax_cgfac.operators import rows as rows_module
 
 SIZE = 7
 
@@ -15,7 +15,9 @@ def one_hot_rows(num_rows, stack, dtype, seed=0):
     rng = np.random.default_rng(seed)
     shape = (*stack, num_rows)
     indices = jnp.asarray(rng.integers(0, SIZE, shape), jnp.int32)
-    return _rows.IndexRows(indices, jnp.asarray(rng.normal(size=shape), dtype), SIZE)
+    return rows_module.IndexRows(
+        indices, jnp.asarray(rng.normal(size=shape), dtype), SIZE
+    )
 
 
 def dense_rows(num_rows, stack, dtype, seed=1):
@@ -24,7 +26,9 @@ def dense_rows(num_rows, stack, dtype, seed=1):
 
 
 def stacked_rows(stack, dtype):
-    return _rows.StackedRows(one_hot_rows(5, stack, dtype), dense_rows(4, stack, dtype))
+    return rows_module.StackedRows(
+        one_hot_rows(5, stack, dtype), dense_rows(4, stack, dtype)
+    )
 
 
 FORMS = {
@@ -51,24 +55,24 @@ def check(actual, expected, dtype):
 
 def test_products(make, stack, dtype):
     rows = make(stack, dtype)
-    dense = oracles.float64(_rows.to_dense(rows))
-    assert _rows.num_rows(rows) == 9
-    assert _rows.num_features(rows) == SIZE
-    assert _rows.rows_dtype(rows) == dtype
+    dense = oracles.float64(rows_module.to_dense(rows))
+    assert rows_module.num_rows(rows) == 9
+    assert rows_module.num_features(rows) == SIZE
+    assert rows_module.rows_dtype(rows) == dtype
     rng = np.random.default_rng(5)
     x = jnp.asarray(rng.normal(size=(*stack, SIZE, 3)), dtype)
     z = jnp.asarray(rng.normal(size=(*stack, 9, 3)), dtype)
-    check(_rows.times(rows, x), dense @ oracles.float64(x), dtype)
+    check(rows_module.times(rows, x), dense @ oracles.float64(x), dtype)
     transposed = np.swapaxes(dense, -1, -2)
-    check(_rows.transpose_times(rows, z), transposed @ oracles.float64(z), dtype)
-    check(_rows.gram(rows), dense @ transposed, dtype)
+    check(rows_module.transpose_times(rows, z), transposed @ oracles.float64(z), dtype)
+    check(rows_module.gram(rows), dense @ transposed, dtype)
 
 
 def test_sums(make, stack, dtype):
     rows = make(stack, dtype)
-    dense = oracles.float64(_rows.to_dense(rows))
-    check(_rows.column_squares(rows), (dense**2).sum(-2), dtype)
-    check(_rows.squared_norm(rows), (dense**2).sum((-2, -1)), dtype)
+    dense = oracles.float64(rows_module.to_dense(rows))
+    check(rows_module.column_squares(rows), (dense**2).sum(-2), dtype)
+    check(rows_module.squared_norm(rows), (dense**2).sum((-2, -1)), dtype)
 
 
 def test_rows_that_are_not_finite_are_found_and_left_out(make, stack, dtype):
@@ -79,31 +83,31 @@ def test_rows_that_are_not_finite_are_found_and_left_out(make, stack, dtype):
             bad[index] = leaf.at[..., 0].set(jnp.nan)
     if isinstance(rows, jax.Array):  # the first row, not the first feature
         bad = [rows.at[..., 0, :].set(jnp.nan)]
-    elif isinstance(rows, _rows.StackedRows):
+    elif isinstance(rows, rows_module.StackedRows):
         bad[-1] = rows.bottom.at[..., 0, :].set(jnp.nan)
     poisoned = jax.tree.unflatten(jax.tree.structure(rows), bad)
-    finite = _rows.squares_are_finite(poisoned)
+    finite = rows_module.squares_are_finite(poisoned)
     expected = np.ones((*stack, 9), bool)
     expected[..., 0] = False
-    if isinstance(rows, _rows.StackedRows):
+    if isinstance(rows, rows_module.StackedRows):
         expected[..., 5] = False
     np.testing.assert_array_equal(finite, expected)
-    kept = _rows.to_dense(_rows.keep_where(poisoned, finite))
-    dense = np.where(expected[..., None], _rows.to_dense(rows), 0)
+    kept = rows_module.to_dense(rows_module.keep_where(poisoned, finite))
+    dense = np.where(expected[..., None], rows_module.to_dense(rows), 0)
     np.testing.assert_array_equal(kept, dense)
 
 
 @pytest.mark.parametrize(("number", "fits"), [(1e15, True), (1e17, False)])
 def test_rows_whose_squares_cannot_be_added_up_are_found(number, fits):
     rows = jnp.ones((3, SIZE)).at[1, 2].set(number)
-    finite = _rows.squares_are_finite(rows)
+    finite = rows_module.squares_are_finite(rows)
     np.testing.assert_array_equal(finite, [True, fits, True])
     assert (65536 * number**2 < float(np.finfo("float32").max)) == fits
 
 
 def test_a_slot_holds_what_its_precision_can():
     buffer = jnp.zeros((2, 3), jnp.float16)
-    held = _rows.update_slot(buffer, jnp.full((1, 3), -1e6), jnp.asarray(1))
+    held = rows_module.update_slot(buffer, jnp.full((1, 3), -1e6), jnp.asarray(1))
     np.testing.assert_array_equal(held, np.float16([[0] * 3, [-65504] * 3]))
 
 
@@ -114,18 +118,18 @@ def test_a_slot_of_the_ring_buffer_is_replaced(make, stack, dtype):
     )
     zeros = jax.tree.map(jnp.zeros_like, rows)
     for slot in (0, 1):
-        buffer = _rows.update_slot(twice, zeros, jnp.asarray(slot))
-        half = _rows.gram(rows)
-        assert jnp.sum(_rows.squared_norm(buffer)) == pytest.approx(
+        buffer = rows_module.update_slot(twice, zeros, jnp.asarray(slot))
+        half = rows_module.gram(rows)
+        assert jnp.sum(rows_module.squared_norm(buffer)) == pytest.approx(
             float(jnp.sum(jnp.trace(half, axis1=-2, axis2=-1))), rel=1e-4
         )
 
 
 def test_half_precision_halves_the_bytes_of_dense_rows(stack):
     rows = dense_rows(9, stack, "float32")
-    half = _rows.as_dtype(rows, "bfloat16")
-    assert 2 * _rows.num_bytes(half) == _rows.num_bytes(rows)
+    half = rows_module.as_dtype(rows, "bfloat16")
+    assert 2 * rows_module.num_bytes(half) == rows_module.num_bytes(rows)
 
 
 def test_products_ask_for_full_precision():
-    assert "HIGHEST" in str(jax.make_jaxpr(_rows.gram)(jnp.ones((2, 3))))
+    assert "HIGHEST" in str(jax.make_jaxpr(rows_module.gram)(jnp.ones((2, 3))))

@@ -40,7 +40,7 @@ _BLOCK = 32
 _POWER_STEPS = 1
 
 
-class Spectrum(NamedTuple):
+class Eigenpairs(NamedTuple):
     """Leading eigenpairs of one factor.
 
     Attributes:
@@ -54,7 +54,7 @@ class Spectrum(NamedTuple):
     trace: Array
 
 
-class LayerSpectra(NamedTuple):
+class LayerEigenpairs(NamedTuple):
     """Leading eigenpairs of a layer's two factors.
 
     Attributes:
@@ -62,8 +62,8 @@ class LayerSpectra(NamedTuple):
       g: Of ``G``.
     """
 
-    a: Spectrum
-    g: Spectrum
+    a: Eigenpairs
+    g: Eigenpairs
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -71,9 +71,9 @@ class LayerSpectra(NamedTuple):
         return self.a.values.shape[-1], self.g.values.shape[-1]
 
 
-def empty_spectrum(
+def empty_eigenpairs(
     stack: tuple[int, ...], rows: int, n: int, rank: int, dtype: str
-) -> Spectrum:
+) -> Eigenpairs:
     """Returns the spectrum of a factor of which nothing is known yet.
 
     Args:
@@ -84,10 +84,10 @@ def empty_spectrum(
       dtype: That of the layer's solves.
 
     Returns:
-      A `Spectrum` of zeros.
+      A `Eigenpairs` of zeros.
     """
     r = min(rank, rows, n)
-    return Spectrum(
+    return Eigenpairs(
         jnp.zeros((*stack, n, r), dtype),
         jnp.zeros((*stack, r), dtype),
         jnp.zeros(stack, dtype),
@@ -97,12 +97,12 @@ def empty_spectrum(
 class _Side(NamedTuple):
     rows: Array  # (*stack, R, n)
     scale: Array
-    old: Spectrum
+    old: Eigenpairs
 
 
 def refresh(
-    operators: Sequence[KroneckerOperator], old: Sequence[LayerSpectra]
-) -> list[LayerSpectra]:
+    operators: Sequence[KroneckerOperator], old: Sequence[LayerEigenpairs]
+) -> list[LayerEigenpairs]:
     """Computes the leading eigenpairs of many layers' factors.
 
     All Gram matrices of equally many rows are one batch, and so are all small factors
@@ -118,10 +118,10 @@ def refresh(
     """
     sides = [
         _Side(rows, jnp.asarray(scale, rows.dtype), spectrum)
-        for operator, spectra in zip(operators, old, strict=True)
+        for operator, eigenpairs in zip(operators, old, strict=True)
         for rows, scale, spectrum in (
-            (operator.a, operator.a_scale, spectra.a),
-            (operator.g, operator.g_scale, spectra.g),
+            (operator.a, operator.a_scale, eigenpairs.a),
+            (operator.g, operator.g_scale, eigenpairs.g),
         )
     ]
     groups: dict[tuple[int, int, jnp.dtype], list[int]] = {}
@@ -131,7 +131,7 @@ def refresh(
         while rank == n > width:
             width = 2 * width or _BLOCK
         groups.setdefault((count, width, side.rows.dtype), []).append(index)
-    found: dict[int, Spectrum] = {}
+    found: dict[int, Eigenpairs] = {}
     token = jnp.zeros(())
     for (_, width, _), members in groups.items():
         # One after the other, by a dependence that is there for nothing else: XLA's CPU
@@ -143,20 +143,20 @@ def refresh(
             for i in members
         ]
         starts = [_flat(sides[i].old.vectors) for i in members]
-        spectra = _all_pairs(rows, width) if width else _leading_pairs(rows, starts)
-        for i, spectrum in zip(members, spectra, strict=True):
+        eigenpairs = _all_pairs(rows, width) if width else _leading_pairs(rows, starts)
+        for i, spectrum in zip(members, eigenpairs, strict=True):
             shapes = zip(spectrum, sides[i].old, strict=True)
-            found[i] = Spectrum(*(new.reshape(old.shape) for new, old in shapes))
-        first = spectra[0]
+            found[i] = Eigenpairs(*(new.reshape(old.shape) for new, old in shapes))
+        first = eigenpairs[0]
         token = jnp.minimum(jnp.abs(first.trace[0]), 0) * first.values[0, 0]
         token = jnp.where(jnp.isfinite(token), token, 0)
     return [
-        LayerSpectra(found[2 * index], found[2 * index + 1])
+        LayerEigenpairs(found[2 * index], found[2 * index + 1])
         for index in range(len(operators))
     ]
 
 
-def _leading_pairs(rows: Sequence[Array], starts: Sequence[Array]) -> list[Spectrum]:
+def _leading_pairs(rows: Sequence[Array], starts: Sequence[Array]) -> list[Eigenpairs]:
     """Some of the eigenpairs of ``rᵀr`` from the Gram matrices ``r rᵀ``.
 
     Args:
@@ -164,7 +164,7 @@ def _leading_pairs(rows: Sequence[Array], starts: Sequence[Array]) -> list[Spect
       starts: About the eigenvectors, shapes ``(k, n, r)``.
 
     Returns:
-      A `Spectrum` of ``k`` factors for each, eigenvalues ascending.
+      A `Eigenpairs` of ``k`` factors for each, eigenvalues ascending.
     """
     count, rank = rows[0].shape[1], starts[0].shape[2]
     matrices = jnp.concatenate([matmul(r, r.mT) for r in rows])
@@ -177,16 +177,16 @@ def _leading_pairs(rows: Sequence[Array], starts: Sequence[Array]) -> list[Spect
     good = _above_rounding(values, count)
     vectors = vectors * jnp.where(good, jax.lax.rsqrt(values), 0)[:, None, :]
     traces = jnp.trace(matrices, axis1=1, axis2=2)
-    spectra, first = [], 0
+    eigenpairs, first = [], 0
     for r in rows:
         of_side = slice(first, first + len(r))
         lifted = matmul(r.mT, vectors[of_side])
-        spectra.append(Spectrum(lifted, values[of_side], traces[of_side]))
+        eigenpairs.append(Eigenpairs(lifted, values[of_side], traces[of_side]))
         first += len(r)
-    return spectra
+    return eigenpairs
 
 
-def _all_pairs(rows: Sequence[Array], width: int) -> list[Spectrum]:
+def _all_pairs(rows: Sequence[Array], width: int) -> list[Eigenpairs]:
     """All eigenpairs of ``rᵀr``, with features padded to ``width``.
 
     Args:
@@ -194,7 +194,7 @@ def _all_pairs(rows: Sequence[Array], width: int) -> list[Spectrum]:
       width: The common size.
 
     Returns:
-      A `Spectrum` of ``k`` factors for each, eigenvalues ascending.
+      A `Eigenpairs` of ``k`` factors for each, eigenvalues ascending.
     """
     padded = [jnp.pad(r, ((0, 0), (0, 0), (0, width - r.shape[-1]))) for r in rows]
     matrices = jnp.concatenate([matmul(r.mT, r) for r in padded])
@@ -202,13 +202,13 @@ def _all_pairs(rows: Sequence[Array], width: int) -> list[Spectrum]:
     good = _above_rounding(values, rows[0].shape[1])
     vectors = jnp.where(good[:, None, :], vectors, 0)
     traces = jnp.trace(matrices, axis1=1, axis2=2)
-    spectra, first = [], 0
+    eigenpairs, first = [], 0
     for r in rows:
         of_side, n = slice(first, first + len(r)), r.shape[-1]
         pairs = vectors[of_side, :n, -n:], values[of_side, -n:]
-        spectra.append(Spectrum(*pairs, traces[of_side]))
+        eigenpairs.append(Eigenpairs(*pairs, traces[of_side]))
         first += len(r)
-    return spectra
+    return eigenpairs
 
 
 def _above_rounding(values: Array, count: int) -> Array:
@@ -255,23 +255,23 @@ class SplitDamping(NamedTuple):
 
 
 def split_dampings(
-    spectra: Sequence[LayerSpectra], damping: Array
+    eigenpairs: Sequence[LayerEigenpairs], damping: Array
 ) -> list[SplitDamping]:
     """Returns every layer's `SplitDamping`, all in one pass over short vectors.
 
     Args:
-      spectra: The layers' eigenpairs.
+      eigenpairs: The layers' eigenpairs.
       damping: The scalar ``γ``.
 
     Returns:
       One for each layer.
     """
-    if not spectra:
+    if not eigenpairs:
         return []
-    traces = [jnp.concatenate([x[i].trace.ravel() for x in spectra]) for i in (0, 1)]
-    counts = [x.a.trace.size for x in spectra]
+    traces = [jnp.concatenate([x[i].trace.ravel() for x in eigenpairs]) for i in (0, 1)]
+    counts = [x.a.trace.size for x in eigenpairs]
     sizes = [
-        np.repeat([x[i].vectors.shape[-2] for x in spectra], counts).astype(t.dtype)
+        np.repeat([x[i].vectors.shape[-2] for x in eigenpairs], counts).astype(t.dtype)
         for i, t in enumerate(traces)
     ]
     alphas, betas = split_damping(traces[0], traces[1], (sizes[0], sizes[1]), damping)
@@ -283,18 +283,18 @@ def split_dampings(
             jnp.broadcast_to(damping, x.a.trace.shape).astype(x.a.trace.dtype),
         )
         for alpha, beta, x in zip(
-            jnp.split(alphas, ends), jnp.split(betas, ends), spectra, strict=True
+            jnp.split(alphas, ends), jnp.split(betas, ends), eigenpairs, strict=True
         )
     ]
 
 
-def solve_low_rank(
-    spectra: LayerSpectra, damping: SplitDamping, blocks: Sequence[Array]
+def solve_with_eigenpairs(
+    eigenpairs: LayerEigenpairs, damping: SplitDamping, blocks: Sequence[Array]
 ) -> tuple[list[Array], Array]:
     r"""Returns ``(A + αI)⁻¹ b (G + βI)⁻¹`` with the kept eigenpairs.
 
     Args:
-      spectra: The eigenpairs.
+      eigenpairs: The eigenpairs.
       damping: The layer's ``α`` and ``β``.
       blocks: The right-hand side, one above the other, shapes ``(*stack, n, n_out)``:
         a kernel and a bias need not be copied into one matrix.
@@ -303,7 +303,7 @@ def solve_low_rank(
       The blocks of the solution and whether it is finite. If not, the blocks are the
       right-hand side over the damped mean curvature, without what is not finite.
     """
-    a, g = spectra
+    a, g = eigenpairs
     sizes = a.vectors.shape[-2], g.vectors.shape[-2]
     alpha, beta, gamma = damping
     a_share = a.values / (a.values + alpha[..., None])

@@ -27,7 +27,7 @@ from optax_cgfac import (
 from optax_cgfac.solve.cg import certified, cg_loop
 from optax_cgfac.solve.choose import SolveConfig
 from optax_cgfac.solve.info import with_residual
-from optax_cgfac.solve.sample_space import conjugate_gradient_on_rows
+from optax_cgfac.solve.sample_space import cg_on_rows
 from optax_cgfac.solve.solver import solve_layers
 from optax_cgfac.utils.arrays import tree_dot
 from steps import ingredients, make_problem, update
@@ -54,7 +54,7 @@ def in_parameter_space(operator, damping, b, x0, max_steps):
 @jax.jit
 def on_rows(operator, damping, b, x0, max_steps):
     limits = {"max_steps": max_steps, "rtol": 0.0}
-    return conjugate_gradient_on_rows(operator, damping, b, x0, **limits)
+    return cg_on_rows(operator, damping, b, x0, **limits)
 
 
 @jax.jit
@@ -129,7 +129,7 @@ def test_the_reported_residual_is_true_at_every_step(space, size, damping):
     b, x0 = problem.b, problem.x0
     size = np.linalg.norm(b) + np.linalg.norm(oracles.apply(dense, x0))
     # Among rows an inner product is good to eps ‖d‖², its root to √eps ‖d‖.
-    floor = {"parameter": 10 * EPS * np.linalg.cond(dense), "rows": 20 * EPS**0.5}[
+    floor = {"parameter": 10 * EPS * np.linalg.cond(dense), "examples": 20 * EPS**0.5}[
         space
     ]
     for max_steps in range(1, NUM_STEPS, 3):
@@ -333,7 +333,7 @@ def residuals(state):
 
 
 OPTIMIZERS = {
-    "by eigenpairs": (cgfac, truncated, "LOW_RANK"),
+    "by eigenpairs": (cgfac, truncated, "EIGENPAIRS"),
     "by cholesky": (cgfac, ingredients, "DIRECT"),
     "by cg": (
         lambda **options: scale_by_cgfac(0.1, max_steps=1, rtol=1e-3, **options),

@@ -60,7 +60,7 @@ def test_the_estimator_takes_rows_of_a_few_examples(name):
     estimator = fisher_estimator(
         case.model_fn,
         "squared_error",
-        rows=NUM_EXAMPLES - 2,
+        examples=NUM_EXAMPLES - 2,
         window=2,
         input_axes=case.input_axes,
     )

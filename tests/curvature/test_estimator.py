@@ -33,7 +33,7 @@ def estimate(
     **options,
 ):
     """A curvature after some updates, compiled; ``rng`` is a seed."""
-    estimator = fisher_estimator(fn, loss, **({"rows": 4, "window": 2} | options))
+    estimator = fisher_estimator(fn, loss, **({"examples": 4, "window": 2} | options))
     curvature = estimator.init(params, inputs)
 
     @jax.jit
@@ -52,7 +52,7 @@ def estimate(
 
 
 def test_empirical_rows_are_those_of_the_single_pass():
-    curvature = estimate(kind="empirical", targets=Y, rows=6, window=1)
+    curvature = estimate(kind="empirical", targets=Y, examples=6, window=1)
 
     def loss_fn(params):
         return jnp.mean(jnp.sum((model_fn(params, X) - Y) ** 2, -1))
@@ -97,7 +97,7 @@ def dense_factors(pool, x):
 
 
 def test_exact_rows_give_the_dense_factors():
-    curvature = estimate(kind="exact", rows=6, window=1)
+    curvature = estimate(kind="exact", examples=6, window=1)
     for name, (a, g) in dense_factors(lambda y: y, X).items():
         dense = curvature.operator(name).to_dense()
         np.testing.assert_allclose(dense, np.kron(a, g), rtol=1e-4, atol=1e-5)
@@ -105,7 +105,7 @@ def test_exact_rows_give_the_dense_factors():
 
 def average_g(fn, inputs, name, **options):
     """``G`` of one layer averaged over two thousand keys."""
-    estimator = fisher_estimator(fn, "squared_error", rows=6, window=1, **options)
+    estimator = fisher_estimator(fn, "squared_error", examples=6, window=1, **options)
     curvature = estimator.init(PARAMS, inputs)
 
     def one(key):
@@ -155,7 +155,7 @@ def test_without_rng_every_position_of_every_example_is_met(num_examples):
         pooled,
         inputs=inputs,
         kind="exact",
-        rows=num_examples,
+        examples=num_examples,
         window=3 * num_examples,
         times=3 * num_examples,
     )
@@ -189,7 +189,9 @@ def test_examples_of_one_update_are_distinct():
 
 
 def test_model_inputs_are_kept_and_replaced_by_every_update():
-    estimator = fisher_estimator(model_fn, "squared_error", rows=2, model_rows=4)
+    estimator = fisher_estimator(
+        model_fn, "squared_error", examples=2, model_examples=4
+    )
     curvature = estimator.init(PARAMS, X)
     assert curvature.model_inputs.shape == (4, 5)
     later = X + 100
@@ -207,7 +209,12 @@ def test_model_inputs_are_kept_and_replaced_by_every_update():
 def test_the_models_examples_are_of_this_batch_also_where_no_rows_are_captured():
     """Those of an older batch are fitted already: the quadratic model would be flat."""
     estimator = fisher_estimator(
-        model_fn, "squared_error", rows=2, model_rows=4, window=1, capture_every=3
+        model_fn,
+        "squared_error",
+        examples=2,
+        model_examples=4,
+        window=1,
+        capture_every=3,
     )
     curvature = estimator.init(PARAMS, X)
     for i in range(3):
@@ -225,7 +232,7 @@ def with_scale(params, inputs):
 
 def test_leaves_without_an_axis_of_examples_stay_whole():
     inputs = {"x": X, "scale": jnp.full(5, 2.0)}
-    curvature = estimate(with_scale, inputs=inputs, kind="exact", model_rows=3)
+    curvature = estimate(with_scale, inputs=inputs, kind="exact", model_examples=3)
     np.testing.assert_array_equal(curvature.model_inputs["scale"], inputs["scale"])
     assert curvature.model_inputs["x"].shape == (3, 5)
 
@@ -236,10 +243,10 @@ def test_a_leaf_as_long_as_the_batch_needs_input_axes():
         estimate(with_scale, inputs=inputs, kind="exact")
     axes = {"x": 0, "scale": None}
     curvature = estimate(
-        with_scale, inputs=inputs, kind="exact", input_axes=axes, model_rows=3
+        with_scale, inputs=inputs, kind="exact", input_axes=axes, model_examples=3
     )
     assert curvature.model_inputs["scale"].shape == (5,)
-    doubled = estimate(inputs=2 * X[:5], kind="exact", model_rows=3)
+    doubled = estimate(inputs=2 * X[:5], kind="exact", model_examples=3)
     for name, rows in doubled.layers.items():
         np.testing.assert_allclose(curvature.layers[name].a, rows.a, rtol=1e-5)
 
@@ -261,7 +268,7 @@ def test_a_key_inside_the_inputs_travels_on():
         return model_fn(params, inputs["x"] + noise)
 
     inputs = {"x": X, "key": jax.random.key(4)}
-    curvature = estimate(noisy, inputs=inputs, kind="exact", rows=6, window=1)
+    curvature = estimate(noisy, inputs=inputs, kind="exact", examples=6, window=1)
     expected = X + jax.random.normal(inputs["key"], (5,))
     rows = np.asarray(curvature.layers["Dense_0"].a)[:6, :-1]  # the first column's
     distances = np.abs(rows[:, None] - np.asarray(expected)).max(-1)
@@ -274,7 +281,9 @@ def test_a_key_inside_the_inputs_travels_on():
 
 @pytest.mark.parametrize("kind", ["mc", "exact"])
 def test_updates_keep_shapes_and_run_under_jit_and_scan(kind):
-    estimator = fisher_estimator(model_fn, "squared_error", kind=kind, rows=4, window=3)
+    estimator = fisher_estimator(
+        model_fn, "squared_error", kind=kind, examples=4, window=3
+    )
     start = estimator.init(PARAMS, X)
 
     def body(curvature, seed):
@@ -303,7 +312,7 @@ def test_updates_keep_shapes_and_run_under_jit_and_scan(kind):
 
 
 def exact_estimator(**options):
-    options = {"rows": 4, "model_rows": 6} | options
+    options = {"examples": 4, "model_examples": 6} | options
     return fisher_estimator(model_fn, "squared_error", kind="exact", **options)
 
 
@@ -341,7 +350,7 @@ def test_rows_with_eigenpairs_are_kept_in_half_precision(options, expected):
 
     model, x = Two(), jax.random.normal(jax.random.key(0), (8, 20))
     params = model.init(jax.random.key(1), x)
-    estimator = fisher_estimator(model.apply, "squared_error", rows=8, **options)
+    estimator = fisher_estimator(model.apply, "squared_error", examples=8, **options)
     curvature = estimator.init(params, x)
     curvature = estimator.update(curvature, params, x, rng=jax.random.key(2))
     found = {
@@ -349,11 +358,11 @@ def test_rows_with_eigenpairs_are_kept_in_half_precision(options, expected):
         for name, rows in curvature.layers.items()
     }
     assert found == expected
-    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(curvature.spectra))
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(curvature.eigenpairs))
     exact = fisher_estimator(
         model.apply,
         "squared_error",
-        rows=8,
+        examples=8,
         rows_dtype="float32",
         **options_of(options),
     )
@@ -374,7 +383,7 @@ def test_windows_of_other_lengths_keep_their_own_precision():
 
     def estimate(window):
         return fisher_estimator(
-            model.apply, "squared_error", rows=32, rank=32, window=window
+            model.apply, "squared_error", examples=32, rank=32, window=window
         )
 
     one = estimate(1)
@@ -391,7 +400,7 @@ def test_windows_of_other_lengths_keep_their_own_precision():
         rtol=2**-7,
     )
     shorter = whole.with_window(1)
-    assert not shorter.spectra
+    assert not shorter.eigenpairs
     assert shorter.layers[name].g.dtype == jnp.float32
 
 

@@ -86,7 +86,7 @@ def test_the_estimator_covers_them():
     model, x = Model(), normal(0, NUM_EXAMPLES, 5)
     params = init(model, x)
     estimator = fisher_estimator(
-        lambda p, x: model.apply({"params": p}, x), "squared_error", rows=4
+        lambda p, x: model.apply({"params": p}, x), "squared_error", examples=4
     )
     curvature = estimator.init(params, x)
     update = jax.jit(estimator.update)
@@ -151,7 +151,7 @@ class Untagged(nnx.Module):
 
 
 def test_a_parameter_of_nnx_without_a_tag_is_reported():
-    estimator = fisher_estimator(lambda m, x: m(x), "squared_error", rows=4)
+    estimator = fisher_estimator(lambda m, x: m(x), "squared_error", examples=4)
     with pytest.raises(ValueError, match=r"shift: a parameter of Untagged.*tag_layer"):
         estimator.init(Untagged(), normal(0, NUM_EXAMPLES, 5))
 

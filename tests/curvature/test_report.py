@@ -30,7 +30,10 @@ def table(report):
 
 def estimate(model, inputs, **options):
     estimator = optax_cgfac.fisher_estimator(
-        lambda p, x: model.apply({"params": p}, x), "squared_error", rows=4, **options
+        lambda p, x: model.apply({"params": p}, x),
+        "squared_error",
+        examples=4,
+        **options,
     )
     return estimator.init(init(model, inputs), inputs)
 
@@ -84,8 +87,8 @@ def test_the_solve_column_follows_the_options_and_says_why(options, solve):
 
 
 def test_tikhonov_takes_the_space_that_costs_less():
-    model_rows = {"window": 8}
-    few = estimate(Heads(), normal(0, NUM_EXAMPLES, 2, 5), **model_rows)
+    model_examples = {"window": 8}
+    few = estimate(Heads(), normal(0, NUM_EXAMPLES, 2, 5), **model_examples)
     row = table(few.report(damping_form="tikhonov"))["heads"]
     assert row["solve"] == "parameter, cg"
     assert ">" in row["why"]

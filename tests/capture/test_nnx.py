@@ -114,7 +114,7 @@ def test_rows_rebuild_the_gradient_and_change_nothing(name):
 def test_an_estimator_leaves_the_module_as_it_was(name):
     case = CASES[name]()
     before = snapshot(case.model)
-    estimator = fisher_estimator(case.model_fn, "squared_error", rows=3)
+    estimator = fisher_estimator(case.model_fn, "squared_error", examples=3)
     curvature = estimator.init(case.model, case.inputs)
     assert {tag.name for tag in curvature.tags} == case.layers.keys()
     update = nnx.jit(estimator.update)
@@ -201,7 +201,9 @@ def test_variables_that_the_loss_adds_are_handed_on():
 
 
 def updated(params, model_fn=outputs_of, **kwargs):
-    estimator = fisher_estimator(model_fn, "squared_error", rows=4, window=2, **kwargs)
+    estimator = fisher_estimator(
+        model_fn, "squared_error", examples=4, window=2, **kwargs
+    )
     curvature = estimator.init(params, BATCH)
     return estimator.update(curvature, params, BATCH, rng=jax.random.key(0))
 
@@ -255,7 +257,7 @@ def test_a_module_that_takes_a_part_of_itself_apart_after_a_state_was_given():
 def test_jit_with_split_and_merge():
     model = Mlp(rngs())
     graphdef, state = nnx.split(model)
-    estimator = fisher_estimator(outputs_of, "squared_error", rows=4, window=2)
+    estimator = fisher_estimator(outputs_of, "squared_error", examples=4, window=2)
     curvature = estimator.init(model, BATCH)
 
     @jax.jit
@@ -269,7 +271,7 @@ def test_jit_with_split_and_merge():
 def test_update_in_a_scan():
     model = Mlp(rngs())
     graphdef, state = nnx.split(model)
-    estimator = fisher_estimator(outputs_of, "squared_error", rows=4, window=2)
+    estimator = fisher_estimator(outputs_of, "squared_error", examples=4, window=2)
     curvature = estimator.init(model, BATCH)
 
     def body(curvature, key):
@@ -290,7 +292,9 @@ def test_a_second_step_compiles_nothing():
     def model_fn(model, x):
         return nnx.view(model, deterministic=True, use_running_average=True)(x)
 
-    estimator = fisher_estimator(model_fn, "squared_error", rows=4, model_rows=6)
+    estimator = fisher_estimator(
+        model_fn, "squared_error", examples=4, model_examples=6
+    )
     curvature = estimator.init(model, BATCH)
     traces = []
 
@@ -329,7 +333,7 @@ def test_statistics_as_long_as_the_batch_are_not_sliced():
 @pytest.mark.filterwarnings("ignore:BatchNorm in training mode")
 def test_the_module_may_be_donated_beside_the_curvature():
     model = Stateful()
-    estimator = fisher_estimator(outputs_of, "squared_error", rows=4)
+    estimator = fisher_estimator(outputs_of, "squared_error", examples=4)
     curvature = estimator.init(model, BATCH)
     ids = {id(x) for x in jax.tree.leaves(nnx.state(model))}
     assert not ids & {id(x) for x in jax.tree.leaves(curvature)}
@@ -385,7 +389,7 @@ def test_an_optimizer_of_nnx_steps_as_optax_does(tx):
     graphdef, params = nnx.split(nnx.clone(model))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     opt_state = tx.init(params)
-    estimator = fisher_estimator(outputs_of, "squared_error", rows=4)
+    estimator = fisher_estimator(outputs_of, "squared_error", examples=4)
     curvature = estimator.init(model, BATCH)
 
     def value_fn(params):

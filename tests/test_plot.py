@@ -37,7 +37,7 @@ def widths_of(ax):
 def test_coverage_counts_every_parameter_and_hatches_those_without_curvature():
     p = problem()
     estimator = optax_cgfac.fisher_estimator(
-        model_fn, "squared_error", rows=4, where=lambda path: "hidden" not in path
+        model_fn, "squared_error", examples=4, where=lambda path: "hidden" not in path
     )
     ax = plot.coverage(estimator.init(p.params, p.batch["x"]), p.params)
     assert names_of(ax) == ["out", "hidden/bias", "hidden/kernel"]
@@ -51,7 +51,9 @@ def test_coverage_counts_every_parameter_and_hatches_those_without_curvature():
 
 def test_coverage_takes_an_nnx_module_and_draws_where_it_is_told():
     module, x = nnx.Linear(3, 2, rngs=nnx.Rngs(0)), jnp.ones((8, 3))
-    estimator = optax_cgfac.fisher_estimator(lambda m, x: m(x), "squared_error", rows=4)
+    estimator = optax_cgfac.fisher_estimator(
+        lambda m, x: m(x), "squared_error", examples=4
+    )
     given = pyplot.figure().subplots()
     ax = plot.coverage(estimator.init(module, x), module, ax=given)
     assert ax is given
@@ -87,7 +89,7 @@ def test_costs_are_the_operations_of_a_solve():
 def test_the_layers_of_a_stack_cost_together():
     x = normal(0, NUM_EXAMPLES, 5)
     estimator = optax_cgfac.fisher_estimator(
-        lambda p, x: Scanned().apply({"params": p}, x), "squared_error", rows=4
+        lambda p, x: Scanned().apply({"params": p}, x), "squared_error", examples=4
     )
     curvature = estimator.init(init(Scanned(), x), x)
     ax = plot.cost(curvature, damping_form="tikhonov", space="parameter")
@@ -217,7 +219,7 @@ def test_the_diagnostics_of_a_training_are_a_history():
     np.testing.assert_allclose(left.get_lines()[0].get_ydata(), expected)
 
 
-# ---------------------------------------------------------------- spectra
+# ---------------------------------------------------------------- eigenpairs
 
 
 def descending_eigenvalues(dense):
@@ -296,7 +298,7 @@ def test_a_spectrum_needs_rows_a_layer_and_a_structure():
 
 
 def test_without_matplotlib_the_module_is_there_and_says_what_to_install(monkeypatch):
-    for name in ("optax_cgfac.plot", "optax_cgfac._drawing"):
+    for name in "optax_cgfac.plot":
         monkeypatch.delitem(sys.modules, name)
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)

@@ -8,29 +8,29 @@ from flax import linen as nn
 
 from models import normal
 from optax_cgfac import fisher_estimator
-from optax_cgfac.capture.conv import Window, mean_patches, output_sizes, patches_at
+from optax_cgfac.capture.conv import SpatialDim, mean_patches, output_sizes, patches_at
 
 WINDOWS = {
-    "plain": (Window(5, 3), Window(4, 2)),
-    "padded": (Window(5, 3, padding=(1, 1)), Window(4, 2, padding=(0, 2))),
-    "strided": (Window(5, 3, 2, (1, 1)), Window(4, 2, 3, (1, 0))),
+    "plain": (SpatialDim(5, 3), SpatialDim(4, 2)),
+    "padded": (SpatialDim(5, 3, padding=(1, 1)), SpatialDim(4, 2, padding=(0, 2))),
+    "strided": (SpatialDim(5, 3, 2, (1, 1)), SpatialDim(4, 2, 3, (1, 0))),
     "dilated": (
-        Window(5, 2, 1, (1, 0), 2, 3),
-        Window(4, 3, 2, (2, 1), 3, 2),
+        SpatialDim(5, 2, 1, (1, 0), 2, 3),
+        SpatialDim(4, 3, 2, (2, 1), 3, 2),
     ),
-    "cropped": (Window(5, 2, padding=(-1, 1)), Window(4, 2, padding=(1, -2))),
+    "cropped": (SpatialDim(5, 2, padding=(-1, 1)), SpatialDim(4, 2, padding=(1, -2))),
 }
 
 
-def by_lax(x, windows):
+def by_lax(x, spatial_dims):
     """Shape ``(N, positions, taps, channels)``."""
     patches = jax.lax.conv_general_dilated_patches(
         x,
-        [w.taps for w in windows],
-        [w.stride for w in windows],
-        [w.padding for w in windows],
-        lhs_dilation=[w.input_dilation for w in windows],
-        rhs_dilation=[w.kernel_dilation for w in windows],
+        [w.taps for w in spatial_dims],
+        [w.stride for w in spatial_dims],
+        [w.padding for w in spatial_dims],
+        lhs_dilation=[w.input_dilation for w in spatial_dims],
+        rhs_dilation=[w.kernel_dilation for w in spatial_dims],
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         precision=jax.lax.Precision.HIGHEST,
     )
@@ -40,42 +40,42 @@ def by_lax(x, windows):
 
 @pytest.mark.parametrize("name", WINDOWS)
 def test_patches_are_those_of_lax(name):
-    windows, x = WINDOWS[name], normal(0, 2, 5, 4, 3)
-    expected = by_lax(x, windows)
-    count = int(np.prod(output_sizes(windows)))
+    spatial_dims, x = WINDOWS[name], normal(0, 2, 5, 4, 3)
+    expected = by_lax(x, spatial_dims)
+    count = int(np.prod(output_sizes(spatial_dims)))
     assert count == expected.shape[1]
     # Backwards for one example: positions are each example's own.
     positions = jnp.stack([jnp.arange(count), jnp.arange(count)[::-1]])
-    patches = patches_at(x[:, None], windows, positions)
+    patches = patches_at(x[:, None], spatial_dims, positions)
     expected_rows = jnp.stack([expected[0], expected[1, ::-1]])
     np.testing.assert_allclose(patches, expected_rows, rtol=1e-6)
-    mean = mean_patches(x[:, None], windows)
+    mean = mean_patches(x[:, None], spatial_dims)
     np.testing.assert_allclose(mean, expected.mean(1), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["wrap", "reflect"])
 def test_padding_that_repeats_the_input_by_a_loop(mode):
-    window = Window(4, 3, 2, wrap=(1, 2), mode=mode)
+    dim = SpatialDim(4, 3, 2, wrap=(1, 2), mode=mode)
     x = np.arange(1, 9).reshape(1, 1, 4, 2)
     padded = np.pad(x[0, 0], ((1, 2), (0, 0)), mode=mode)
     expected = [padded[start : start + 3] for start in (0, 2, 4)]
-    got = patches_at(jnp.asarray(x), [window], jnp.arange(3)[None])
+    got = patches_at(jnp.asarray(x), [dim], jnp.arange(3)[None])
     np.testing.assert_array_equal(got[0], expected)
 
 
 def test_a_flipped_window_reads_backwards():
-    table = Window(4, 3, padding=(1, 0)).table()
+    table = SpatialDim(4, 3, padding=(1, 0)).table()
     np.testing.assert_array_equal(
-        Window(4, 3, padding=(1, 0), flip=True).table(), table[:, ::-1]
+        SpatialDim(4, 3, padding=(1, 0), flip=True).table(), table[:, ::-1]
     )
 
 
 def test_extra_axes_are_the_slowest_positions():
-    window, x = Window(3, 2), normal(0, 1, 2, 3, 1)
-    got = patches_at(x, [window], jnp.arange(4)[None])[0, :, :, 0]
+    dim, x = SpatialDim(3, 2), normal(0, 1, 2, 3, 1)
+    got = patches_at(x, [dim], jnp.arange(4)[None])[0, :, :, 0]
     expected = [x[0, e, i : i + 2, 0] for e in range(2) for i in range(2)]
     np.testing.assert_array_equal(got, expected)
-    mean = mean_patches(x, [window])[0, :, 0]
+    mean = mean_patches(x, [dim])[0, :, 0]
     np.testing.assert_allclose(mean, np.mean(expected, 0), rtol=1e-6)
 
 
@@ -97,7 +97,7 @@ def test_no_array_of_all_patches_is_made_for_a_large_image():
     def apply(p, x):
         return model.apply({"params": p}, x).mean((1, 2))
 
-    estimator = fisher_estimator(apply, "squared_error", rows=4)
+    estimator = fisher_estimator(apply, "squared_error", examples=4)
     curvature = estimator.init(params, x)
     jaxpr = jax.make_jaxpr(estimator.update)(
         curvature, params, x, rng=jax.random.key(0)

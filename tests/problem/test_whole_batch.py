@@ -20,7 +20,7 @@ ROWS = 3
 
 def rows_of(model_fn, params, inputs, **options):
     estimator = fisher_estimator(
-        model_fn, "squared_error", rows=ROWS, window=1, **options
+        model_fn, "squared_error", examples=ROWS, window=1, **options
     )
     curvature = estimator.init(params, inputs)
     return jax.jit(estimator.update)(curvature, params, inputs, rng=jax.random.key(3))
@@ -127,7 +127,9 @@ def test_gauss_newton_products_are_those_of_the_whole_batch():
 
 def test_a_smaller_batch_than_at_init_is_refused():
     model_fn, params = normalized()
-    estimator = fisher_estimator(model_fn, "squared_error", rows=ROWS, whole_batch=True)
+    estimator = fisher_estimator(
+        model_fn, "squared_error", examples=ROWS, whole_batch=True
+    )
     curvature = estimator.init(params, X)
     with pytest.raises(ValueError, match="The batch has 4 examples"):
         estimator.update(curvature, params, X[:4], rng=jax.random.key(0))

@@ -5,10 +5,11 @@ import pytest
 
 import oracles
 import problems
-from optax_cgfac import KroneckerOperator, StopReason, _sample_space
-from optax_cgfac.solve.sample_space import conjugate_gradient_on_rows
+from optax_cgfac import KroneckerOperator, StopReason
+from optax_cgfac.solve import sample_space
+from optax_cgfac.solve.sample_space import cg_on_rows
 
-solve = jax.jit(conjugate_gradient_on_rows)
+solve = jax.jit(cg_on_rows)
 
 DAMPING = 0.1
 
@@ -96,9 +97,9 @@ def test_steps_beyond_convergence_do_no_harm():
 
 def test_no_step_is_taken_and_no_residual_told_below_rounding(monkeypatch):
     """As if rounding were larger than all numbers."""
-    monkeypatch.setattr(_sample_space, "_ROUNDING", 1.2 / np.finfo("float32").eps)
+    monkeypatch.setattr(sample_space, "_ROUNDING", 1.2 / np.finfo("float32").eps)
     problem, operator = setup()
-    x, info = conjugate_gradient_on_rows(operator, DAMPING, problem.b, max_steps=5)
+    x, info = cg_on_rows(operator, DAMPING, problem.b, max_steps=5)
     assert info.reason == StopReason.STAGNATED
     assert info.num_steps == 0
     assert not np.any(x)
@@ -123,8 +124,6 @@ def test_no_residual_below_rounding_is_called_converged():
     problem = problems.layer_problem(20, 5, 4, dtype="float32")
     operator = KroneckerOperator(problem.a, problem.g, 1 / 20, 1 / 20)
     for rtol, converges in ((1e-2, True), (1e-5, False)):
-        _, info = conjugate_gradient_on_rows(
-            operator, 0.1, problem.b, max_steps=100, rtol=rtol
-        )
+        _, info = cg_on_rows(operator, 0.1, problem.b, max_steps=100, rtol=rtol)
         assert bool(info.converged) == converges
         assert info.residual_norm > 0

@@ -8,12 +8,12 @@ import oracles
 import problems
 import steps
 from optax_cgfac import KroneckerOperator, cgfac, fisher_estimator, scale_by_cgfac
-from optax_cgfac.solve.low_rank import (
-    LayerSpectra,
+from optax_cgfac.solve.eigenpairs import (
+    LayerEigenpairs,
     _scattered,
-    empty_spectrum,
+    empty_eigenpairs,
     refresh,
-    solve_low_rank,
+    solve_with_eigenpairs,
     split_dampings,
 )
 
@@ -37,7 +37,9 @@ def empty(problem, rank):
     stack, rows = problem.a.shape[:-2], problem.a.shape[-2]
     sizes = problem.a.shape[-1], problem.g.shape[-1]
     dtype = problem.a.dtype.name
-    return LayerSpectra(*(empty_spectrum(stack, rows, n, rank, dtype) for n in sizes))
+    return LayerEigenpairs(
+        *(empty_eigenpairs(stack, rows, n, rank, dtype) for n in sizes)
+    )
 
 
 @jax.jit
@@ -47,9 +49,9 @@ def refreshed(operator, old):
     return old
 
 
-def solve(spectra, blocks, damping=DAMPING):
-    [split] = split_dampings([spectra], jnp.asarray(damping))
-    return solve_low_rank(spectra, split, blocks)
+def solve(eigenpairs, blocks, damping=DAMPING):
+    [split] = split_dampings([eigenpairs], jnp.asarray(damping))
+    return solve_with_eigenpairs(eigenpairs, split, blocks)
 
 
 def truncated(rows, rank):
@@ -72,8 +74,8 @@ def expected_solution(problem, rank, damping=DAMPING):
 @pytest.mark.parametrize("rank", [4, 10])
 def test_subspace_iteration_finds_the_leading_eigenpairs(rank):
     problem = decaying()
-    spectra = refreshed(operator(problem), empty(problem, rank))
-    for rows, (vectors, values, trace) in zip(problem[:2], spectra, strict=True):
+    eigenpairs = refreshed(operator(problem), empty(problem, rank))
+    for rows, (vectors, values, trace) in zip(problem[:2], eigenpairs, strict=True):
         expected, whole = truncated(rows, rank)
         # Every start is disturbed by a tenth, to find what is new.
         assert oracles.relative_error((vectors * values) @ vectors.T, expected) < 2e-3
@@ -84,9 +86,9 @@ def test_subspace_iteration_finds_the_leading_eigenpairs(rank):
 @pytest.mark.parametrize("rank", [4, ROWS, 100])
 def test_the_solution_is_that_of_the_truncated_factors(rank, dtype):
     problem = decaying(dtype=dtype)
-    spectra = refreshed(operator(problem), empty(problem, rank))
+    eigenpairs = refreshed(operator(problem), empty(problem, rank))
     blocks = [problem.b[:-1], problem.b[-1:]]
-    solution, is_finite = jax.jit(solve)(spectra, blocks)
+    solution, is_finite = jax.jit(solve)(eigenpairs, blocks)
     assert is_finite
     expected = expected_solution(problem, min(rank, ROWS))
     error = oracles.relative_error(jnp.concatenate(solution), expected)
@@ -97,8 +99,8 @@ def test_the_solution_is_that_of_the_truncated_factors(rank, dtype):
 @pytest.mark.usefixtures("x64")
 def test_a_factor_smaller_than_the_rank_is_exact():
     problem = problems.layer_problem(50, 9, 40)
-    spectra = refreshed(operator(problem), empty(problem, 20))
-    vectors, values, _ = spectra.a
+    eigenpairs = refreshed(operator(problem), empty(problem, 20))
+    vectors, values, _ = eigenpairs.a
     assert vectors.shape == (9, 9)
     expected = oracles.moment(problem.a)
     assert oracles.relative_error((vectors * values) @ vectors.T, expected) < 1e-12
@@ -108,8 +110,8 @@ def test_a_factor_smaller_than_the_rank_is_exact():
 def test_stacked_layers_are_those_one_by_one():
     layers = [decaying(seed) for seed in (0, 1)]
     stacked = problems.stack_problems(layers)
-    spectra = refreshed(operator(stacked), empty(stacked, 6))
-    [solution], _ = solve(spectra, [stacked.b])
+    eigenpairs = refreshed(operator(stacked), empty(stacked, 6))
+    [solution], _ = solve(eigenpairs, [stacked.b])
     for layer, x in zip(layers, solution, strict=True):
         assert oracles.relative_error(x, expected_solution(layer, 6)) < 2e-3
 
@@ -119,11 +121,15 @@ def test_layers_of_many_sizes_are_refreshed_together():
     layers = [problems.layer_problem(*sizes) for sizes in ((8, 90, 3), (70, 80, 5))]
     old = [empty(layer, 8) for layer in layers]
     together = refresh([operator(layer) for layer in layers], old)
-    for layer, start, spectra in zip(layers, old, together, strict=True):
+    for layer, start, eigenpairs in zip(layers, old, together, strict=True):
         [alone] = refresh([operator(layer)], [start])
-        for x, y in zip(jax.tree.leaves(spectra), jax.tree.leaves(alone), strict=True):
+        for x, y in zip(
+            jax.tree.leaves(eigenpairs), jax.tree.leaves(alone), strict=True
+        ):
             assert x.shape == y.shape
-        products = [(s.vectors * s.values) @ s.vectors.T for s in (spectra.g, alone.g)]
+        products = [
+            (s.vectors * s.values) @ s.vectors.T for s in (eigenpairs.g, alone.g)
+        ]
         np.testing.assert_allclose(*products, atol=1e-8)
 
 
@@ -131,8 +137,8 @@ def test_layers_of_many_sizes_are_refreshed_together():
 def test_without_rows_it_is_the_damped_gradient():
     problem = decaying()
     empty_rows = problem._replace(a=0 * problem.a, g=0 * problem.g)
-    spectra = refreshed(operator(empty_rows), empty(problem, 4))
-    [solution], is_finite = solve(spectra, [problem.b])
+    eigenpairs = refreshed(operator(empty_rows), empty(problem, 4))
+    [solution], is_finite = solve(eigenpairs, [problem.b])
     assert is_finite
     np.testing.assert_allclose(solution, problem.b / DAMPING, rtol=1e-6)
 
@@ -142,8 +148,8 @@ def test_without_damping_a_dead_layer_takes_no_step(dead):
     """Nothing is known of it; what would divide by rounding is not finite, or huge."""
     problem = decaying(dtype="float32")
     zeros = {name: jnp.zeros_like(getattr(problem, name)) for name in dead}
-    spectra = refreshed(operator(problem._replace(**zeros)), empty(problem, 4))
-    [solution], is_finite = solve(spectra, [problem.b], 0.0)
+    eigenpairs = refreshed(operator(problem._replace(**zeros)), empty(problem, 4))
+    [solution], is_finite = solve(eigenpairs, [problem.b], 0.0)
     assert np.isfinite(solution).all()
     assert bool(is_finite) == np.any(solution) == (not dead)
 
@@ -152,11 +158,11 @@ def test_without_damping_a_dead_layer_takes_no_step(dead):
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_what_is_not_finite_falls_back_to_the_mean_curvature(bad):
     problem = decaying()
-    spectra = refreshed(operator(problem), empty(problem, 4))
+    eigenpairs = refreshed(operator(problem), empty(problem, 4))
     b = problem.b.at[2, 3].set(bad)
-    [solution], is_finite = solve(spectra, [b])
+    [solution], is_finite = solve(eigenpairs, [b])
     assert not is_finite
-    traces = spectra.a.trace * spectra.g.trace
+    traces = eigenpairs.a.trace * eigenpairs.g.trace
     expected = problem.b / (traces / problem.b.size + DAMPING)
     np.testing.assert_allclose(solution, expected.at[2, 3].set(0), rtol=1e-6)
 
@@ -165,8 +171,8 @@ def test_what_is_not_finite_falls_back_to_the_mean_curvature(bad):
 def test_a_refresh_recovers_from_eigenvectors_that_are_not_finite():
     problem = decaying()
     old = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), empty(problem, 4))
-    spectra = refreshed(operator(problem), old)
-    assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(spectra))
+    eigenpairs = refreshed(operator(problem), old)
+    assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(eigenpairs))
 
 
 def run(estimator, params, batch, num_updates):
@@ -184,9 +190,9 @@ def test_eigenpairs_are_kept_where_a_factor_has_more():
     curvature, _ = run(p.estimator, p.params, p.batch, 1)
     for tag in curvature.tags:
         is_large = min(max(tag.n_in, tag.n_out), 8) > 4
-        assert (tag.name in curvature.spectra) == is_large
+        assert (tag.name in curvature.eigenpairs) == is_large
     whole, _ = run(steps.make_problem(rank=None).estimator, p.params, p.batch, 1)
-    assert not whole.spectra
+    assert not whole.eigenpairs
 
 
 def test_a_large_rank_gives_the_step_of_all_rows():
@@ -212,7 +218,7 @@ def test_eigenpairs_are_renewed_every_few_updates_once_the_window_is_full():
         old = curvature
         rng = jax.random.key(i)
         curvature = jax.jit(p.estimator.update)(old, p.params, p.batch["x"], rng=rng)
-        same = jax.tree.map(jnp.array_equal, old.spectra, curvature.spectra)
+        same = jax.tree.map(jnp.array_equal, old.eigenpairs, curvature.eigenpairs)
         changed.append(not all(jax.tree.leaves(same)))
     # The window has two slots; then updates 3, 6 and 9.
     assert changed == [True, True, True, False, False, True, False, False, True]
@@ -226,7 +232,7 @@ def test_a_filling_window_renews_them_when_it_holds_twice_as_much():
         old = curvature
         rng = jax.random.key(i)
         curvature = jax.jit(p.estimator.update)(old, p.params, p.batch["x"], rng=rng)
-        same = jax.tree.map(jnp.array_equal, old.spectra, curvature.spectra)
+        same = jax.tree.map(jnp.array_equal, old.eigenpairs, curvature.eigenpairs)
         renewed += [] if all(jax.tree.leaves(same)) else [i]
     assert renewed == [1, 2, 4, 6]
 
@@ -260,7 +266,7 @@ def test_small_batches_and_few_outputs_capture_less_often(batch_size, outputs, e
     model = problems.MLP((outputs,), dtype="float32")
     model_fn, params, x = problems.model_problem(model, (batch_size, 4))
     estimator = steps.optax_cgfac.fisher_estimator(
-        model_fn, "squared_error", rows=min(32, batch_size)
+        model_fn, "squared_error", examples=min(32, batch_size)
     )
     assert estimator.init(params, x).spec.capture_every == every
 
@@ -320,9 +326,9 @@ def test_layers_of_different_sizes_and_stacks_split_their_damping_apart():
         a=jnp.stack([small.a, 3 * small.a]), g=jnp.stack([small.g, small.g])
     )
     wide = problems.layer_problem(ROWS, 90, 7, seed=2, dtype="float32")
-    spectra = [refreshed(operator(p), empty(p, 5)) for p in (small, stacked, wide)]
-    together = split_dampings(spectra, jnp.asarray(DAMPING))
-    for split, one in zip(together, spectra, strict=True):
+    eigenpairs = [refreshed(operator(p), empty(p, 5)) for p in (small, stacked, wide)]
+    together = split_dampings(eigenpairs, jnp.asarray(DAMPING))
+    for split, one in zip(together, eigenpairs, strict=True):
         [alone] = split_dampings([one], jnp.asarray(DAMPING))
         for x, y in zip(split, alone, strict=True):
             assert x.shape == one.a.trace.shape
@@ -354,14 +360,14 @@ def test_scale_and_bias_of_a_norm_lie_side_by_side():
             lambda p, x: model.apply({"params": p}, x),
             "squared_error",
             kind="exact",
-            rows=32,
+            examples=32,
             window=1,
             rank=rank,
             rows_dtype="float32",
         )
         curvature = estimator.init(params, x)
         curvature = estimator.update(curvature, params, x)
-        assert ("LayerNorm_0" in curvature.spectra) == (rank is not None)
+        assert ("LayerNorm_0" in curvature.eigenpairs) == (rank is not None)
         tx = scale_by_cgfac(0.1, damping_form="factored")
         solved, _ = tx.update(grads, tx.init(params), params, curvature=curvature)
         solutions.append(solved)
@@ -374,9 +380,9 @@ def test_scale_and_bias_of_a_norm_lie_side_by_side():
 def test_gradients_of_all_sizes_have_the_solution_in_their_units(scale):
     """Their squares are no numbers in float32."""
     problem = decaying(dtype="float32")
-    spectra = refreshed(operator(problem), empty(problem, 10))
-    [expected], _ = solve(spectra, [problem.b])
-    [actual], is_finite = solve(spectra, [jnp.float32(scale) * problem.b])
+    eigenpairs = refreshed(operator(problem), empty(problem, 10))
+    [expected], _ = solve(eigenpairs, [problem.b])
+    [actual], is_finite = solve(eigenpairs, [jnp.float32(scale) * problem.b])
     assert is_finite
     actual = oracles.float64(actual) / float(np.float32(scale))
     assert oracles.relative_error(actual, expected) < 1e-5
@@ -386,18 +392,18 @@ def test_gradients_of_all_sizes_have_the_solution_in_their_units(scale):
 def test_cotangents_in_other_units_move_the_solution_with_their_damping(scale):
     """The loss in other units: ``(s F + s γ) x = s b``."""
     problem = decaying(dtype="float32")
-    spectra = refreshed(operator(problem), empty(problem, 10))
-    [expected], _ = solve(spectra, [problem.b])
+    eigenpairs = refreshed(operator(problem), empty(problem, 10))
+    [expected], _ = solve(eigenpairs, [problem.b])
     other = problem._replace(g=jnp.float32(scale) * problem.g)
-    spectra = refreshed(operator(other), empty(other, 10))
+    eigenpairs = refreshed(operator(other), empty(other, 10))
     units = jnp.float32(scale) ** 2
-    [actual], is_finite = solve(spectra, [units * problem.b], DAMPING * units)
+    [actual], is_finite = solve(eigenpairs, [units * problem.b], DAMPING * units)
     assert is_finite
     assert oracles.relative_error(actual, expected) < 1e-3
 
 
 def test_a_solution_that_overflows_is_not_taken():
     problem = decaying(dtype="float32")
-    spectra = refreshed(operator(problem), empty(problem, 10))
-    [solution], _ = solve(spectra, [jnp.float32(1e20) * problem.b], 1e-30)
+    eigenpairs = refreshed(operator(problem), empty(problem, 10))
+    [solution], _ = solve(eigenpairs, [jnp.float32(1e20) * problem.b], 1e-30)
     assert np.isfinite(solution).all()

@@ -31,7 +31,7 @@ def setup(loss, dtype, shape=(6, 4)):
     """A curvature, parameters, two directions, and the same ones flat."""
     model = problems.MLP((5, 3), dtype=dtype)
     model_fn, params, inputs = problems.model_problem(model, shape)
-    estimator = fisher_estimator(model_fn, loss, rows=2, model_rows=len(inputs))
+    estimator = fisher_estimator(model_fn, loss, examples=2, model_examples=len(inputs))
     curvature = estimator.init(params, inputs)
     flat, unravel = jax.flatten_util.ravel_pytree(params)
     vectors = np.random.default_rng(1).normal(size=(2, len(flat)))
@@ -64,7 +64,7 @@ def test_products_equal_those_of_the_dense_gauss_newton_matrix(loss, shape, dtyp
 def test_outputs_in_half_precision_give_products_in_single():
     model = problems.MLP((5, 3), dtype="bfloat16")
     model_fn, params, inputs = problems.model_problem(model, (6, 4))
-    estimator = fisher_estimator(model_fn, "squared_error", rows=2)
+    estimator = fisher_estimator(model_fn, "squared_error", examples=2)
     curvature = estimator.init(params, inputs)
     products = gauss_newton_products(curvature, params, [params])
     assert products.dtype == jnp.float32
