@@ -21,7 +21,7 @@ from optax_cgfac.operators.kronecker import KroneckerOperator
 from optax_cgfac.operators.rows import Rows, num_bytes, num_features, num_rows, to_dense
 from optax_cgfac.solve.choose import (
     DampingForm,
-    SolveConfig,
+    SolveSpec,
     default_damping_form,
     make_plan,
 )
@@ -134,7 +134,7 @@ def cost(
     """
     structure = options.get("structure", "kronecker")
     form = damping_form or default_damping_form(structure)
-    config = SolveConfig(damping_form=form, **options)
+    config = SolveSpec(damping_form=form, **options)
     flops, notes = [], []
     for tag in curvature.tags:
         rows = curvature.layers[tag.name]

@@ -27,7 +27,7 @@ from optax_cgfac.operators.rows import (
     to_dense,
     transpose_times,
 )
-from optax_cgfac.solve.cg import certified, cg_loop, no_worse_than_zero
+from optax_cgfac.solve.cg import Space, iterate, no_worse_than_zero
 from optax_cgfac.solve.info import CGInfo, StopReason
 from optax_cgfac.utils.arrays import power_of_two, safe_divide, scaled
 from optax_cgfac.utils.linalg import matmul, spd_inverses, tiny_shift
@@ -283,21 +283,13 @@ def _cg_side(
             start, residual = no_worse_than_zero(start, residual, rhs, dot)
     rhs_squared = jnp.sum(rhs * rhs, 0)
     tolerance = jnp.asarray(rtol, b.dtype) ** 2 * rhs_squared
-    end = cg_loop(
-        lambda v: matmul(system, v),
-        residual,
+    end = iterate(
+        Space(lambda v: matmul(system, v), dot),
         start,
-        dot=dot,
+        residual,
+        lambda x: (x, rhs - matmul(system, x)),
         squared_tolerance=tolerance,
         max_steps=max_steps,
-    )
-    end = certified(
-        end,
-        start=start,
-        start_residual=residual,
-        residual=rhs - matmul(system, end.x),
-        dot=dot,
-        squared_tolerance=tolerance,
     )
     relative = safe_divide(jnp.sum(end.squared_norm), jnp.sum(rhs_squared))
     return side.lift(b, end.x), CGInfo(
