@@ -115,9 +115,6 @@ LOWEST_FRACTION = 1e-2
 def mean_curvature(curvature: Curvature) -> Array:
     """Returns the mean of the Fisher matrix's diagonal over all tagged parameters.
 
-    Args:
-      curvature: The curvature.
-
     Returns:
       A scalar, float32 or the layers' precision if higher; 0 without rows. A layer
       whose curvature is not finite counts as one without.
@@ -137,9 +134,6 @@ def mean_curvature(curvature: Curvature) -> Array:
 
 def typical_damping(curvature: Curvature) -> Array:
     """Returns the damping to start from with a thousand parameters and more.
-
-    Args:
-      curvature: The curvature.
 
     Returns:
       Ten times the mean curvature; 0 where that is no number of use, as without rows.
@@ -165,15 +159,7 @@ def typical_damping(curvature: Curvature) -> Array:
 
 
 def initial_fraction(curvature: Curvature) -> float:
-    """Returns the share of the typical damping to start from: 1 but for few parameters.
-
-    Args:
-      curvature: The curvature.
-
-    Returns:
-      A number in ``[LOWEST_FRACTION, 1]``, for fewer than a thousand parameters less in
-      proportion.
-    """
+    """Returns the part of the typical damping to start from, 1 but for small models."""
     size = sum(math.prod(shape) for tag in curvature.tags for shape in tag.shapes)
     return min(max(size / _FEW_PARAMETERS, LOWEST_FRACTION), 1.0)
 
@@ -188,15 +174,7 @@ _MANY_EXAMPLES = 512
 
 
 def damping_interval(given: int | None, curvature: Curvature) -> int:
-    """Returns the updates between two adaptations of the damping.
-
-    Args:
-      given: What the user says, or None.
-      curvature: The curvature, which knows the size of the batch.
-
-    Returns:
-      Their number.
-    """
+    """Returns the updates between two adaptations of the damping."""
     if given is not None:
         return given
     return 10 if curvature.spec.batch_size >= _MANY_EXAMPLES else 5
@@ -209,9 +187,6 @@ def model_interval(given: int | None, curvature: Curvature) -> int:
       given: What the user says, or None for as many as make them cost little beside
         the gradient.
       curvature: The curvature, which knows the examples and the size of the batch.
-
-    Returns:
-      Their number.
     """
     if given is not None:
         return given

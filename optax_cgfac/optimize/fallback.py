@@ -59,10 +59,6 @@ class Fallback:
           state: The fallback's state.
           finite: Whether all numbers of the step are finite.
           **given: ``params`` and the other arguments of the fallback's ``update``.
-
-        Returns:
-          CG-FAC's update with the fallback's leaves in it, and the fallback's new
-          state.
         """
         if self.fallback is None:
             return delta, state
@@ -73,11 +69,7 @@ class Fallback:
         return self.split(delta, mixed), new
 
     def check(self, curvature: Curvature, grads: PyTree, *, whole: bool) -> None:
-        """Checks that every leaf has a curvature, a fallback, or was left out.
-
-        Raises:
-          ValueError: If one has not, or the ``whole`` model is needed and not there.
-        """
+        """Checks that every leaf has a curvature, a fallback, or was left out."""
         paths = {text(path) for path in leaves_by_path(grads)}
         missing = {text(path) for tag in curvature.tags for path in tag.leaves} - paths
         if whole and missing and any(map(curvature.covers, paths)):

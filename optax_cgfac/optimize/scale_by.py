@@ -262,18 +262,7 @@ def check_fit(
     others: Mapping[str, PyTree | int],
     keeps: Callable[[str], bool] = lambda path: True,
 ) -> None:
-    """Checks that gradients, parameters and optimizer state belong together.
-
-    Args:
-      name: The transformation, for messages.
-      grads: The gradients.
-      others: Trees like them, or a number of leaves, by what they are.
-      keeps: Whether the transformation trains a parameter.
-
-    Raises:
-      ValueError: If names or shapes differ.
-      TypeError: If a gradient is no real floating-point array.
-    """
+    """Checks that gradients, parameters and optimizer state belong together."""
     own = leaves_by_path(grads)
     for path, leaf in own.items():
         if not _is_real(leaf) and keeps(text(path)):
@@ -315,16 +304,7 @@ def _without(shapes: dict[str, Any], others: dict[str, Any]) -> str:
 def check_trained(
     name: str, params: PyTree, keeps: Callable[[str], bool] = lambda path: True
 ) -> None:
-    """Checks the parameters that ``tx.init`` is given.
-
-    Args:
-      name: The transformation, for messages.
-      params: Its parameters; masked ones are no leaves.
-      keeps: Whether it is the one that trains a parameter.
-
-    Raises:
-      TypeError: If they are no tree of real floating-point arrays.
-    """
+    """Checks the parameters that ``tx.init`` is given."""
     if params is None or isinstance(params, nnx.Module):
         raise TypeError(
             f"{name}: tx.init must be given the tree of parameters, got "

@@ -373,18 +373,7 @@ def _regularized(value: Array, params: PyTree, options: StepOptions) -> Array:
 def scheduled_step(
     options: StepOptions, state: CGFACState, start: Start, rate: Array, damping: Array
 ) -> tuple[Step, Verdict, CGFACState]:
-    """A given learning rate, with KL clip and heavy-ball momentum.
-
-    Args:
-      options: The options.
-      state: The state before the step.
-      start: Where the step starts.
-      rate: The learning rate ``η`` of this update.
-      damping: The damping of the direction, to be recorded.
-
-    Returns:
-      The step ``η ν, μ``, the verdict, and the state with the new scalars.
-    """
+    """A given learning rate, with KL clip and heavy-ball momentum."""
     rate = jnp.asarray(rate, jnp.float32)
     if options.kl_clip is not None:
         product = -tree_dot(start.grads, start.direction)

@@ -204,9 +204,6 @@ def iterate(
     """Runs CG from ``x0`` and judges its end by the true residual.
 
     ``recompute(x)`` returns ``x`` and its residual ``b - F x``, computed anew.
-
-    Returns:
-      The `LoopEnd` with the true residual.
     """
     end = cg_loop(
         space,
@@ -339,9 +336,6 @@ def certified(
     The fall of the quadratic model from ``x₀`` to ``x`` is
     ``½ ⟨x - x₀, r₀ + r⟩``, without a difference of large numbers. Where it is
     negative, by rounding or an operator that is not symmetric, the start is returned.
-
-    Returns:
-      The `LoopEnd` with the squared norm of the true residual.
     """
     x0, r0 = start
     moved = jax.tree.map(jnp.subtract, end.x, x0)

@@ -41,11 +41,7 @@ class SolveSpec:
     warm_start: bool | None = None
 
     def __post_init__(self):
-        """Validates the options and their combination.
-
-        Raises:
-          ValueError: If an option has an unknown value or two contradict each other.
-        """
+        """Validates the options and their combination."""
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
         if self.max_steps is not None:

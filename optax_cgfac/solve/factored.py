@@ -79,17 +79,7 @@ def split_damping(
     sizes: tuple[int, ...] | tuple[np.ndarray, ...],
     damping: Array | float,
 ) -> tuple[Array, Array]:
-    """Returns ``α`` and ``β`` from the factors' traces; see `factored_damping`.
-
-    Args:
-      a_trace: ``tr A``, shape ``stack``.
-      g_trace: ``tr G``, shape ``stack``.
-      sizes: ``n_A`` and ``n_G``, or arrays of them like the traces.
-      damping: The scalar ``γ``.
-
-    Returns:
-      The two dampings, shape ``stack``.
-    """
+    """Returns ``α`` and ``β`` from the factors' traces; see `factored_damping`."""
     a_mean, g_mean = a_trace / sizes[0], g_trace / sizes[1]
     both = (a_mean > 0) & (g_mean > 0)
     # Of the roots, since the ratio of two numbers of float32 may be none.
@@ -181,9 +171,6 @@ def solve_directly(
       operators: The damped operators, rows of shapes ``(*stack, R, n_in)`` and
         ``(*stack, R, n_out)``.
       bs: The right-hand sides, shapes ``(*stack, n_in, n_out)``.
-
-    Returns:
-      The solutions, like ``bs``.
 
     Example:
       >>> import jax.numpy as jnp

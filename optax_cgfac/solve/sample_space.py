@@ -74,9 +74,6 @@ def cg_on_rows(
       rtol: Tolerance relative to ``‖b‖``.
       doubts_start: Whether to start from zero where that is better.
 
-    Returns:
-      The solution, like ``b``, and a `CGInfo`.
-
     Example:
       >>> import jax.numpy as jnp
       >>> op = KroneckerOperator(jnp.array([[1.0, 0.0]]), jnp.array([[1.0]]))
@@ -219,9 +216,6 @@ def solve_among_samples(
       direct: Whether to factorise the ``M x M`` matrix instead of iterating.
       max_steps: The largest number of CG iterations, of ``M²`` operations each.
       rtol: Tolerance relative to ``‖b‖``.
-
-    Returns:
-      The solution, like ``b``, and a `CGInfo`.
     """
     k = operator.gram()
     if not direct:

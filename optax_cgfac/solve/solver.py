@@ -81,14 +81,6 @@ def solve_systems(
 
     A solution that is not finite is replaced by the right-hand side over the damped
     mean curvature, without what is not finite in it.
-
-    Args:
-      spec: The options.
-      systems: One for each layer.
-      damping: The scalar ``γ``.
-
-    Returns:
-      The solution of each.
     """
     solved: dict[int, Solved] = {}
     pairs = [
@@ -113,9 +105,6 @@ def _solve_with_rows(
 
     CG compares squares: those of a gradient of 1e-25 are zero in float32, and those of
     one of 1e25 are infinite. Direct solves are linear in the right-hand side.
-
-    Returns:
-      The solution of each.
     """
     bs, x0s = [system.blocks[0] for system in systems], [s.x0 for s in systems]
     units = [jnp.ones((), b.dtype) for b in bs]
