@@ -25,7 +25,7 @@ from typing import Any
 import contestants
 import jax
 import workloads
-from race import step_seconds
+from race import Runner, step_seconds
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "optax_cgfac")
 RIVALS = ("kfac-jax", "precondition-opt")
@@ -67,22 +67,14 @@ def measure(
     contestant = contestants.build(
         method, problem, batch_size=batch_size, **(options or {})
     )
-    state = contestant.start(problem.init(0))
-    batches = problem.batches(contestant.batch_size, 0)
-    jax.block_until_ready(state)
+    runner = Runner(contestant, problem, problem.init(0), seed=0)
+    jax.block_until_ready(runner.state)
     was_reset = reset_peak()
     before = resident("VmRSS")
-    times = []
-    for i in range(warm_up + steps):
-        batch = next(batches)
-        rng = jax.random.fold_in(jax.random.key(0), i)
-        jax.block_until_ready((batch, rng))
-        start = time.perf_counter()
-        state, loss = contestant.step(state, batch, rng)
-        jax.block_until_ready((state, loss))
-        times.append(time.perf_counter() - start)
+    for _ in range(warm_up + steps):
+        runner.step()
     peak = resident("VmHWM")
-    timed = times[warm_up:]
+    timed = runner.times[warm_up:]
     return {
         "workload": workload,
         **contestant.settings,
@@ -145,18 +137,14 @@ def environment() -> dict[str, Any]:
 
 
 def others_seconds() -> float:
-    """Returns the CPU seconds of all other processes so far; NaN if not on Linux.
-
-    Child processes of this one do not count.
-    """
+    """Returns the CPU seconds of all other processes so far; NaN if not on Linux."""
     stat = pathlib.Path("/proc/stat")
     if not stat.exists():
         return math.nan
     fields = stat.read_text().splitlines()[0].split()[1:9]
     _, _, _, idle, wait, *_ = fields = [int(field) for field in fields]
     ticks = sum(fields) - idle - wait
-    children = os.times()
-    own = time.process_time() + children.children_user + children.children_system
+    own = sum(os.times()[:4])  # of this process and its children
     return ticks / os.sysconf("SC_CLK_TCK") - own
 
 

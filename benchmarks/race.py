@@ -1,10 +1,7 @@
 """The race: contestants train in turn, and only their steps are on the clock.
 
-All contestants start from the same parameters. Whoever has used the least time takes
-the next step, so that other load on the machine slows all of them alike. Compilation,
-batches and evaluation are off the clock. The loss over all the data is evaluated on a
-grid that grows with the contestant's clock; the time to a threshold is that of the
-first evaluation at or below it.
+Whoever has used the least time takes the next step, so that other load on the machine
+slows all of them alike. README.md describes the protocol.
 """
 
 import math
@@ -85,14 +82,6 @@ class Runner:
         self.history.append((self.num_steps, self.seconds, loss))
         self.next_evaluation = self.seconds + max(GRID * self.seconds, spacing)
 
-    def due(self) -> bool:
-        """Whether to evaluate after this step."""
-        return (
-            self.num_steps in MARKS
-            or self.seconds >= self.next_evaluation
-            or not math.isfinite(self.loss)
-        )
-
 
 def why_stop(runner: Runner, rules: Rules, reference: Runner | None) -> str:
     """Returns the reason why a contestant stops, or an empty string."""
@@ -155,7 +144,9 @@ def race(
             bar.update(min(runner.times[-1], bar.total - bar.n))
             bests = [f"{name} {r.best:.4g}" for name, r in active.items()]
             bar.set_postfix_str(", ".join(bests), refresh=False)
-            if why_stop(runner, rules, reference) or runner.due():
+            due = runner.num_steps in MARKS or runner.seconds >= runner.next_evaluation
+            due |= not math.isfinite(runner.loss)
+            if due or why_stop(runner, rules, reference):
                 runner.evaluate(evaluate, spacing)
                 runner.stopped = why_stop(runner, rules, reference)
             if runner.stopped:

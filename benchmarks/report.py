@@ -132,9 +132,8 @@ def width_table(result: Result) -> str:
         cell = "failed"
         if "failed" not in row:
             milliseconds = number(1e3 * row["step_seconds"]["mean"])
-            cell = (
-                f"{milliseconds} ms, {number(row['memory']['of_training'] / MIB)} MiB"
-            )
+            memory = number(row["memory"]["of_training"] / MIB)
+            cell = f"{milliseconds} ms, {memory} MiB"
         cells[row["method"], row["width"]] = cell
     methods = list(dict.fromkeys(method for method, _ in cells))
     header, rows = pivot("one dense layer, batch 256", cells, methods)

@@ -1,12 +1,7 @@
 """The one command: measures, writes JSON, and reports.
 
-    python benchmarks/run.py all --seeds 3              # hours
-    python benchmarks/run.py tune curves                # some parts
-    python benchmarks/run.py all --smoke                # minutes, to see that it works
-    python benchmarks/run.py report
-
 Every part writes its own file, so parts can be repeated one by one. The races use the
-best configurations that `tune` wrote.
+best configurations that `tune` wrote. README.md has examples.
 """
 
 import argparse
@@ -97,7 +92,8 @@ def benchmark(
 ) -> dict[str, Any]:
     """Races all contestants on a workload, from several seeds."""
     everyone = configurations(workload, tuned)
-    chosen = {name: everyone[name] for name in settings.only or everyone}
+    wanted = settings.only or everyone
+    chosen = {name: case for name, case in everyone.items() if name in wanted}
     skipped: dict[str, str] = {}
     built = build_all(workload, chosen, skipped)
     ours = [c for c in built.values() if c.method == "cgfac"]

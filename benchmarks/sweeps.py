@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import contestants
-import jax
 import numpy as np
 import workloads
 from measure import measure_apart
+from race import Runner
 from tqdm import tqdm
 
 import optax_cgfac
@@ -51,11 +51,7 @@ def exponent(
 def width_sweep(
     widths: Sequence[int] = WIDTHS, *, smoke: bool = False
 ) -> dict[str, Any]:
-    """Measures every method on one square dense layer of several widths.
-
-    Each measurement runs in its own process; the methods of a width run one after the
-    other.
-    """
+    """Measures every method on one square dense layer of several widths."""
     tasks = [
         (width, method)
         for width in widths
@@ -111,16 +107,16 @@ def train(
 ) -> dict[str, Any]:
     """Trains with `cgfac` at its defaults and judges the training."""
     contestant = contestants.build("cgfac", workload, batch_size=batch_size)
-    evaluate, batches = workload.evaluator(), workload.batches(batch_size, seed)
-    state, key = contestant.start(workload.init(seed)), jax.random.key(seed)
-    losses, dampings = [evaluate(state[0])], []
+    runner = Runner(contestant, workload, workload.init(seed), seed)
+    evaluate = workload.evaluator()
+    losses, dampings = [evaluate(runner.state[0])], []
     title = f"{workload.name}, batch {batch_size}, seed {seed}"
-    for i in (bar := tqdm(range(steps), desc=title, mininterval=1.0)):
-        state, _ = contestant.step(state, next(batches), jax.random.fold_in(key, i))
-        if (i + 1) % every == 0:
-            losses.append(evaluate(state[0]))
-            dampings.append(float(optax_cgfac.diagnostics(state[1][0])["damping"]))
-            bar.set_postfix_str(f"loss {losses[-1]:.4g}", refresh=False)
+    for _ in tqdm(range(steps), desc=title, mininterval=1.0):
+        runner.step()
+        if runner.num_steps % every == 0:
+            losses.append(evaluate(runner.state[0]))
+            diagnostics = optax_cgfac.diagnostics(runner.state[1][0])
+            dampings.append(float(diagnostics["damping"]))
             if not math.isfinite(losses[-1]):
                 break
     kept = [x if math.isfinite(x) else None for x in losses]
@@ -128,11 +124,11 @@ def train(
         "workload": workload.name,
         "batch_size": batch_size,
         "seed": seed,
-        "steps": i + 1,
+        "steps": runner.num_steps,
         "every": every,
         "losses": kept,
         "dampings": dampings,
-        "num_rejected": int(optax_cgfac.diagnostics(state[1][0])["num_rejected"]),
+        "num_rejected": int(diagnostics["num_rejected"]),
         **verdict(kept),
     }
 
