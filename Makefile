@@ -17,7 +17,7 @@ IN_VENV := $(VENV)/bin/python
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help example layers docs notebooks test coverage mutants lint clean
+.PHONY: help example layers docs notebooks test coverage lint clean
 
 help:
 	@echo 'make example   run examples/$(EXAMPLE).py; its options: make example ARGS="..."'
@@ -26,7 +26,6 @@ help:
 	@echo 'make notebooks run them and keep their outputs (minutes); one: ARGS=01'
 	@echo 'make test      unit tests and doctests; pytest options: make test ARGS="..."'
 	@echo 'make coverage  the same, and which lines and branches of the package they miss'
-	@echo 'make mutants   small changes of the core modules that no test notices (hours)'
 	@echo 'make lint      ruff, pyright and the import order'
 	@echo 'make clean     remove $(VENV), caches and build results'
 	@echo 'Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  JOBS=$(JOBS)  EXAMPLE=$(EXAMPLE)  ARGS=$(ARGS)'
@@ -49,9 +48,6 @@ test: $(VENV)/.installed-test
 
 coverage: $(VENV)/.installed-test
 	MPLBACKEND=Agg $(IN_VENV) -m pytest -n $(JOBS) --cov --cov-report=term-missing $(ARGS)
-
-mutants: $(VENV)/.installed-mutants
-	$(IN_VENV) .ci/mutants.py --jobs $(JOBS) $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(IN_VENV) -m ruff check

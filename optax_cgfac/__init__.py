@@ -1,29 +1,33 @@
 """K-FAC's natural gradient by conjugate gradients, as an Optax transformation."""
 
-from optax_cgfac._alias import cgfac
-from optax_cgfac._cg import conjugate_gradient
-from optax_cgfac._curvature import Curvature
-from optax_cgfac._diagnostics import diagnostics, scalars, stop_reasons
-from optax_cgfac._estimator import CurvatureEstimator, fisher_estimator
-from optax_cgfac._fisher_blocks import BlockFisherOperator, FullFisherOperator
-from optax_cgfac._gradient_check import GradientCheck, check_gradients
-from optax_cgfac._linen import capture_axes
-from optax_cgfac._losses import Loss
-from optax_cgfac._nnx_layers import CaptureVariable
-from optax_cgfac._operators import (
+from optax_cgfac.capture.linen.tap import capture_axes
+from optax_cgfac.capture.nnx.layers import CaptureVariable
+from optax_cgfac.capture.tag_layer import tag_layer
+from optax_cgfac.curvature.check_gradients import GradientCheck, check_gradients
+from optax_cgfac.curvature.curvature import Curvature
+from optax_cgfac.curvature.estimator import CurvatureEstimator, fisher_estimator
+from optax_cgfac.curvature.single_pass import value_and_grad
+from optax_cgfac.operators.exact_fisher import BlockFisherOperator, FullFisherOperator
+from optax_cgfac.operators.kronecker import (
     DampedOperator,
     DiagonalOperator,
     FactoredDampedOperator,
     KroneckerOperator,
     jacobi_preconditioner,
 )
-from optax_cgfac._solve_info import CGInfo, StopReason
-from optax_cgfac._step import CGFACState
-from optax_cgfac._tag_layer import tag_layer
-from optax_cgfac._train_state import TrainState
-from optax_cgfac._transform import ScaleByCGFACState, scale_by_cgfac, scale_by_kfac
-from optax_cgfac._types import LayerRows, LinearOperator
-from optax_cgfac._value_and_grad import value_and_grad
+from optax_cgfac.optimize.adaptive import CGFACState
+from optax_cgfac.optimize.cgfac import cgfac
+from optax_cgfac.optimize.diagnostics import diagnostics, scalars, stop_reasons
+from optax_cgfac.optimize.scale_by import (
+    ScaleByCGFACState,
+    scale_by_cgfac,
+    scale_by_kfac,
+)
+from optax_cgfac.problem.loss import Loss
+from optax_cgfac.solve.cg import conjugate_gradient
+from optax_cgfac.solve.info import CGInfo, StopReason
+from optax_cgfac.train_state import TrainState
+from optax_cgfac.utils.types import LayerRows, LinearOperator
 
 __all__ = [
     "BlockFisherOperator",

@@ -26,10 +26,10 @@ from layer_models import LAYER_CASES
 from linen_reported import X
 from models import CASES, NUM_EXAMPLES, Compact, init
 from optax_cgfac import scale_by_cgfac, value_and_grad
-from optax_cgfac._gradient_check import gradient_errors
-from optax_cgfac._layers import matrix_from_leaves
-from optax_cgfac._paths import leaves_by_path
-from optax_cgfac._rows import to_dense
+from optax_cgfac.curvature.check_gradients import gradient_errors
+from optax_cgfac.layers.layer import matrix_from_leaves
+from optax_cgfac.operators.rows import to_dense
+from optax_cgfac.utils.paths import leaves_by_path
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,7 +76,7 @@ def model_fn(params, x):
 
 
 def make_problem(dtype=jnp.float32, **options) -> Problem:
-    options = {"rows": 4, "window": 2, "model_rows": 8} | options
+    options = {"examples": 4, "window": 2, "model_examples": 8} | options
     x = jax.random.normal(jax.random.key(0), (8, 5), dtype)
     y = jax.random.normal(jax.random.key(1), (8, 3), dtype)
     params = jax.jit(MLP().init)(jax.random.key(2), x)["params"]

@@ -105,7 +105,7 @@ def num_counted(opt_state):
     result = optax_cgfac.diagnostics(opt_state)
     counts = [result.get("num_rejected", jnp.zeros((), jnp.int32))]
     for layer in result["layers"].values():
-        counts += [layer["num_fallbacks"], layer["num_dropped"]]
+        counts += [layer["num_replaced"], layer["num_dropped"]]
     return sum(counts)
 
 

@@ -332,7 +332,7 @@ def test_a_loss_in_other_units_trains_the_same(weight):
         estimator = fisher_estimator(
             model_fn,
             Loss.named("squared_error", weight=factor),
-            rows=4,
+            examples=4,
             window=2,
         )
         tx, params = cgfac(), given.params
@@ -431,7 +431,7 @@ def test_diagnostics_are_arrays_under_jit(wrap):
     for layer in result["layers"].values():
         assert 1 <= int(layer["cg_steps"]) <= 2 * 3
         assert float(layer["residual"]) > 0
-        assert int(layer["num_fallbacks"]) == 0
+        assert int(layer["num_replaced"]) == 0
     assert float(result["damping"]) == pytest.approx(0.1)
     assert 0 < float(result["step_size"]) <= 1
     assert {"momentum", "reduction_ratio", "num_rejected"} < set(result)

@@ -83,7 +83,7 @@ def test_a_table_that_all_examples_share_has_their_mean_fisher(length, kind):
         lambda p, x: model.apply({"params": p}, x),
         "squared_error",
         kind=kind,
-        rows=4,
+        examples=4,
         window=1 if kind == "mc" else 200,
         positions=None,
         samples=400 if kind == "mc" else 1,
@@ -153,7 +153,7 @@ def test_examples_are_found_where_positions_are_as_many(model, length):
         return model.apply({"params": params}, x)
 
     estimator = optax_cgfac.fisher_estimator(
-        model_fn, "squared_error", kind="exact", rows=4, window=1, positions=None
+        model_fn, "squared_error", kind="exact", examples=4, window=1, positions=None
     )
     curvature = jax.jit(estimator.update)(estimator.init(params, x), params, x)
     jacobian = jax.jacrev(lambda own: model_fn(params | {"own": own}, x))(params["own"])
@@ -169,7 +169,7 @@ def test_a_whole_batch_may_be_part_of_the_model():
     estimator = optax_cgfac.fisher_estimator(
         lambda p, i: i["adjacency"] @ model.apply({"params": p}, i["x"]),
         "squared_error",
-        rows=4,
+        examples=4,
         whole_batch=True,
         input_axes={"x": 0, "adjacency": None},
     )
@@ -214,7 +214,7 @@ def test_a_dict_key_called_value_is_part_of_the_name():
     model = nn.Dense(2, name=None)
     params = {"value": init(model, X)}
     estimator = optax_cgfac.fisher_estimator(
-        lambda p, x: model.apply({"params": p["value"]}, x), "squared_error", rows=4
+        lambda p, x: model.apply({"params": p["value"]}, x), "squared_error", examples=4
     )
     assert [tag.name for tag in estimator.init(params, X).tags] == ["value"]
 

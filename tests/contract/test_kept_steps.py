@@ -63,13 +63,13 @@ def test_what_it_may_promise_grows_with_the_loss():
 
 @pytest.mark.parametrize("value", [5.0, -1.0])
 def test_a_loss_that_may_be_negative_is_no_measure(value):
-    criterion = ingredients().curvature.spec.criterion
+    objective = ingredients().curvature.spec.objective
     losses = tuple(
-        dataclasses.replace(loss, lower_bound=None) for loss in criterion.losses
+        dataclasses.replace(loss, lower_bound=None) for loss in objective.losses
     )
-    criterion = dataclasses.replace(criterion, losses=losses)
-    assert not criterion.is_nonnegative
-    fitted, size, _ = kept(10.0, value=value, criterion=criterion)
+    objective = dataclasses.replace(objective, losses=losses)
+    assert not objective.is_nonnegative
+    fitted, size, _ = kept(10.0, value=value, objective=objective)
     assert size == pytest.approx(fitted * TIMES[False] / 100, rel=1e-4)
 
 

@@ -308,8 +308,8 @@ def test_an_optimizer_between_two_micro_batches_solves_once(solver):
 
 def test_micro_batches_add_up_to_the_step_of_the_batch():
     """Rows of both halves in the window, the mean gradient: the step of the whole."""
-    whole = make_problem(kind="exact", rows=8, window=1)
-    half = make_problem(kind="exact", rows=4, window=2)
+    whole = make_problem(kind="exact", examples=8, window=1)
+    half = make_problem(kind="exact", examples=4, window=2)
     halves = [
         jax.tree.map(lambda x, i=i: x[4 * i : 4 * i + 4], whole.batch) for i in (0, 1)
     ]
@@ -384,7 +384,7 @@ def test_rows_of_every_micro_batch_are_captured_where_it_is_said():
     x = jax.random.normal(jax.random.key(0), (64, 5))
     for every, expected in ((None, 5), (1, 8)):
         estimator = optax_cgfac.fisher_estimator(
-            model_fn, "squared_error", rows=8, window=4, capture_every=every
+            model_fn, "squared_error", examples=8, window=4, capture_every=every
         )
         step = jax.jit(estimator.update)
         curvature = estimator.init(problem().params, x)

@@ -28,7 +28,7 @@ def without_residual(state):
 def num_counted(state):
     """How often the optimizer says that something was not finite."""
     result = diagnostics(state)
-    layers = sum(int(layer["num_fallbacks"]) for layer in result["layers"].values())
+    layers = sum(int(layer["num_replaced"]) for layer in result["layers"].values())
     return layers + int(result.get("num_rejected", 0))
 
 

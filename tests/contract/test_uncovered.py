@@ -16,7 +16,10 @@ from models import NUM_EXAMPLES, Compact, JitMethod, init, normal
 
 def estimator_of(model, **options):
     return optax_cgfac.fisher_estimator(
-        lambda p, x: model.apply({"params": p}, x), "squared_error", rows=4, **options
+        lambda p, x: model.apply({"params": p}, x),
+        "squared_error",
+        examples=4,
+        **options,
     )
 
 
@@ -71,7 +74,9 @@ def test_where_may_leave_out_a_tagged_layer_or_its_bias():
 @pytest.mark.parametrize("name", HIDDEN)
 def test_an_apply_under_a_jax_transform_of_the_user_raises_a_clear_error(name):
     """Never a leaked tracer, and never a report that says all is covered."""
-    estimator = optax_cgfac.fisher_estimator(HIDDEN[name](), "squared_error", rows=4)
+    estimator = optax_cgfac.fisher_estimator(
+        HIDDEN[name](), "squared_error", examples=4
+    )
     with pytest.raises(ValueError, match=r"jax\.jit|jitted before|no curvature"):
         estimator.init(init(Compact(), X), X)
 

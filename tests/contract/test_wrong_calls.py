@@ -55,7 +55,7 @@ def test_there_are_many_and_no_other_lines_on_the_page():
 @functools.cache
 def updater(**options):
     estimator = fisher_estimator(
-        model_fn, "squared_error", **({"rows": 4, "window": 2} | options)
+        model_fn, "squared_error", **({"examples": 4, "window": 2} | options)
     )
     g = given()
     return estimator.init(g.params, g.x), jax.jit(estimator.update)
@@ -129,7 +129,7 @@ def test_numbers_are_numbers_of_any_kind(number):
 
 
 def test_counts_are_integers_of_any_kind():
-    fisher_estimator(model_fn, "squared_error", rows=np.int64(4), rank=np.int32(8))
+    fisher_estimator(model_fn, "squared_error", examples=np.int64(4), rank=np.int32(8))
 
 
 def test_losses_may_be_methods_or_take_more_that_is_optional():
@@ -178,7 +178,7 @@ def sampled_update(**options):
     estimator = fisher_estimator(
         lambda p, x: model.apply({"params": p}, x),
         "squared_error",
-        rows=8,
+        examples=8,
         window=1,
         **options,
     )
@@ -210,7 +210,7 @@ def test_layers_choose_positions_of_their_own():
     estimator = fisher_estimator(
         lambda p, x: Twins().apply({"params": p}, x),
         "squared_error",
-        rows=8,
+        examples=8,
         window=1,
     )
     curvature = estimator.init(params, LONG)

@@ -59,7 +59,7 @@ def start():
 def estimator(**options):
     # All examples of the batch, and all columns: whoever captures them, they are the
     # same, in another order.
-    options = {"kind": "exact", "rows": BATCH, "rank": None} | options
+    options = {"kind": "exact", "examples": BATCH, "rank": None} | options
     return optax_cgfac.fisher_estimator(model_fn, "squared_error", **options)
 
 
@@ -159,7 +159,7 @@ def test_a_batch_sharded_under_jit(name, kind):
 
 def test_a_batch_that_is_no_multiple_of_the_rows():
     """Which examples are captured depends on the key alone, however they lie."""
-    est, tx, mesh = estimator(rows=24), optax_cgfac.cgfac(), mesh_of(AxisType.Auto)
+    est, tx, mesh = estimator(examples=24), optax_cgfac.cgfac(), mesh_of(AxisType.Auto)
     step = jax.jit(train_step(tx, est))
     curvature = est.init(start(), data()["x"])
     expected, expected_losses, _, _ = train(
@@ -262,14 +262,14 @@ def test_eigenpairs_of_gathered_rows_train_as_well():
     """Subspace iteration sees the rows in another order: close, and not equal."""
     _, losses, _, curvature = train_in_a_map("cgfac", rank=16)
     _, expected = on_one_device("cgfac", 16)
-    assert set(curvature.spectra) == {"hidden", "out"}
+    assert set(curvature.eigenpairs) == {"hidden", "out"}
     np.testing.assert_allclose(losses[:10], expected[:10], rtol=0.05)
     assert losses[-1] < 0.01 * losses[0]
 
 
 def test_every_device_draws_targets_of_its_own():
     """Sampled targets and positions: rows of eight devices, all of them different."""
-    _, losses, _, curvature = train_in_a_map("cgfac", kind="mc", rows=16, window=1)
+    _, losses, _, curvature = train_in_a_map("cgfac", kind="mc", examples=16, window=1)
     assert losses[-1] < 0.1 * losses[0]
     g = np.asarray(curvature.layers["out"].g)
     assert g.shape == (16, 3)
@@ -278,13 +278,15 @@ def test_every_device_draws_targets_of_its_own():
 
 def test_rows_that_do_not_divide_are_refused():
     with pytest.raises(
-        ValueError, match=r"rows=12 examples cannot be split over the 8"
+        ValueError, match=r"examples=12 examples cannot be split over the 8"
     ):
-        train_in_a_map("cgfac", kind="mc", rows=12)
+        train_in_a_map("cgfac", kind="mc", examples=12)
 
 
 def test_examples_of_the_model_that_do_not_divide_are_refused():
-    curvature = estimator(axis_name="data", model_rows=12).init(start(), data()["x"])
+    curvature = estimator(axis_name="data", model_examples=12).init(
+        start(), data()["x"]
+    )
     with (
         jax.set_mesh(mesh_of(AxisType.Auto)),
         pytest.raises(ValueError, match="model has 12 examples, which cannot be split"),
@@ -356,7 +358,7 @@ def factors_on_one_device_and_in_a_map(model_fn, loss, x, params=None, **options
 
     def update_of(axis_name):
         est = optax_cgfac.fisher_estimator(
-            model_fn, loss, kind="exact", rows=BATCH, axis_name=axis_name, **options
+            model_fn, loss, kind="exact", examples=BATCH, axis_name=axis_name, **options
         )
         return est.update, est.init(params, x)
 

@@ -21,7 +21,7 @@ def test_several_devices_are_warned_of_threads(monkeypatch, threads):
         monkeypatch.setenv("OPENBLAS_NUM_THREADS", threads)
     model, x = nn.Dense(2), jnp.ones((8, 3))
     params = model.init(jax.random.key(0), x)
-    estimator = fisher_estimator(model.apply, "squared_error", rows=8)
+    estimator = fisher_estimator(model.apply, "squared_error", examples=8)
     if threads == "1":
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -64,7 +64,7 @@ def linen_run(boxed, sharded, tx, kind=AxisType.Auto, axis="model"):
         return jnp.mean(jnp.sum((model_fn(params, x) - y) ** 2, -1))
 
     est = optax_cgfac.fisher_estimator(
-        model_fn, "squared_error", kind="exact", rows=32, rank=None
+        model_fn, "squared_error", kind="exact", examples=32, rank=None
     )
     params = model.init(jax.random.key(1), x)
     specs = nn.get_partition_spec(params)
@@ -202,7 +202,7 @@ def nnx_run(sharded, kind=AxisType.Auto):
     gathers = sharded and kind == AxisType.Explicit
     module = Module(nnx.Rngs(0), sharded, gathers)
     est = optax_cgfac.fisher_estimator(
-        lambda m, x: m(x), "squared_error", kind="exact", rows=32, rank=None
+        lambda m, x: m(x), "squared_error", kind="exact", examples=32, rank=None
     )
     optimizer = nnx.Optimizer(module, optax_cgfac.cgfac(), wrt=nnx.Param)
     curvature = est.init(module, x)
@@ -253,7 +253,7 @@ def test_named_axes_inside_a_model_on_explicit_axes_are_refused():
 
     params = nn.Dense(3).init(jax.random.key(0), jnp.ones((8, 4)))
     estimator = optax_cgfac.fisher_estimator(
-        model_fn, "squared_error", kind="exact", rows=8
+        model_fn, "squared_error", kind="exact", examples=8
     )
     m = mesh(AxisType.Explicit)
     with jax.set_mesh(m):

@@ -9,8 +9,8 @@ from jax.flatten_util import ravel_pytree
 
 import optax_cgfac
 import oracles
-from optax_cgfac._paths import leaves_by_path
-from optax_cgfac._quadratic_model import gauss_newton_products
+from optax_cgfac.optimize.quadratic_model import gauss_newton_products
+from optax_cgfac.utils.paths import leaves_by_path
 
 N, T, C = 5, 3, 2
 
@@ -80,7 +80,7 @@ def estimate(model_fn, loss, params, kind="exact", rng=None, targets=None, **opt
         model_fn,
         loss,
         kind=kind,
-        rows=N,
+        examples=N,
         window=1,
         positions=None,
         fallback=True,
@@ -228,7 +228,7 @@ def test_padded_tokens_count_for_nothing(x64):
     estimator = optax_cgfac.fisher_estimator(
         first,
         "softmax_cross_entropy",
-        rows=N,
+        examples=N,
         positions=None,
         weights=mask,
         fallback=True,

@@ -21,7 +21,7 @@ def network(num_examples, use_bias):
 
 def captured(model_fn, params, inputs, kind):
     estimator = fisher_estimator(
-        model_fn, "squared_error", kind=kind, rows=len(inputs), window=2
+        model_fn, "squared_error", kind=kind, examples=len(inputs), window=2
     )
     curvature = estimator.init(params, inputs)
     update = jax.jit(estimator.update)

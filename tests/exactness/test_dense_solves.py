@@ -12,9 +12,9 @@ from optax_cgfac import (
     conjugate_gradient,
     jacobi_preconditioner,
 )
-from optax_cgfac._factored import factored_damping, solve_by_cg, solve_directly
-from optax_cgfac._kfac import solve_by_eigendecomposition
-from optax_cgfac._sample_space import conjugate_gradient_on_rows
+from optax_cgfac.solve.direct import solve_by_eigendecomposition
+from optax_cgfac.solve.factored import factored_damping, solve_by_cg, solve_directly
+from optax_cgfac.solve.sample_space import cg_on_rows
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -43,7 +43,7 @@ def with_jacobi(operator, form, b, x0):
 
 def on_rows(operator, form, b, x0):
     if form == "tikhonov":
-        return conjugate_gradient_on_rows(operator, DAMPING, b, x0, **LIMITS)[0]
+        return cg_on_rows(operator, DAMPING, b, x0, **LIMITS)[0]
     return solve_by_cg(damped(operator, form), b, x0, **LIMITS)[0]
 
 

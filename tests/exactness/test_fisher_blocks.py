@@ -9,8 +9,8 @@ from flax import linen as nn
 
 import optax_cgfac
 import oracles
-from optax_cgfac._layers import matrix_from_leaves
-from optax_cgfac._paths import leaves_by_path
+from optax_cgfac.layers.layer import matrix_from_leaves
+from optax_cgfac.utils.paths import leaves_by_path
 
 NUM_EXAMPLES = 4
 
@@ -99,7 +99,7 @@ def make(name, kind="exact", **options):
         model_fn,
         "softmax_cross_entropy",
         kind=kind,
-        rows=NUM_EXAMPLES,
+        examples=NUM_EXAMPLES,
         window=1,
         **({"positions": None} | options),
     )
@@ -255,7 +255,7 @@ def test_cgfac_trains_with_the_exact_structures(structure):
         return jnp.mean(losses)
 
     estimator = optax_cgfac.fisher_estimator(
-        model_fn, "softmax_cross_entropy", rows=16, window=4
+        model_fn, "softmax_cross_entropy", examples=16, window=4
     )
     tx = optax_cgfac.cgfac(structure=structure)
 

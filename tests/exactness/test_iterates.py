@@ -12,7 +12,7 @@ from optax_cgfac import (
     conjugate_gradient,
     jacobi_preconditioner,
 )
-from optax_cgfac._sample_space import conjugate_gradient_on_rows
+from optax_cgfac.solve.sample_space import cg_on_rows
 
 DAMPING = 0.1
 AGREEMENT = {"float64": 1e-10, "float32": 1e-3}
@@ -23,7 +23,7 @@ SIZES = {
 }
 
 solve_in_parameter_space = jax.jit(conjugate_gradient)
-solve_on_rows = jax.jit(conjugate_gradient_on_rows)
+solve_on_rows = jax.jit(cg_on_rows)
 
 
 def setup(size, start, dtype):

@@ -18,7 +18,7 @@ def setup(window):
     model = problems.MLP((3,))
     model_fn, params, inputs = problems.model_problem(model, (4 * NUM_EXAMPLES, 4))
     estimator = fisher_estimator(
-        model_fn, "squared_error", kind="exact", window=window, rows=NUM_EXAMPLES
+        model_fn, "squared_error", kind="exact", window=window, examples=NUM_EXAMPLES
     )
     batches = jnp.split(inputs, 4)
     curvature = estimator.init(params, batches[0])

@@ -72,7 +72,11 @@ class Module(nnx.Module):
 def nnx_optimizer(tx):
     """Module and optimizer as pure states, which is what is saved."""
     estimator = fisher_estimator(
-        lambda module, x: module(x), "squared_error", rows=4, window=2, model_rows=8
+        lambda module, x: module(x),
+        "squared_error",
+        examples=4,
+        window=2,
+        model_examples=8,
     )
 
     def make():

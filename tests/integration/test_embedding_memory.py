@@ -56,7 +56,7 @@ def test_the_solve_holds_nothing_larger_than_the_parameter(name, tied):
     estimator = optax_cgfac.fisher_estimator(
         lambda p, x: model.apply({"params": p}, x),
         "softmax_cross_entropy",
-        rows=ROWS,
+        examples=ROWS,
         window=WINDOW,
     )
     curvature = estimator.init(params, tokens)

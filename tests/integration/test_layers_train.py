@@ -101,7 +101,7 @@ def train(data, variables, apply, *, batch_size=250, whole_batch=False, steps=ST
     estimator = optax_cgfac.fisher_estimator(
         model_fn,
         "softmax_cross_entropy",
-        model_rows=64,
+        model_examples=64,
         input_axes={"x": 0, "state": None},
         whole_batch=whole_batch,
     )

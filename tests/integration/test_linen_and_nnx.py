@@ -11,7 +11,7 @@ from flax import nnx
 from models import NUM_EXAMPLES, init, normal
 from nnx_models import rngs
 from optax_cgfac import cgfac, fisher_estimator, scale_by_cgfac, value_and_grad
-from optax_cgfac._paths import leaves_by_path
+from optax_cgfac.utils.paths import leaves_by_path
 
 
 class LinenMlp(nn.Module):
@@ -159,9 +159,9 @@ def test_optimizers_take_equal_steps(name):
     linen, params, module, inputs = twins(name)
     tx = cgfac()
     linen_estimator = fisher_estimator(
-        lambda p, x: linen.apply({"params": p}, x), "squared_error", rows=4
+        lambda p, x: linen.apply({"params": p}, x), "squared_error", examples=4
     )
-    nnx_estimator = fisher_estimator(lambda m, x: m(x), "squared_error", rows=4)
+    nnx_estimator = fisher_estimator(lambda m, x: m(x), "squared_error", examples=4)
     linen_curvature = linen_estimator.init(params, inputs)
     nnx_curvature = nnx_estimator.init(module, inputs)
     opt_state = tx.init(params)

@@ -13,8 +13,8 @@ from optax_cgfac import (
     KroneckerOperator,
     conjugate_gradient,
 )
-from optax_cgfac._factored import factored_damping, solve_directly
-from optax_cgfac._sample_space import conjugate_gradient_on_rows, solve_on_units
+from optax_cgfac.solve.factored import factored_damping, solve_directly
+from optax_cgfac.solve.sample_space import cg_on_rows, solve_among_samples
 from strategies import factors, layers, precision, properties
 
 
@@ -23,7 +23,7 @@ def kronecker(a, g):
 
 
 def block(a, g):
-    return BlockFisherOperator(a, g, num_units=len(a), scale=1 / len(a))
+    return BlockFisherOperator(a, g, num_samples=len(a), scale=1 / len(a))
 
 
 def dense_block(a, g, damping):
@@ -52,9 +52,9 @@ def products(a, g, damping, vectors):
 def solutions(a, g, damping, b, x0):
     """What every way to solve makes of a system; three steps of CG."""
     limits = {"max_steps": 3, "rtol": 0.0}
-    on_rows, _ = conjugate_gradient_on_rows(kronecker(a, g), damping, b, x0, **limits)
+    on_rows, _ = cg_on_rows(kronecker(a, g), damping, b, x0, **limits)
     [factored] = solve_directly([factored_damping(kronecker(a, g), damping)], [b])
-    of_block, _ = solve_on_units(
+    of_block, _ = solve_among_samples(
         block(a, g), jnp.asarray(damping), b, None, direct=True, **limits
     )
     return {"tikhonov": on_rows, "factored": factored, "block": of_block}
@@ -68,7 +68,7 @@ def in_both_spaces(a, g, damping, b, x0, max_steps):
         "parameter": conjugate_gradient(
             DampedOperator(operator, damping), b, x0, **limits
         ),
-        "rows": conjugate_gradient_on_rows(operator, damping, b, x0, **limits),
+        "rows": cg_on_rows(operator, damping, b, x0, **limits),
     }
 
 
@@ -131,7 +131,7 @@ def test_a_solve_tells_the_truth_and_does_not_raise_the_model(layer, max_steps):
         x = oracles.float64(x).reshape(-1)
         truth = np.linalg.norm(b - matrix @ x)
         floor = {
-            "rows": 20 * eps**0.5 * (np.linalg.norm(b) + start_size),
+            "examples": 20 * eps**0.5 * (np.linalg.norm(b) + start_size),
             "parameter": 50 * eps * (np.linalg.norm(b) + largest * np.linalg.norm(x)),
         }[space]
         reported = float(info.residual_norm)

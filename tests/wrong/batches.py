@@ -46,7 +46,7 @@ wrong(
     "a smaller batch than the curvature keeps",
     ValueError,
     update(inputs=lambda g: g.x[:6]),
-    "to capture rows=4 and to keep 8",
+    "to capture examples=4 and to keep 8",
     "The batch has 6 examples",
     "Drop smaller batches",
 )

@@ -26,7 +26,7 @@ def init(params=None, inputs=None, fn=model_fn, loss="squared_error", **options)
     """``init`` with parameters or inputs made from the right ones."""
 
     def call(g):
-        estimator = fisher_estimator(fn, loss, **({"rows": 4} | options))
+        estimator = fisher_estimator(fn, loss, **({"examples": 4} | options))
         return estimator.init(
             g.params if params is None else params(g),
             g.x if inputs is None else inputs(g),
@@ -57,7 +57,9 @@ def new_update(fn=model_fn, loss="squared_error", inputs=None, at=None, **option
     }
 
     def call(g):
-        estimator = fisher_estimator(fn, loss, **({"rows": 4, "window": 1} | options))
+        estimator = fisher_estimator(
+            fn, loss, **({"examples": 4, "window": 1} | options)
+        )
         first = g.x if inputs is None else inputs(g)
         curvature = estimator.init(g.params, first)
         made = {name: make(g) for name, make in arguments.items()}

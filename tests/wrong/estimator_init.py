@@ -101,12 +101,12 @@ wrong(
     "Drop empty batches",
 )
 wrong(
-    "fewer examples than `rows`",
+    "fewer examples than `examples`",
     ValueError,
     init(inputs=lambda g: g.x[:3]),
-    "rows=4 examples are captured",
+    "examples=4 are captured",
     "the inputs hold 3",
-    r"Pass fisher_estimator\(\.\.\., rows=3\)",
+    r"Pass fisher_estimator\(\.\.\., examples=3\)",
 )
 _PREDICTIONS = "Return predictions and not the loss"
 wrong(
@@ -172,7 +172,7 @@ wrong(
 wrong(
     "outputs whose first axis is not the batch",
     ValueError,
-    init(fn=lambda p, x: model_fn(p, x).T[:2], rows=2),
+    init(fn=lambda p, x: model_fn(p, x).T[:2], examples=2),
     "have 2 examples on their first axis",
     r"shapes of inputs: \[\(8, 5\)\]",
     "The first axis of inputs and outputs must be the batch",

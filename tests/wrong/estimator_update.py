@@ -33,9 +33,9 @@ for _name, _curvature in (("`None`", None), ("a dict", {}), ("a tuple", (1, 2)))
     )
 _OF_ITS_OWN = r"Call estimator\.init\(params, inputs\) of the one"
 wrong(
-    "the curvature of an estimator with other `rows`",
+    "the curvature of an estimator with other `examples`",
     ValueError,
-    lambda g: fisher_estimator(model_fn, "squared_error", rows=2).update(
+    lambda g: fisher_estimator(model_fn, "squared_error", examples=2).update(
         g.curvature, g.params, g.x, rng=g.key
     ),
     "needs a curvature of its own estimator",
@@ -159,7 +159,7 @@ wrong(
 
 def changed_mode(g):
     module = Modes()
-    estimator = fisher_estimator(lambda m, x: m(x), "squared_error", rows=4)
+    estimator = fisher_estimator(lambda m, x: m(x), "squared_error", examples=4)
     curvature = estimator.init(module, g.x)
     module.eval()
     return estimator.update(curvature, module, g.x, rng=g.key)
@@ -179,7 +179,7 @@ wrong(
 def of_module(at_init, at_update):
     def call(g):
         module = Modes()
-        estimator = fisher_estimator(lambda m, x: m(x), "squared_error", rows=4)
+        estimator = fisher_estimator(lambda m, x: m(x), "squared_error", examples=4)
         curvature = estimator.init(at_init(module), g.x)
         return estimator.update(curvature, at_update(module), g.x, rng=g.key)
 

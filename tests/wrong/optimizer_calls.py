@@ -280,7 +280,7 @@ for _name, _returned, _got in (
 def of_module(value_fn):
     def call(g):
         module = nnx.Linear(5, 3, rngs=nnx.Rngs(0))
-        estimator = fisher_estimator(lambda m, x: m(x), "squared_error", rows=4)
+        estimator = fisher_estimator(lambda m, x: m(x), "squared_error", examples=4)
         curvature = estimator.init(module, g.x)
         grads = nnx.grad(lambda m: jnp.mean(m(g.x) ** 2))(module)
         optimizer = nnx.Optimizer(module, cgfac(), wrt=nnx.Param)

@@ -69,7 +69,7 @@ def compact(params, x):
 
 def of_another_model(g):
     params = Compact().init(g.key, g.x)["params"]
-    return fisher_estimator(compact, "squared_error", rows=4).init(params, g.x)
+    return fisher_estimator(compact, "squared_error", examples=4).init(params, g.x)
 
 
 for _name in BLOCK:
@@ -155,7 +155,7 @@ def sampled_positions(g):
     x = jnp.stack([g.x] * 3, 1)
     params = OverTime().init(g.key, x)["params"]
     estimator = fisher_estimator(
-        lambda p, x: OverTime().apply({"params": p}, x), "squared_error", rows=4
+        lambda p, x: OverTime().apply({"params": p}, x), "squared_error", examples=4
     )
     tx = scale_by_cgfac(0.1, structure="block")
     curvature = estimator.init(params, x)
@@ -187,7 +187,7 @@ wrong(
         curvature=lambda g: fisher_estimator(
             model_fn,
             own_loss(hessian_product=lambda z, v: 2 * v.sum()),
-            rows=4,
+            examples=4,
         ).init(g.params, g.x)
     )(g),
     r"expected \(8, 3\)",

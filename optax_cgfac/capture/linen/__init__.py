@@ -1,0 +1,1 @@
+"""Capture in Flax Linen. Imports what `capture` may; start with `tap`."""

@@ -1,0 +1,1 @@
+"""Capture in Flax NNX. Imports what `capture` may; start with `tap`."""

@@ -1,0 +1,438 @@
+"""The curvature: a pytree of tagged layers and a window of their rows."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from optax_cgfac.curvature.history import empty_rows, put_into_slot, without_bad_rows
+from optax_cgfac.curvature.report import format_report
+from optax_cgfac.curvature.spec import CurvatureSpec
+from optax_cgfac.layers.layer import LayerTag
+from optax_cgfac.operators.exact_fisher import BlockFisherOperator, FullFisherOperator
+from optax_cgfac.operators.kronecker import (
+    DampedOperator,
+    FactoredDampedOperator,
+    KroneckerOperator,
+)
+from optax_cgfac.operators.rows import (
+    as_dtype,
+    num_rows,
+)
+from optax_cgfac.problem.batch import num_kept
+from optax_cgfac.solve.choose import (
+    DampingForm,
+    SolveConfig,
+    Structure,
+    default_damping_form,
+)
+from optax_cgfac.solve.eigenpairs import LayerEigenpairs, empty_eigenpairs, refresh
+from optax_cgfac.solve.solver import damped_operator
+from optax_cgfac.utils.paths import leaves_by_path, text
+from optax_cgfac.utils.types import Array, LayerRows, PyTree
+from optax_cgfac.utils.validate import (
+    NOT_NEGATIVE,
+    check_number,
+    check_positive,
+    summarize,
+)
+
+AnyOperator = (
+    KroneckerOperator
+    | BlockFisherOperator
+    | FullFisherOperator
+    | DampedOperator
+    | FactoredDampedOperator
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Curvature:
+    """Captured rows of every tagged layer, a ring buffer over the last updates.
+
+    A pytree: the tags are static, the rows are arrays. Pass it through `jax.jit`,
+    `jax.lax.scan` and checkpoints like any other state.
+
+    Attributes:
+      spec: The static part.
+      layers: Rows by layer name, all slots of the window one after the other.
+      num_updates: How often rows were added, int32.
+      num_calls: How often the estimator was called, int32.
+      dropped: Rows so far that were not finite and did not enter the window, int32 in
+        the order of ``tags``.
+      model_inputs: A slice of the last inputs, for Gauss-Newton products.
+      eigenpairs: Leading eigenpairs of the factors, by layer name, where they are kept.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax_cgfac
+      >>> from flax import linen as nn
+      >>> model = nn.Dense(2)
+      >>> x = jnp.ones((8, 3))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> estimator = optax_cgfac.fisher_estimator(
+      ...     lambda p, x: model.apply({"params": p}, x), "squared_error", examples=4
+      ... )
+      >>> curvature = estimator.init(params, x)
+      >>> curvature = estimator.update(curvature, params, x, rng=jax.random.key(1))
+      >>> int(curvature.num_rows("."))
+      4
+    """
+
+    spec: CurvatureSpec = dataclasses.field(metadata={"static": True})
+    layers: dict[str, LayerRows]
+    num_updates: Array
+    num_calls: Array
+    dropped: Array
+    model_inputs: PyTree = None
+    eigenpairs: dict[str, LayerEigenpairs] = dataclasses.field(default_factory=dict)
+
+    @property
+    def tags(self) -> tuple[LayerTag, ...]:
+        """The tagged layers."""
+        return self.spec.tags
+
+    def covers(self, path: str) -> bool:
+        """Whether a parameter, such as ``"encoder/Dense_0/kernel"``, is tagged."""
+        if not isinstance(path, str):
+            raise TypeError(
+                "covers() takes a parameter's path as a text, got "
+                f"{summarize(path)}. Write curvature.covers('hidden/kernel')."
+            )
+        return path in {text(leaf) for tag in self.tags for leaf in tag.leaves}
+
+    def num_rows(self, name: str) -> Array:
+        """Returns the rows of a layer that count: those seen, at most the window's."""
+        seen = jnp.minimum(self.num_updates, self.spec.window)
+        return seen * self._tag(name).rows_per_step
+
+    def operator(
+        self,
+        path: str | None,
+        damping: Array | float | None = None,
+        structure: Structure = "kronecker",
+        damping_form: DampingForm = "tikhonov",
+    ) -> AnyOperator:
+        """Returns the curvature of one layer as a linear operator.
+
+        Args:
+          path: The layer's name, as in the report; None for all, with
+            ``structure="full"``.
+          damping: The scalar ``γ``; None for the undamped operator.
+          structure: ``"kronecker"``, ``"block"`` (the layer's exact Fisher block) or
+            ``"full"`` (all layers, with the blocks between them).
+          damping_form: ``"tikhonov"``, or for ``"kronecker"`` also ``"factored"``.
+
+        Returns:
+          An operator on matrices of shape ``(*stack, n_in, n_out)``; for ``"full"``
+          on a list of them in the order of ``tags``.
+
+        Raises:
+          ValueError: If the layer or an option is unknown.
+        """
+        SolveConfig(structure=structure, damping_form=damping_form)
+        if damping is not None:
+            check_number("damping", damping, NOT_NEGATIVE, 0.1)
+        if (path is None) != (structure == "full"):
+            raise ValueError(
+                "structure='full' takes path=None, all layers together; the others "
+                f"take one layer. Got path={path!r}, structure={structure!r}. Pass "
+                "operator('hidden'), say, or operator(None, structure='full')."
+            )
+        if path is None:
+            blocks = (self.block_operator(t, self.layers[t.name]) for t in self.tags)
+            operator = FullFisherOperator(tuple(blocks))
+            check_samples_match(operator.blocks, self.tags)
+        else:
+            tag = self._tag(path)
+            operator = self.layer_operator(tag, self.layers[tag.name], structure)
+        if damping is None:
+            return operator
+        return damped_operator(operator, damping, damping_form)
+
+    def layer_operator(
+        self, tag: LayerTag, rows: LayerRows, structure: Structure
+    ) -> KroneckerOperator | BlockFisherOperator:
+        """Returns the layer's own part of a structure over ``rows``."""
+        if structure == "kronecker":
+            return self.kronecker_operator(tag, rows)
+        return self.block_operator(tag, rows)
+
+    def block_operator(self, tag: LayerTag, rows: LayerRows) -> BlockFisherOperator:
+        """Returns the exact Fisher block over ``rows`` of the layer ``tag``.
+
+        Raises:
+          ValueError: If an example's gradient cannot be had from its rows.
+        """
+        if any(not use.is_exact for use in tag.uses):
+            raise ValueError(
+                f"Layer {tag.name!r} keeps some of an example's positions, or their "
+                "mean: its exact Fisher block needs all. Pass "
+                "fisher_estimator(..., positions=None, weight_sharing='expand')."
+            )
+        per_sample = sum(use.kept for use in tag.uses)
+        units = num_rows(rows.a) // per_sample
+        rows = LayerRows(as_dtype(rows.a, tag.dtype), rows.g.astype(tag.dtype))
+        seen = jnp.maximum(self.num_rows(tag.name) // (per_sample * tag.columns), 1)
+        return BlockFisherOperator(*rows, units, 1 / seen.astype(tag.dtype))
+
+    def kronecker_operator(self, tag: LayerTag, rows: LayerRows) -> KroneckerOperator:
+        """Returns ``A ⊗ G`` over ``rows`` of the layer ``tag``, seen ones averaged."""
+        rows = LayerRows(as_dtype(rows.a, tag.dtype), rows.g.astype(tag.dtype))
+        # Before the first update every row is zero, and so is the operator.
+        count = jnp.maximum(self.num_rows(tag.name), 1).astype(tag.dtype)
+        # Inputs whose cotangent is zero, as those of padding, do not count in A.
+        active = jnp.sum(jnp.any(rows.g != 0, -1), -1)
+        active = jnp.maximum(active, 1).astype(tag.dtype)
+        # Rows of an example with T positions sum to its gradient, so that the
+        # mean of g gᵀ over rows is 1/T of the mean over examples; so do the rows
+        # of the C columns of kind="exact".
+        g_scale = tag.positions * tag.columns / count
+        return KroneckerOperator(*rows, 1 / active, g_scale)
+
+    def push(self, other: "Curvature") -> "Curvature":
+        """Adds the rows of ``other``, one update's worth, dropping the oldest.
+
+        Args:
+          other: A curvature with a window of 1 and the same layers, as
+            `value_and_grad` returns it.
+
+        Returns:
+          The curvature with the rows added.
+
+        Raises:
+          ValueError: If the layers or their numbers of rows differ.
+          TypeError: If ``other`` is no curvature.
+        """
+        if not isinstance(other, Curvature):
+            raise TypeError(
+                f"push() takes a Curvature, got {summarize(other)}. Pass the third "
+                "result of value_and_grad(loss_fn)(params, batch)."
+            )
+        if other.tags != self.tags or other.spec.window != 1:
+            raise ValueError(
+                "push() takes a curvature of the same layers with window 1.\n"
+                f"  expected: {_describe(self)}, window 1\n"
+                f"  got:      {_describe(other)}, window {other.spec.window}\n"
+                "Start the window with curvature.with_window(8) of a first curvature."
+            )
+        pushed = self.push_rows(other.layers)
+        return dataclasses.replace(pushed, dropped=pushed.dropped + other.dropped)
+
+    def push_rows(self, rows: dict[str, LayerRows]) -> "Curvature":
+        """Adds one update's rows by layer name, dropping the oldest ones."""
+        slot = self.num_updates % self.spec.window
+        layers, dropped = {}, []
+        for tag in self.tags:
+            new, num_bad = without_bad_rows(rows[tag.name])
+            layers[tag.name] = put_into_slot(self.layers[tag.name], new, slot)
+            dropped.append(num_bad)
+        pushed = dataclasses.replace(
+            self,
+            layers=layers,
+            num_updates=self.num_updates + 1,
+            dropped=self.dropped + jnp.array(dropped, self.dropped.dtype),
+        )
+        if not self.eigenpairs:
+            return pushed
+        # While the window fills, whenever it holds twice as much as before.
+        count = pushed.num_updates
+        due = (count & (count - 1) == 0) | (count == self.spec.window)
+        due &= count <= self.spec.window
+        due |= count % self.spec.refresh_every == 0
+        eigenpairs = jax.lax.cond(due, pushed._new_eigenpairs, lambda: self.eigenpairs)
+        return dataclasses.replace(pushed, eigenpairs=eigenpairs)
+
+    def _new_eigenpairs(self) -> dict[str, LayerEigenpairs]:
+        tags = [tag for tag in self.tags if tag.name in self.eigenpairs]
+        operators = [self.kronecker_operator(t, self.layers[t.name]) for t in tags]
+        eigenpairs = refresh(operators, [self.eigenpairs[tag.name] for tag in tags])
+        return {tag.name: x for tag, x in zip(tags, eigenpairs, strict=True)}
+
+    def with_window(self, window: int) -> "Curvature":
+        """Returns an empty curvature of the same layers with another window.
+
+        Args:
+          window: Number of updates to keep.
+
+        Returns:
+          A curvature without rows, to `push` others onto.
+
+        Raises:
+          ValueError: If ``window`` is not positive.
+        """
+        check_positive("window", window)
+        spec = dataclasses.replace(self.spec, window=window)
+        return empty_curvature(spec, self.model_inputs)
+
+    def partition_specs(self, axis_name: str) -> "Curvature":
+        """Returns the specs with which `jax.shard_map` takes and returns a curvature.
+
+        Args:
+          axis_name: The axis over which the batch is split.
+
+        Returns:
+          A curvature of `jax.sharding.PartitionSpec`: all is replicated but the
+          examples of the quadratic model, of which every device has its own.
+
+        Raises:
+          ValueError: If those do not divide by the devices of the axis, as far as the
+            mesh is set (`jax.set_mesh`).
+          TypeError: If ``axis_name`` is no name.
+        """
+        if not isinstance(axis_name, str):
+            raise TypeError(
+                "partition_specs() takes the name of a mesh axis, got "
+                f"{summarize(axis_name)}. Write curvature.partition_specs('batch')."
+            )
+        devices = jax.sharding.get_abstract_mesh().shape.get(axis_name, 1)
+        if any(self.spec.batched):
+            kept = num_kept(self.model_inputs, self.spec.batched)
+            if kept % devices:
+                raise ValueError(
+                    f"The quadratic model has {kept} examples that cannot be split "
+                    f"over the {devices} devices of the axis {axis_name!r}: "
+                    "pass fisher_estimator(..., model_examples=...) a multiple of "
+                    f"{devices}."
+                )
+        specs = jax.tree.map(lambda _: PartitionSpec(), self)
+        leaves, structure = jax.tree.flatten(self.model_inputs)
+        # Without an estimator there are no examples, and nothing in `batched`.
+        of_inputs = [
+            PartitionSpec(axis_name) if is_batched else PartitionSpec()
+            for _, is_batched in zip(leaves, self.spec.batched, strict=True)
+        ]
+        return dataclasses.replace(
+            specs, model_inputs=jax.tree.unflatten(structure, of_inputs)
+        )
+
+    def report(self, damping_form: DampingForm | None = None, **options: Any) -> str:
+        """Returns a table of what is preconditioned, how, and what is not.
+
+        Args:
+          damping_form: The damping form of the transformation that will use this
+            curvature; None for the default of `cgfac`.
+          **options: Further options of the solve, as in `scale_by_cgfac`.
+
+        Returns:
+          A text to print.
+
+        Raises:
+          ValueError: If an option is out of range.
+          TypeError: If one is unknown.
+        """
+        known = {field.name for field in dataclasses.fields(SolveConfig)}
+        if options.keys() - known:
+            raise TypeError(
+                "report() takes the options of the solve, "
+                f"{', '.join(sorted(known))}; got {', '.join(options.keys() - known)}. "
+                "Leave out what scale_by_cgfac does not take."
+            )
+        structure = options.get("structure", "kronecker")
+        form = damping_form or default_damping_form(structure)
+        config = SolveConfig(damping_form=form, **options)
+        spec = self.spec
+        return format_report(
+            spec.tags,
+            spec.uncovered,
+            spec.window,
+            self.layers,
+            config,
+            sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.model_inputs)),
+            {name: x.ranks for name, x in self.eigenpairs.items()},
+        )
+
+    def _tag(self, name: str) -> LayerTag:
+        for tag in self.tags:
+            if tag.name == name:
+                return tag
+        raise ValueError(
+            f"No tagged layer {name!r}. Tagged layers: "
+            f"{', '.join(tag.name for tag in self.tags) or 'none'}. Pass one of them, "
+            "or see curvature.report()."
+        )
+
+
+def empty_curvature(spec: CurvatureSpec, model_inputs: PyTree = None) -> Curvature:
+    """Returns a curvature whose window holds no rows yet."""
+    layers = {
+        tag.name: empty_rows(tag, spec.window, spec.rows_dtype_of(tag))
+        for tag in spec.tags
+    }
+    eigenpairs = {}
+    for tag in spec.tags:
+        if spec.rank is not None and spec.keeps_eigenpairs(tag):
+            count = spec.window * tag.rows_per_step
+            a, g = (
+                empty_eigenpairs(tag.stack, count, n, spec.rank, tag.dtype)
+                for n in (tag.n_in, tag.n_out)
+            )
+            eigenpairs[tag.name] = LayerEigenpairs(a, g)
+    zero = jnp.zeros((), jnp.int32)
+    # Two arrays, so that the curvature can be donated.
+    return Curvature(
+        spec,
+        layers,
+        zero,
+        jnp.zeros_like(zero),
+        jnp.zeros(len(spec.tags), jnp.int32),
+        model_inputs,
+        eigenpairs,
+    )
+
+
+def _describe(curvature: Curvature) -> str:
+    return ", ".join(f"{tag.name} ({tag.rows_per_step} rows)" for tag in curvature.tags)
+
+
+def check_rows(curvature: Curvature) -> None:
+    """Checks shapes and dtypes of rows and eigenpairs.
+
+    A curvature that was restored into another one's place, or of which several are
+    stacked, would otherwise fail deep inside a solve, or not at all.
+
+    Args:
+      curvature: The curvature.
+
+    Raises:
+      ValueError: If an array is another than the layers ask for.
+    """
+    like = jax.eval_shape(lambda: empty_curvature(curvature.spec))
+    expected = leaves_by_path({"layers": like.layers, "eigenpairs": like.eigenpairs})
+    got = leaves_by_path(
+        {"layers": curvature.layers, "eigenpairs": curvature.eigenpairs}
+    )
+    for path in sorted(expected.keys() | got.keys()):
+        texts = [
+            f"{leaves[path].dtype} {leaves[path].shape}" if path in leaves else "none"
+            for leaves in (expected, got)
+        ]
+        if texts[0] != texts[1]:
+            raise ValueError(
+                f"The array {text(path)!r} of the curvature does not fit its layers.\n"
+                f"  expected: {texts[0]}\n  got:      {texts[1]}\n"
+                "It is of another window, number of rows or dtype, or several "
+                "curvatures are stacked. Pass what estimator.init or estimator.update "
+                "returned, restore checkpoints into the former, and use stacked ones "
+                "inside jax.vmap."
+            )
+
+
+def check_samples_match(
+    blocks: Sequence[BlockFisherOperator], tags: Sequence[LayerTag]
+) -> None:
+    """Checks that the layers have gradients of the same examples.
+
+    Raises:
+      ValueError: If one has not.
+    """
+    for tag, block in zip(tags, blocks, strict=True):
+        if tag.sharing > 1 or block.num_samples != blocks[0].num_samples:
+            raise ValueError(
+                f"Layer {tag.name!r} has one input for all examples, so that no "
+                "example has a gradient of its own in it. Leave it out of the "
+                "structure 'full' by fisher_estimator(..., where=...)."
+            )

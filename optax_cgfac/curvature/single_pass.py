@@ -1,0 +1,222 @@
+"""The paper's single pass: value, gradient and curvature of the whole batch."""
+
+import collections
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
+
+from optax_cgfac.capture.call import probe_calls
+from optax_cgfac.capture.discover import Discovery, discover, discover_wider
+from optax_cgfac.capture.nnx.module import bind, explaining_states, update_module
+from optax_cgfac.capture.run import run_captured
+from optax_cgfac.curvature.curvature import Curvature, empty_curvature
+from optax_cgfac.curvature.estimator import check_parameters
+from optax_cgfac.curvature.spec import CurvatureSpec
+from optax_cgfac.layers.build import RowOptions, Where, make_tags
+from optax_cgfac.layers.extract import Draw, calls_of, example_rows
+from optax_cgfac.layers.layer import num_positions
+from optax_cgfac.utils.paths import leaves_by_path
+from optax_cgfac.utils.types import PyTree
+from optax_cgfac.utils.validate import (
+    check_choice,
+    check_function,
+    check_positive,
+    check_switch,
+    is_real_scalar,
+    signature_of,
+    summarize,
+    takes,
+)
+
+
+def value_and_grad(
+    loss_fn: Callable[..., Any],
+    *,
+    has_aux: bool = False,
+    loss_reduction: Literal["mean", "sum"] = "mean",
+    where: Where | None = None,
+    fallback: bool = False,
+    num_examples: int | None = None,
+) -> Callable[..., tuple[Any, PyTree, Curvature]]:
+    r"""Like `jax.value_and_grad`, with the empirical Fisher of the same backward pass.
+
+    Every example of the batch is a row: ``a`` the input of a layer and ``g`` the
+    gradient of the example's own loss with respect to the layer's output, so that
+    ``aᵀ g / N`` is the layer's gradient. Nothing is computed twice (Chen 2021,
+    section 3).
+
+    Args:
+      loss_fn: ``loss_fn(params, *args)`` returns a scalar, or ``(scalar, aux)``;
+        it applies a Flax Linen model, un-jitted. ``params`` may be an `nnx.Module`:
+        the gradients are then those of its `nnx.Param`, a state as
+        `nnx.value_and_grad` returns it, and what the loss changes in the module
+        (statistics, counts of keys) is changed.
+      has_aux: Whether ``loss_fn`` returns ``(scalar, aux)``.
+      loss_reduction: ``"mean"`` if the loss is a mean over examples, ``"sum"`` if
+        it is their sum.
+      where: As in `fisher_estimator`.
+      fallback: As in `fisher_estimator`.
+      num_examples: Examples in a batch; None finds it from the first axes of
+        ``loss_fn``'s arguments and of the layers' inputs.
+
+    Returns:
+      A function of ``loss_fn``'s arguments that returns
+      ``(value or (value, aux), grads, curvature)``. The curvature has a window of
+      one batch; `Curvature.push` it onto ``curvature.with_window(8)`` to keep more.
+
+    Raises:
+      ValueError: If an option has no meaning.
+      TypeError: If one is of another type.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import linen as nn
+      >>> model = nn.Dense(1)
+      >>> x = jnp.ones((4, 3))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> def loss_fn(params, x):
+      ...     return jnp.mean(model.apply({"params": params}, x) ** 2)
+      >>> value, grads, curvature = value_and_grad(loss_fn)(params, x)
+      >>> curvature.layers["."].a.shape
+      (4, 4)
+
+    References:
+      Chen (2021), section 3; Kunstner et al. (2019) on the empirical Fisher.
+    """
+    check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
+    check_switch("has_aux", has_aux)
+    check_switch("fallback", fallback)
+    if where is not None:
+        check_function("where", where, ["path"], "lambda path: 'Dense' in path")
+    if num_examples is not None:
+        check_positive("num_examples", num_examples, others="None or ")
+    if not callable(loss_fn) or isinstance(loss_fn, (nn.Module, nnx.Module, type)):
+        raise TypeError(
+            "loss_fn must be a function (params, *args) -> loss, got "
+            f"{summarize(loss_fn)}. Write lambda params, x, y: "
+            "jnp.mean((model.apply({'params': params}, x) - y) ** 2), say."
+        )
+
+    def wrapped(
+        params: PyTree, *args: Any, **kwargs: Any
+    ) -> tuple[Any, PyTree, Curvature]:
+        _check_arguments(loss_fn, args, kwargs)
+        module = params
+        function, params, args = bind(loss_fn, params, *args)
+        check_parameters(params)
+        with explaining_states("loss_fn", params, "Pass the nnx.Module itself."):
+            discovery = discover(function, params, *args)
+        _check_scalar(discovery.outputs, has_aux)
+        count = num_examples or _count_examples(discovery, params, args)
+        options = RowOptions(count, positions=None)
+        wider = discover_wider(
+            function, params, *_doubled(args, count), found=discovery
+        )
+        tags, uncovered = make_tags(
+            discovery, params, options, where=where, fallback=fallback, wider=wider
+        )
+
+        def tapped(params, probes):
+            capture = run_captured(
+                function, (params, *args), probes, lifted=discovery.lifted
+            )
+            value, aux = capture.outputs if has_aux else (capture.outputs, None)
+            calls = [root.calls for root in capture.roots]
+            return value, (aux, calls, capture.state)
+
+        (value, (aux, calls, state)), (grads, cotangents) = jax.value_and_grad(
+            tapped, argnums=(0, 1), has_aux=True
+        )(params, discovery.probes)
+        update_module(module, state)
+        scale = count if loss_reduction == "mean" else 1
+        by_call = probe_calls(cotangents)
+        captured = {}
+        for tag in tags:
+            found = calls_of(tag, calls, by_call)
+            # The cotangents of a transposed use stand on the other side.
+            found = [c._replace(y=c.y * jnp.asarray(scale, c.y.dtype)) for c in found]
+            captured[tag.name] = example_rows(tag, found, count, Draw())
+        spec = CurvatureSpec(tags, uncovered, window=1, num_examples=count)
+        curvature = empty_curvature(spec)
+        value = (value, aux) if has_aux else value
+        return value, grads, curvature.push_rows(captured)
+
+    return wrapped
+
+
+def _check_arguments(loss_fn: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    call = "value_and_grad(loss_fn)(params, *args)"
+    if kwargs:
+        raise TypeError(
+            f"{call} takes arguments by position, got {', '.join(kwargs)} by name. "
+            "Pass them in the order in which loss_fn takes them."
+        )
+    signature = signature_of(loss_fn)
+    if signature is not None and not takes(signature, 1 + len(args)):
+        raise TypeError(
+            f"{call} must be given the arguments of loss_fn, {signature}; got "
+            f"{1 + len(args)}. Pass the parameters first and all others behind them."
+        )
+
+
+def _check_scalar(outputs: Any, has_aux: bool) -> None:
+    is_pair = isinstance(outputs, tuple) and len(outputs) == 2
+    value: Any = outputs[0] if has_aux and is_pair else outputs
+    is_loss = is_real_scalar(value) and jnp.issubdtype(value.dtype, jnp.floating)
+    if not is_loss or has_aux != is_pair:
+        expected = "a pair (scalar, aux)" if has_aux else "a scalar"
+        raise ValueError(
+            f"loss_fn must return {expected}, the loss a real number; got "
+            f"{jax.tree.map(summarize, outputs)}. Set has_aux=True if it returns "
+            "(loss, aux), and take the mean of losses by example."
+        )
+
+
+def _doubled(args: PyTree, count: int) -> PyTree:
+    """Returns the shapes of the arguments with twice as many examples."""
+
+    def double(leaf: Any) -> Any:
+        leaf = jax.eval_shape(jnp.asarray, leaf)
+        if leaf.shape[:1] != (count,):
+            return leaf
+        return jax.ShapeDtypeStruct((2 * count, *leaf.shape[1:]), leaf.dtype)
+
+    return jax.tree.map(double, args)
+
+
+def _count_examples(discovery: Discovery, params: PyTree, args: PyTree) -> int:
+    """Returns the commonest first axis of arguments and calls that divides all rows."""
+    leaves = leaves_by_path(params)
+    from_args = collections.Counter(
+        leaf.shape[0] for leaf in jax.tree.leaves(args) if jnp.ndim(leaf)
+    )
+    from_calls: collections.Counter[int] = collections.Counter()
+    positions = []
+    for anchor, layer in discovery.layers.items():
+        lifted = leaves[anchor].ndim - layer.call.param_ndim
+        for source in layer.sources:
+            for call, shape in source.calls:
+                first = max(lifted, len(shape) - call.input_ndim) + call.batch_ndim
+                positions.append(num_positions(call, shape, lifted + call.batch_ndim))
+                if len(shape) - call.inner_ndim > first:
+                    from_calls[shape[first]] += 1
+    counts = from_args + from_calls
+    # Running statistics among the arguments begin with an axis of features: what
+    # arguments and layers have in common goes first.
+    both = from_args.keys() & from_calls.keys()
+    ranked = sorted(
+        counts, key=lambda n: (n not in both, n not in from_args, -counts[n])
+    )
+    for count in ranked:
+        if positions and count and not any(rows % count for rows in positions):
+            return count
+    if positions and counts:
+        return ranked[0]
+    raise ValueError(
+        "loss_fn was traced without meeting a layer that can be tagged. It must call "
+        "model.apply un-jitted; the whole training step may be jitted."
+    )

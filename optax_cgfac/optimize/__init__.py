@@ -1,0 +1,4 @@
+"""The Optax transformations: from gradients and curvature to updates.
+
+Imports every folder above. Start with `cgfac`.
+"""

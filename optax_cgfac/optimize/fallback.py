@@ -1,0 +1,82 @@
+"""The parameters that `cgfac` leaves to another optimizer."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_cgfac.curvature.curvature import Curvature
+from optax_cgfac.layers.layer import LEFT_OUT
+from optax_cgfac.utils.paths import leaves_by_path, map_with_path, text
+from optax_cgfac.utils.types import Array, PyTree
+
+
+def select(condition: Array, new: PyTree, old: PyTree) -> PyTree:
+    """Returns ``new`` where the condition holds, else ``old``."""
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fallback:
+    """The parameters that CG-FAC leaves to the fallback transformation."""
+
+    fallback: optax.GradientTransformation | None
+    where: Callable[[str], bool] | None
+
+    def __post_init__(self):
+        if self.fallback is not None and self.where is None:
+            raise ValueError(
+                "fallback needs where=, true for the parameters that CG-FAC updates; "
+                "got None. Pass cgfac(fallback=..., where=curvature.covers)."
+            )
+
+    def keeps(self, path: str) -> bool:
+        """Whether CG-FAC updates the parameter."""
+        return self.fallback is None or self.where is None or self.where(path)
+
+    def transformation(self, params: PyTree) -> optax.GradientTransformationExtraArgs:
+        """Returns the fallback, which lets the other parameters' updates through."""
+        if self.fallback is None:
+            return optax.with_extra_args_support(optax.identity())
+        mask = map_with_path(lambda path, _: not self.keeps(text(path)), params)
+        return optax.masked(optax.with_extra_args_support(self.fallback), mask)
+
+    def split(self, kept: PyTree, others: PyTree) -> PyTree:
+        """Returns a tree of CG-FAC's leaves of ``kept`` and the rest of ``others``."""
+        return map_with_path(
+            lambda path, x, y: x if self.keeps(text(path)) else y, kept, others
+        )
+
+    def check(self, curvature: Curvature, grads: PyTree, *, whole: bool) -> None:
+        """Checks that every leaf has a curvature, a fallback, or was left out.
+
+        Raises:
+          ValueError: If one has not, or the ``whole`` model is needed and not there.
+        """
+        paths = {text(path) for path in leaves_by_path(grads)}
+        missing = {text(path) for tag in curvature.tags for path in tag.leaves} - paths
+        if whole and missing and any(map(curvature.covers, paths)):
+            raise ValueError(
+                "The quadratic model needs the gradients of all layers; absent: "
+                f"{', '.join(sorted(missing))}. To train only some parameters, pass "
+                "cgfac(where=..., fallback=...) instead of optax.masked or "
+                "optax.partition, or a learning_rate."
+            )
+        left_out = {
+            text(path)
+            for path, reason in curvature.spec.uncovered
+            if reason == LEFT_OUT
+        }
+        wrong = sorted(
+            path
+            for path in paths - left_out
+            if self.keeps(path) and not curvature.covers(path)
+        )
+        if wrong:
+            raise ValueError(
+                f"No curvature and no fallback for: {', '.join(wrong)}. Pass "
+                "cgfac(fallback=optax.adam(1e-3), where=curvature.covers), or the "
+                "curvature of this model."
+            )

@@ -1,0 +1,4 @@
+"""What is minimised: losses with known Hessians, the objective, batches of examples.
+
+Imports `utils`. Start with `loss`.
+"""

@@ -1,0 +1,4 @@
+"""Shared helpers: types, tree paths, arrays, linear algebra, devices, validation.
+
+Imports nothing else of the package. Start with `types`.
+"""

@@ -1,0 +1,116 @@
+"""Small numerical helpers on arrays and trees of arrays."""
+
+import jax
+import jax.numpy as jnp
+
+from optax_cgfac.utils.devices import with_auto_axes
+from optax_cgfac.utils.types import Array, PyTree
+
+
+def tree_dot(x: PyTree, y: PyTree) -> Array:
+    """Returns the Euclidean inner product of two pytrees of equal structure.
+
+    Args:
+      x: A pytree of arrays.
+      y: A pytree with the structure and shapes of ``x``.
+
+    Returns:
+      The scalar sum of the elementwise products, in float32 or the leaves' precision
+      if higher: half precision has no range for sums of squares.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(tree_dot({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, 4.0])}))
+      11.0
+    """
+    dtype = jnp.promote_types(tree_dtype((x, y)), jnp.float32)
+
+    def dot(x: PyTree, y: PyTree) -> Array:
+        products = jax.tree.map(
+            lambda u, v: jnp.vdot(
+                u,
+                v,
+                precision=jax.lax.Precision.HIGHEST,
+                preferred_element_type=dtype,
+            ),
+            x,
+            y,
+        )
+        return sum(jax.tree.leaves(products), start=jnp.zeros((), dtype))
+
+    return with_auto_axes(dot, x, y)
+
+
+def tree_dtype(tree: PyTree) -> jnp.dtype:
+    """Returns the dtype that the leaves of ``tree`` promote to together."""
+    return jnp.result_type(*jax.tree.leaves(tree))
+
+
+def tree_is_finite(tree: PyTree) -> Array:
+    """Returns a scalar that is true when every entry of ``tree`` is finite."""
+    checks = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(checks)) if checks else jnp.array(True)
+
+
+def safe_divide(numerator: Array, denominator: Array) -> Array:
+    """Returns ``numerator / denominator``, and zero where the denominator is zero.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(safe_divide(jnp.array([1.0, 1.0]), jnp.array([2.0, 0.0])))
+      [0.5 0. ]
+    """
+    is_zero = denominator == 0
+    return jnp.where(is_zero, 0, numerator / jnp.where(is_zero, 1, denominator))
+
+
+def scaled(x: Array, scale: Array | float) -> Array:
+    """Returns ``scale x``, the axes of ``scale`` being the first ones of ``x``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(scaled(jnp.ones((2, 3)), jnp.array([1.0, 2.0])))
+      [[1. 1. 1.]
+       [2. 2. 2.]]
+    """
+    scale = jnp.asarray(scale, x.dtype)
+    return x * scale.reshape(*scale.shape, *([1] * (x.ndim - scale.ndim)))
+
+
+def power_of_two(largest: Array) -> Array:
+    """Returns the power of two next to ``largest``, by which it is divided exactly.
+
+    Squares of numbers beyond the root of a precision's range are infinite or zero.
+    Divided by a power of two, all digits stay.
+
+    Args:
+      largest: Numbers that are not negative.
+
+    Returns:
+      For each a power of two in its precision, whose inverse is one too, such that the
+      quotient lies in ``[1, 4)``; 1 where the number is zero or not finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(power_of_two(jnp.array([5.0, 0.3, 0.0])))
+      [4.   0.25 1.  ]
+    """
+    usable = (largest > 0) & jnp.isfinite(largest)
+    _, exponent = jnp.frexp(jnp.where(usable, largest, 1))
+    most = jnp.finfo(largest.dtype).maxexp - 2
+    exponent = jnp.clip(exponent - 1, -most, most)
+    return jnp.ldexp(jnp.ones_like(largest), exponent)
+
+
+def narrowed(x: Array, dtype: jnp.dtype | str) -> Array:
+    """Returns ``x`` in another precision, at the end of its range where it has left it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(narrowed(jnp.array([1.0, 1e6]), "float16"))
+      [1.000e+00 6.550e+04]
+    """
+    most = float(jnp.finfo(dtype).max)
+    if most < float(jnp.finfo(x.dtype).max):
+        x = jnp.clip(x, -most, most)
+    return x.astype(dtype)

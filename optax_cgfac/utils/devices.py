@@ -1,0 +1,91 @@
+"""Meshes with explicit axes, and batches that `jax.shard_map` splits over an axis.
+
+Slices of a sharded batch and products with its transpose need an output sharding on a
+mesh of explicit axes. Inside `auto_axes` the compiler decides, as it does on a mesh of
+automatic axes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from optax_cgfac.utils.types import Array, PyTree
+
+
+def with_auto_axes(
+    function: Callable[..., Any], *args: Any, like: PyTree | None = None
+) -> Any:
+    """Calls a function with all axes of the mesh automatic.
+
+    Args:
+      function: Returns arrays.
+      *args: Its arguments, pytrees of arrays.
+      like: A tree with the structure of the results, whose shardings they get; None
+        for results that all devices have.
+
+    Returns:
+      What ``function(*args)`` returns.
+    """
+    if not jax.sharding.get_abstract_mesh().explicit_axes:
+        return function(*args)
+    out_sharding = PartitionSpec()
+    if like is not None:
+        out_sharding = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, like)
+    return jax.sharding.auto_axes(function, out_sharding=out_sharding)(*args)
+
+
+def without_shardings(tree: PyTree) -> PyTree:
+    """Returns the shapes and dtypes of arrays as if they lay on one device."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+        jax.eval_shape(lambda: tree),
+    )
+
+
+def axis_size(axis_name: str | None) -> int:
+    """Returns the number of devices that share a batch; 1 without an axis.
+
+    Raises:
+      ValueError: If the axis is not there.
+    """
+    if axis_name is None:
+        return 1
+    try:
+        return jax.lax.axis_size(axis_name)
+    except NameError:
+        raise ValueError(
+            f"fisher_estimator(axis_name={axis_name!r}) splits the batch over a named "
+            "axis, and there is no such axis here. Call update() and tx.update() "
+            f"inside jax.shard_map over a mesh with the axis {axis_name!r}, or leave "
+            "axis_name out: under jax.jit alone sharded batches need none."
+        ) from None
+
+
+def per_device(name: str, count: int, axis_name: str | None) -> int:
+    """Returns a device's part of a number of examples.
+
+    Raises:
+      ValueError: If it does not divide.
+    """
+    size = axis_size(axis_name)
+    if count % size:
+        raise ValueError(
+            f"{name}={count} examples cannot be split over the {size} devices of the "
+            f"axis {axis_name!r}: pass fisher_estimator(..., {name}=...) a multiple of "
+            f"{size}."
+        )
+    return count // size
+
+
+def own_key(rng: Array, axis_name: str | None) -> Array:
+    """Returns a key that differs from device to device."""
+    if axis_name is None:
+        return rng
+    return jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
+
+
+def mean_over(x: Array, axis_name: str | None) -> Array:
+    """Returns the mean over the devices; ``x`` without an axis."""
+    return x if axis_name is None else jax.lax.pmean(x, axis_name)

@@ -1,0 +1,57 @@
+"""One way to name a parameter: its key path, for dicts, boxes and NNX states alike."""
+
+from typing import Any
+
+import jax
+
+from optax_cgfac.utils.types import Array, PyTree
+
+Path = tuple[str, ...]
+
+
+def normalize(key_path: tuple[Any, ...]) -> Path:
+    """Returns a JAX key path as strings, without the ``.value`` of a box.
+
+    Boxed leaves (``nn.Partitioned``, NNX variables) and plain arrays at the same
+    place get the same name.
+
+    Args:
+      key_path: As given by `jax.tree_util.tree_flatten_with_path`.
+
+    Returns:
+      The names from the root to the leaf.
+
+    Example:
+      >>> import jax
+      >>> [(path, _)] = jax.tree_util.tree_leaves_with_path({"Dense_0": {"bias": 1}})
+      >>> normalize(path)
+      ('Dense_0', 'bias')
+    """
+    names = tuple(_key_name(key) for key in key_path)
+    is_box = key_path and getattr(key_path[-1], "name", None) == "value"
+    return names[:-1] if is_box and len(names) > 1 else names
+
+
+def _key_name(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def leaves_by_path(tree: PyTree) -> dict[Path, Array]:
+    """Returns the leaves of ``tree`` keyed by their normalized paths."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {normalize(path): leaf for path, leaf in leaves}
+
+
+def map_with_path(function: Any, tree: PyTree, *rest: PyTree) -> PyTree:
+    """Like `jax.tree.map`, calling ``function(path, leaf, *rest_leaves)``."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: function(normalize(path), *leaves), tree, *rest
+    )
+
+
+def text(path: Path) -> str:
+    """Returns a path as users write it: ``"encoder/Dense_0/kernel"``."""
+    return "/".join(path)

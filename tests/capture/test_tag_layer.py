@@ -1,0 +1,161 @@
+"""Layers of the user's own, made known by `tag_layer`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import oracles
+from models import NUM_EXAMPLES, init, normal
+from optax_cgfac import (
+    check_gradients,
+    fisher_estimator,
+    tag_layer,
+    value_and_grad,
+)
+
+
+class Own(nn.Module):
+    """A matrix and a scale in one module, below a bias and a slope of another."""
+
+    @nn.compact
+    def __call__(self, x):
+        w = self.param("w", nn.initializers.normal(1.0), (x.shape[-1], 4))
+        b = self.param("b", nn.initializers.normal(1.0), (4,))
+        y = tag_layer(self, x, x @ w + b, kernel="w", bias="b")
+        gain = self.param("gain", nn.initializers.normal(1.0), (4,))
+        return tag_layer(self, y, gain * y, scale="gain")
+
+
+class Model(nn.Module):
+    lift: str | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        own = {"remat": nn.remat, "jit": nn.jit}.get(self.lift, lambda cls: cls)(Own)
+        x = own(name="own")(x)
+        shift = self.param("shift", nn.initializers.normal(1.0), (4,))
+        x = tag_layer(self, x, nn.tanh(x) + shift, bias="shift")
+        slope = self.param("slope", nn.initializers.ones, ())
+        x = tag_layer(self, x, slope * x, scale="slope")
+        return nn.Dense(2, name="out")(nn.tanh(x))
+
+
+LAYERS = {
+    "own/w": ("own/w", "own/b"),
+    "own/gain": ("own/gain",),
+    "shift": ("shift",),
+    "slope": ("slope",),
+    "out": ("out/kernel", "out/bias"),
+}
+
+
+def loss_fn(model):
+    return lambda p, x: jnp.mean(jnp.sum(model.apply({"params": p}, x) ** 2, -1))
+
+
+@pytest.mark.parametrize("lift", [None, "remat", "jit"])
+@pytest.mark.parametrize("shape", [(5,), (3, 5)], ids=["vectors", "positions"])
+def test_the_rows_of_own_layers_rebuild_their_gradients(lift, shape):
+    model, x = Model(lift), normal(0, NUM_EXAMPLES, *shape)
+    params = init(model, x)
+    value, grads, curvature = value_and_grad(loss_fn(model))(params, x)
+    expected_value, expected = jax.value_and_grad(loss_fn(model))(params, x)
+    assert value == pytest.approx(expected_value)
+    jax.tree.map(
+        lambda g, e: np.testing.assert_allclose(g, e, rtol=1e-5, atol=1e-5),
+        grads,
+        expected,
+    )
+    found = {tag.name: tuple("/".join(p) for p in tag.leaves) for tag in curvature.tags}
+    assert found == LAYERS
+    flat = {
+        "own/w": jnp.vstack([grads["own"]["w"], grads["own"]["b"]]),
+        "own/gain": grads["own"]["gain"][None],
+        "shift": grads["shift"][None],
+        "slope": grads["slope"][None, None],
+    }
+    for name, gradient in flat.items():
+        a, g = curvature.layers[name]
+        assert oracles.relative_error(a.T @ g / NUM_EXAMPLES, gradient) < 1e-5
+
+
+def test_the_estimator_covers_them():
+    model, x = Model(), normal(0, NUM_EXAMPLES, 5)
+    params = init(model, x)
+    estimator = fisher_estimator(
+        lambda p, x: model.apply({"params": p}, x), "squared_error", examples=4
+    )
+    curvature = estimator.init(params, x)
+    update = jax.jit(estimator.update)
+    curvature = update(curvature, params, x, rng=jax.random.key(0))
+    assert not curvature.spec.uncovered
+    assert all(np.any(curvature.layers[name].g) for name in LAYERS)
+
+
+class OwnNNX(nnx.Module):
+    """`Own` in NNX."""
+
+    def __init__(self):
+        self.w = nnx.Param(normal(10, 5, 4))
+        self.b = nnx.Param(normal(11, 4))
+        self.gain = nnx.Param(normal(12, 4))
+
+    def __call__(self, x):
+        y = tag_layer(self, x, x @ self.w + self.b, kernel="w", bias="b")
+        return tag_layer(self, y, self.gain * y, scale="gain")
+
+
+class ModelNNX(nnx.Module):
+    """`Model` in NNX."""
+
+    def __init__(self, lift=None):
+        self.lift = lift
+        self.own = OwnNNX()
+        self.shift = nnx.Param(normal(13, 4))
+        self.slope = nnx.Param(jnp.ones(()))
+        self.out = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        lift = {"remat": nnx.remat, "jit": nnx.jit}.get(self.lift, lambda f: f)
+        x = lift(lambda own, x: own(x))(self.own, x)
+        x = tag_layer(self, x, nn.tanh(x) + self.shift, bias="shift")
+        x = tag_layer(self, x, self.slope * x, scale="slope")
+        return self.out(nn.tanh(x))
+
+
+@pytest.mark.parametrize("lift", [None, "remat", "jit"])
+@pytest.mark.parametrize("shape", [(5,), (3, 5)], ids=["vectors", "positions"])
+def test_own_layers_of_nnx_are_covered(lift, shape):
+    x = normal(0, NUM_EXAMPLES, *shape)
+
+    def loss_fn(module, x):
+        return jnp.mean(jnp.sum(module(x) ** 2, -1))
+
+    found = check_gradients(loss_fn, ModelNNX(lift), x)
+    expected = {leaf for leaves in LAYERS.values() for leaf in leaves}
+    assert set(found.errors) == expected
+    assert max(found.errors.values()) < 1e-5
+    assert not found.uncovered
+
+
+class Untagged(nnx.Module):
+    def __init__(self):
+        self.layer = nnx.Linear(5, 4, rngs=nnx.Rngs(0))
+        self.shift = nnx.Param(jnp.zeros(4))
+
+    def __call__(self, x):
+        return self.layer(x) + self.shift
+
+
+def test_a_parameter_of_nnx_without_a_tag_is_reported():
+    estimator = fisher_estimator(lambda m, x: m(x), "squared_error", examples=4)
+    with pytest.raises(ValueError, match=r"shift: a parameter of Untagged.*tag_layer"):
+        estimator.init(Untagged(), normal(0, NUM_EXAMPLES, 5))
+
+
+def test_an_nnx_layer_without_the_named_parameter_is_refused():
+    with pytest.raises(ValueError, match="Untagged has no parameter w; it has shift"):
+        tag_layer(Untagged(), jnp.ones((2, 4)), jnp.ones((2, 4)), bias="w")
