@@ -1,5 +1,6 @@
 """The ready-made optimizer: `cgfac`."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_cgfac.curvature.curvature import Curvature
+from optax_cgfac.optimize.damping import Adaptation
 from optax_cgfac.optimize.fallback import Fallback
 from optax_cgfac.optimize.precondition import precondition
 from optax_cgfac.optimize.quadratic_model import Step
@@ -38,13 +40,8 @@ from optax_cgfac.solve.info import init_info
 from optax_cgfac.utils.arrays import tree_is_finite
 from optax_cgfac.utils.types import Array, PyTree
 from optax_cgfac.utils.validate import (
-    BELOW_ONE,
-    INSIDE_ONE,
     NOT_NEGATIVE,
-    POSITIVE,
-    check_number,
     check_number_or_schedule,
-    check_positive,
     is_number,
     is_real_scalar,
     summarize,
@@ -166,14 +163,8 @@ def cgfac(
       ...     loss, grads = jax.value_and_grad(loss_fn)(params)
       ...     rng = jax.random.key(step)
       ...     curvature = estimator.update(curvature, params, x, rng=rng)
-      ...     updates, state = tx.update(
-      ...         grads,
-      ...         state,
-      ...         params,
-      ...         curvature=curvature,
-      ...         value=loss,
-      ...         value_fn=loss_fn,
-      ...     )
+      ...     given = {"curvature": curvature, "value": loss, "value_fn": loss_fn}
+      ...     updates, state = tx.update(grads, state, params, **given)
       ...     params = optax.apply_updates(params, updates)
       >>> bool(loss_fn(params) < 1e-3)
       True
@@ -190,21 +181,20 @@ def cgfac(
         rtol=rtol,
         warm_start=warm_start,
     )
-    options = StepOptions(
-        momentum=momentum,
-        l2=l2,
-        kl_clip=kl_clip,
+    adaptation = Adaptation(
         damping_decay=damping_decay,
         damping_interval=damping_interval,
         model_interval=model_interval,
         min_damping=min_damping,
         max_damping=max_damping,
     )
-    _check_options(options, learning_rate, damping)
-    parts = _Parts(spec, options, Fallback(fallback, where))
+    parts = _Parts(spec, StepOptions(momentum, l2, kl_clip), Fallback(fallback, where))
+    for name, number in (("learning_rate", learning_rate), ("damping", damping)):
+        if number is not None:
+            check_number_or_schedule(name, number, NOT_NEGATIVE, 0.1)
     if learning_rate is None:
-        return _adaptive(_with_floor(parts, damping), damping)
-    return _scheduled(parts, learning_rate, damping)
+        return _adaptive(parts, adaptation, damping)
+    return _scheduled(parts, adaptation, learning_rate, damping)
 
 
 class _Parts(NamedTuple):
@@ -218,24 +208,41 @@ class _Parts(NamedTuple):
 _Proposal = tuple[Start, Step, Verdict, CGFACState]
 
 
-def _adaptive(parts: _Parts, damping: Any) -> optax.GradientTransformationExtraArgs:
+def _adaptive(
+    parts: _Parts, adaptation: Adaptation, damping: Any
+) -> optax.GradientTransformationExtraArgs:
     """Composes direction, quadratic model and adapted damping."""
-    if damping is None and parts.spec.structure != "kronecker":
-        damping = _DAMPING_OF_BLOCKS
+    if parts.spec.structure != "kronecker":
+        damping = _DAMPING_OF_BLOCKS if damping is None else damping
+        if adaptation.min_damping is None:
+            # An initial value below the floor asks for a lower one.
+            first = damping if is_number(damping) else _DAMPING_OF_BLOCKS
+            floor = min(_FLOOR_OF_BLOCKS, first)
+            adaptation = dataclasses.replace(adaptation, min_damping=floor)
+    _check_adaptive(parts.options, adaptation, damping)
 
     def propose(state: CGFACState, curvature: Curvature, start: Start) -> _Proposal:
         if damping is None:
             state = with_initial_damping(state, curvature)
         start, state = _with_direction(parts, state, curvature, start, state.damping)
-        return start, *adaptive_step(parts.options, state, curvature, start)
+        return start, *adaptive_step(parts.options, adaptation, state, curvature, start)
 
     return _compose(parts, propose, start_damping=damping, is_adaptive=True)
 
 
 def _scheduled(
-    parts: _Parts, learning_rate: ScalarOrSchedule, damping: Any
+    parts: _Parts,
+    adaptation: Adaptation,
+    learning_rate: ScalarOrSchedule,
+    damping: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Composes direction and learning rate."""
+    unused = [name for name, x in vars(adaptation).items() if x is not None]
+    if unused:
+        raise ValueError(
+            f"{', '.join(unused)} must be left out beside a learning_rate, which keeps "
+            "the damping as given. Pass a schedule of dampings, or no learning_rate."
+        )
     if damping is None:
         has_factors = parts.spec.structure == "kronecker"
         damping = _DAMPING_WITH_RATE if has_factors else _DAMPING_OF_BLOCKS
@@ -352,58 +359,7 @@ def _like_parameter(gradient: Array, parameter: Array) -> Array:
     return jnp.asarray(gradient, parameter.dtype) if is_real else gradient
 
 
-def _with_floor(parts: _Parts, damping: Any) -> _Parts:
-    """Sets the floor of the structures without factors."""
-    options = parts.options
-    if parts.spec.structure == "kronecker" or options.min_damping is not None:
-        return parts
-    # An initial value below the floor asks for a lower one.
-    first = damping if is_number(damping) else _DAMPING_OF_BLOCKS
-    floor = min(_FLOOR_OF_BLOCKS, first)
-    options = StepOptions(**{**vars(options), "min_damping": floor})
-    return parts._replace(options=options)
-
-
-_OF_ADAPTATION = (
-    "damping_decay",
-    "damping_interval",
-    "model_interval",
-    "min_damping",
-    "max_damping",
-)
-
-
-def _check_options(options: StepOptions, learning_rate: Any, damping: Any) -> None:
-    """Checks the numbers, and that none is given that its mode does not use."""
-    for name, schedule in (("learning_rate", learning_rate), ("damping", damping)):
-        if schedule is not None:
-            check_number_or_schedule(name, schedule, NOT_NEGATIVE, 0.1)
-    numbers = {
-        "momentum": (BELOW_ONE, 0.9),
-        "l2": (NOT_NEGATIVE, 1e-4),
-        "kl_clip": (POSITIVE, 1e-2),
-        "damping_decay": (INSIDE_ONE, 0.9),
-        "min_damping": (NOT_NEGATIVE, 1e-3),
-        "max_damping": (POSITIVE, 1e3),
-    }
-    for name, (allowed, example) in numbers.items():
-        if getattr(options, name) is not None:
-            check_number(name, getattr(options, name), allowed, example)
-    for name in ("damping_interval", "model_interval"):
-        if getattr(options, name) is not None:
-            check_positive(name, getattr(options, name), may_be_array=True)
-    if learning_rate is None:
-        _check_adaptive(options, damping)
-        return
-    unused = [name for name in _OF_ADAPTATION if getattr(options, name) is not None]
-    if unused:
-        raise ValueError(
-            f"{', '.join(unused)} must be left out beside a learning_rate, which keeps "
-            "the damping as given. Pass a schedule of dampings, or no learning_rate."
-        )
-
-
-def _check_adaptive(options: StepOptions, damping: Any) -> None:
+def _check_adaptive(options: StepOptions, adaptation: Adaptation, damping: Any) -> None:
     if options.kl_clip is not None:
         raise ValueError(
             f"kl_clip needs a learning_rate, got kl_clip={summarize(options.kl_clip)} "
@@ -420,8 +376,8 @@ def _check_adaptive(options: StepOptions, damping: Any) -> None:
             "The initial damping must be positive, got 0: it adapts by factors. Pass "
             "damping=None for one from the data, or min_damping=0 to let it fall."
         )
-    least = options.min_damping if is_number(options.min_damping) else 0.0
-    most = options.max_damping if is_number(options.max_damping) else math.inf
+    least = adaptation.min_damping if is_number(adaptation.min_damping) else 0.0
+    most = adaptation.max_damping if is_number(adaptation.max_damping) else math.inf
     first = damping if is_number(damping) else least
     if not least <= first <= most:
         raise ValueError(

@@ -15,12 +15,9 @@ from optax_cgfac.capture.nnx.module import MERGE_STATE, explaining_states
 from optax_cgfac.curvature.curvature import Curvature
 from optax_cgfac.optimize.damping import (
     FIRST,
-    LOWEST_FRACTION,
-    damping_interval,
+    Adaptation,
     initial_fraction,
     kl_clip_scale,
-    levenberg_marquardt,
-    model_interval,
     reduction_ratio,
     typical_damping,
 )
@@ -35,10 +32,16 @@ from optax_cgfac.optimize.quadratic_model import (
 from optax_cgfac.solve.info import SolveInfo
 from optax_cgfac.utils.arrays import narrowed, tree_dot, tree_is_finite
 from optax_cgfac.utils.types import Array, PyTree
-from optax_cgfac.utils.validate import is_number, is_real_scalar, summarize
+from optax_cgfac.utils.validate import (
+    BELOW_ONE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    check_number,
+    is_number,
+    is_real_scalar,
+    summarize,
+)
 
-# The damping is adapted within these multiples of the initial one.
-_BOUNDS = (LOWEST_FRACTION, 1e5)
 # A step that keeps its size may promise at most this many times what the last fitted
 # step promised, relative to the loss. With few outputs a single misfit example makes
 # gradients large, and factors below 4 gain nothing.
@@ -47,7 +50,6 @@ _MANY_TIMES, _MANY_TIMES_OF_FEW_OUTPUTS = 2.0, 4.0
 # update: far more than one batch of outliers causes.
 _OUTGROWN = 1e8
 _DAMPING_WITHOUT_DATA = 0.1
-_DEFAULT_DECAY = 0.9
 
 
 class CGFACState(NamedTuple):
@@ -85,23 +87,21 @@ class CGFACState(NamedTuple):
     fallback: Any
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class StepOptions:
-    """The options of `cgfac` that concern the step; see there."""
+    """The options of `cgfac` that concern every step; see there."""
 
     momentum: Any
     l2: Any
     kl_clip: Any
-    damping_decay: Any
-    damping_interval: Any
-    model_interval: Any
-    min_damping: Any
-    max_damping: Any
 
-    @property
-    def decay(self) -> Any:
-        """The factor ``ω`` per update."""
-        return _DEFAULT_DECAY if self.damping_decay is None else self.damping_decay
+    def __post_init__(self):
+        """Validates the numbers."""
+        check_number("l2", self.l2, NOT_NEGATIVE, 1e-4)
+        if self.momentum is not None:
+            check_number("momentum", self.momentum, BELOW_ONE, 0.9)
+        if self.kl_clip is not None:
+            check_number("kl_clip", self.kl_clip, POSITIVE, 1e-2)
 
     @property
     def has_l2(self) -> bool:
@@ -159,12 +159,17 @@ def with_initial_damping(state: CGFACState, curvature: Curvature) -> CGFACState:
 
 
 def adaptive_step(
-    options: StepOptions, state: CGFACState, curvature: Curvature, start: Start
+    options: StepOptions,
+    adaptation: Adaptation,
+    state: CGFACState,
+    curvature: Curvature,
+    start: Start,
 ) -> tuple[Step, Verdict, CGFACState]:
     """Step size and momentum from the quadratic model, damping by its success.
 
     Args:
       options: The options.
+      adaptation: The options of the damping.
       state: The state before the step.
       curvature: Holds the model and the examples of the quadratic model.
       start: Where the step starts.
@@ -174,7 +179,8 @@ def adaptive_step(
     """
     descent = tree_dot(start.grads, start.direction)
     value = _regularized(start.value, start.params, options)
-    is_nonnegative = _is_nonnegative(curvature)
+    objective = curvature.spec.objective
+    is_nonnegative = objective is not None and objective.is_nonnegative
     # The loss by which promises are measured, where it is never negative.
     unit = jnp.ones((), descent.dtype)
     if is_nonnegative:
@@ -182,7 +188,10 @@ def adaptive_step(
         unit = jnp.where(usable, value, 1).astype(descent.dtype)
     # Of a loss that is not finite: is the last step at fault, or the batch?
     blown_up = ~jnp.isfinite(start.value)
-    due, fits = _due(options, state, curvature, blown_up)
+    count = state.cgfac_count + 1
+    early, every = adaptation.is_early(count), adaptation.interval(curvature)
+    due = early | (count % every == 0) | blown_up
+    fits = _fits(adaptation, state, curvature, due)
     coefficients, slope, undamped = _coefficients(
         options, state, curvature, start, (descent, unit), fits
     )
@@ -199,7 +208,9 @@ def adaptive_step(
         change = _loss_change(options, state, start, step, (value, blown_up))
         change = jnp.asarray(change, predicted.dtype)
         ratio = reduction_ratio(change, predicted)
-        damping = _adapted(options, state, curvature, ratio)
+        damping = adaptation.adapted(
+            state.damping, state.initial_damping, ratio, jnp.where(early, 1, every)
+        )
         ratio = ratio.astype(state.reduction_ratio.dtype)
         # A step after which the same batch has a larger loss, or one that is not
         # finite, is not taken (Nocedal & Wright 2006, algorithm 4.1).
@@ -213,41 +224,32 @@ def adaptive_step(
     # Not finite where a gradient or a direction is not: no further pass over them.
     finite = jnp.all(jnp.isfinite(slope)) & jnp.all(jnp.isfinite(coefficients))
     finite = finite & start.others_finite & ~blown_up
-    verdict = Verdict(finite, blown_up, blown_up & was_finite)
-    fitted = fits & jnp.isfinite(promise)
+    undone = blown_up & was_finite
+    raised = adaptation.raised(state.damping, state.initial_damping, curvature)
+    raised = jnp.where(undone, raised, state.damping).astype(state.damping.dtype)
     state = state._replace(
-        damping=_settled_damping(options, state, curvature, damping, verdict),
+        damping=jnp.where(finite, damping, raised),
         step_size=step.step_size.astype(jnp.float32),
         momentum=step.momentum.astype(jnp.float32),
         reduction_ratio=ratio,
-        promise=jnp.where(fitted, promise, state.promise),
+        promise=jnp.where(fits & jnp.isfinite(promise), promise, state.promise),
         num_rejected=state.num_rejected + (~taken).astype(jnp.int32),
     )
-    return Step(*(jnp.where(taken, x, 0) for x in step)), verdict, state
+    step = Step(*(jnp.where(taken, x, 0) for x in step))
+    return step, Verdict(finite, blown_up, undone), state
 
 
-def _is_nonnegative(curvature: Curvature) -> bool:
-    objective = curvature.spec.objective
-    return objective is not None and objective.is_nonnegative
-
-
-def _due(
-    options: StepOptions, state: CGFACState, curvature: Curvature, blown_up: Array
-) -> tuple[Array, Any]:
-    """Returns whether the loss is looked at, and whether the model is fitted."""
-    count = state.cgfac_count + 1
-    due = _is_early(options, count) | blown_up
-    due |= count % damping_interval(options.damping_interval, curvature) == 0
-    interval = model_interval(options.model_interval, curvature)
+def _fits(
+    adaptation: Adaptation, state: CGFACState, curvature: Curvature, due: Array
+) -> Any:
+    """Returns whether the quadratic model is fitted in this update."""
+    interval = adaptation.fit_interval(curvature)
     if isinstance(interval, int) and interval == 1:
-        return due, True
+        return True
+    count = state.cgfac_count + 1
     fits = due | (count <= FIRST) | (count % interval == 0)
     # After a step that was not taken there is no step size to keep.
-    return due, fits | (state.step_size == 0)
-
-
-def _is_early(options: StepOptions, count: Array) -> Any:
-    return count <= FIRST if options.damping_interval is None else False
+    return fits | (state.step_size == 0)
 
 
 def _coefficients(
@@ -316,51 +318,6 @@ def _loss_change(
         )
     change = _regularized(moved_value, moved, options)
     return change - jnp.where(blown_up, 0, value)
-
-
-def _adapted(
-    options: StepOptions, state: CGFACState, curvature: Curvature, ratio: Array
-) -> Array:
-    """Returns the damping after a look at the loss."""
-    every = damping_interval(options.damping_interval, curvature)
-    is_early = _is_early(options, state.cgfac_count + 1)
-    low, high = _damping_bounds(options, state)
-    return levenberg_marquardt(
-        state.damping,
-        ratio,
-        decay=options.decay ** jnp.where(is_early, 1, every),
-        minimum=low,
-        maximum=high,
-    )
-
-
-def _settled_damping(
-    options: StepOptions,
-    old: CGFACState,
-    curvature: Curvature,
-    damping: Array,
-    verdict: Verdict,
-) -> Array:
-    """Returns the new damping; a higher one where the previous step is taken back."""
-    # In the damping's precision: a long interval overflows to infinity in silence.
-    decay = jnp.asarray(options.decay, old.damping.dtype)
-    more = old.damping * decay ** -damping_interval(options.damping_interval, curvature)
-    _, high = _damping_bounds(options, old)
-    raised = jnp.where(verdict.undone, jnp.minimum(more, high), old.damping)
-    return jnp.where(verdict.finite, damping, raised.astype(old.damping.dtype))
-
-
-def _damping_bounds(
-    options: StepOptions, state: CGFACState
-) -> tuple[Array | float, Array | float]:
-    """Returns the ends between which the damping is adapted."""
-    low, high = (factor * state.initial_damping for factor in _BOUNDS)
-    high = jnp.where(state.initial_damping > 0, high, jnp.inf)
-    high = high if options.max_damping is None else options.max_damping
-    return (
-        low if options.min_damping is None else options.min_damping,
-        jnp.minimum(high, jnp.finfo(state.damping.dtype).max),
-    )
 
 
 def _regularized(value: Array, params: PyTree, options: StepOptions) -> Array:

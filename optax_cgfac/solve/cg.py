@@ -79,7 +79,8 @@ def conjugate_gradient(
     for name, number, example in (("rtol", rtol, 1e-5), ("atol", atol, 0.0)):
         check_number(name, number, NOT_NEGATIVE, example)
     _check_system(operator, b, x0, preconditioner)
-    space = Space(operator.matvec, tree_dot, preconditioner and preconditioner.matvec)
+    precondition = None if preconditioner is None else preconditioner.matvec
+    space = Space(operator.matvec, tree_dot, precondition)
     return _solve(space, b, x0, tolerances=(rtol, atol), max_steps=max_steps)
 
 
@@ -205,21 +206,11 @@ def iterate(
 
     ``recompute(x)`` returns ``x`` and its residual ``b - F x``, computed anew.
     """
-    end = cg_loop(
-        space,
-        residual,
-        x0,
-        squared_tolerance=squared_tolerance,
-        max_steps=max_steps,
-    )
-    x, true_residual = recompute(end.x)
-    return certified(
-        space,
-        end._replace(x=x),
-        start=(x0, residual),
-        residual=true_residual,
-        squared_tolerance=squared_tolerance,
-    )
+    tolerance = {"squared_tolerance": squared_tolerance}
+    end = cg_loop(space, residual, x0, **tolerance, max_steps=max_steps)
+    x, true = recompute(end.x)
+    start = x0, residual
+    return certified(space, end._replace(x=x), start=start, residual=true, **tolerance)
 
 
 class _LoopState(NamedTuple):
