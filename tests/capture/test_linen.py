@@ -11,6 +11,7 @@ from models import (
     CASES,
     NUM_EXAMPLES,
     Compact,
+    assert_close,
     by_name,
     normal,
     rebuild_gradients,
@@ -21,16 +22,6 @@ X = normal(0, NUM_EXAMPLES, 5)
 EPS = np.finfo(np.float32).eps
 ALL_CASES = CASES | LAYER_CASES
 TOLERANCES = {"cast on the way": 1e-2, "half precision": 2e-2}
-
-
-def assert_close(actual, expected, tolerance):
-    """Compares leaves by the norm of their difference."""
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        norm = np.linalg.norm(value)
-        assert norm > 0, f"{name}: the case shows nothing, its gradient is zero"
-        difference = np.linalg.norm(actual[name] - value)
-        assert difference <= tolerance * norm, (name, difference / norm)
 
 
 @pytest.mark.parametrize("name", ALL_CASES)
