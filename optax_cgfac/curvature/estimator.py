@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
-from optax_cgfac.capture.discover import discover_wider
-from optax_cgfac.capture.nnx.module import bind, check_same_module, outputs_like
+from optax_cgfac.capture.discover import with_example_axes
+from optax_cgfac.capture.nnx.module import bind, check_same_module
 from optax_cgfac.curvature.curvature import Curvature, check_rows, empty_curvature
 from optax_cgfac.curvature.spec import (
     FEW_OUTPUTS,
@@ -281,7 +281,7 @@ def fisher_estimator(
         check_inputs(inputs)
         function, params, (inputs,) = bind(model_fn, params, inputs)
         check_parameters(params)
-        heads = objective.heads(outputs_like(function, params, inputs))
+        heads = objective.heads(jax.eval_shape(function, params, inputs))
         num_examples = heads[0].shape[0]
         check_enough(num_examples, examples)
         batched = batched_leaves(inputs, num_examples, input_axes)
@@ -295,7 +295,8 @@ def fisher_estimator(
         num_outputs = sum(head.shape[-1] for head in heads)
         captured = num_examples if whole_batch else examples
         discovery = discover_few(function, params, shapes(captured), captured)
-        wider = discover_wider(function, params, shapes(2 * captured), found=discovery)
+        more = shapes(2 * captured)
+        discovery = with_example_axes(discovery, function, params, more)
         row_options = RowOptions(
             captured,
             examples,
@@ -305,7 +306,7 @@ def fisher_estimator(
             shares=True,
         )
         tags, uncovered = make_tags(
-            discovery, params, row_options, where=where, fallback=fallback, wider=wider
+            discovery, params, row_options, where=where, fallback=fallback
         )
         few_outputs = num_outputs <= FEW_OUTPUTS
         pairs = default_rank(num_examples, few_outputs) if rank == "auto" else rank
@@ -670,8 +671,7 @@ def check_parameters(params: PyTree) -> None:
             )
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             way_out = (
-                "Pass the nnx.Module itself, or nnx.state(module, nnx.Param): counters "
-                "and statistics are nnx.Variables, but no nnx.Param."
+                "Make counters and statistics nnx.Variables, not nnx.Params."
                 if isinstance(params, nnx.State)
                 else "Pass counters and statistics inside inputs, and split complex "
                 "numbers into two real arrays."
