@@ -10,10 +10,8 @@ from optax_cgfac.curvature.single_pass import value_and_grad
 from optax_cgfac.operators.exact_fisher import BlockFisherOperator, FullFisherOperator
 from optax_cgfac.operators.kronecker import (
     DampedOperator,
-    DiagonalOperator,
     FactoredDampedOperator,
     KroneckerOperator,
-    jacobi_preconditioner,
 )
 from optax_cgfac.optimize.adaptive import CGFACState
 from optax_cgfac.optimize.cgfac import cgfac
@@ -37,7 +35,6 @@ __all__ = [
     "Curvature",
     "CurvatureEstimator",
     "DampedOperator",
-    "DiagonalOperator",
     "FactoredDampedOperator",
     "FullFisherOperator",
     "GradientCheck",
@@ -54,7 +51,6 @@ __all__ = [
     "conjugate_gradient",
     "diagnostics",
     "fisher_estimator",
-    "jacobi_preconditioner",
     "scalars",
     "scale_by_cgfac",
     "scale_by_kfac",

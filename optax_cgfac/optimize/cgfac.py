@@ -411,9 +411,7 @@ def check_step_options(
             check_number(name, value, allowed, example)
     for name in ("damping_interval", "model_interval"):
         if getattr(options, name) is not None:
-            check_positive(
-                name, getattr(options, name), may_be_array=True, others="None or "
-            )
+            check_positive(name, getattr(options, name), may_be_array=True)
     least = options.min_damping if is_number(options.min_damping) else 0.0
     most = options.max_damping if is_number(options.max_damping) else math.inf
     if not least <= most:

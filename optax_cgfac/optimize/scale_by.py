@@ -23,7 +23,6 @@ from optax_cgfac.utils.validate import (
     check_number,
     check_positive,
     check_scheduled,
-    check_switch,
     is_real_scalar,
     summarize,
 )
@@ -276,7 +275,6 @@ def check_limits(max_steps: Any, rtol: Any, warm_start: Any) -> None:
     """
     check_positive("max_steps", max_steps, may_be_array=True)
     check_number("rtol", rtol, BELOW_ONE, 1e-2)
-    check_switch("warm_start", warm_start)
 
 
 HOW_TO_UPDATE = """\

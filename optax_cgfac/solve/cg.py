@@ -64,11 +64,11 @@ def conjugate_gradient(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from optax_cgfac import DiagonalOperator
-      >>> op = DiagonalOperator(jnp.array([1.0, 2.0]))
-      >>> x, info = conjugate_gradient(op, jnp.array([1.0, 1.0]), max_steps=5)
-      >>> print(x, int(info.num_steps), StopReason(int(info.reason)).name)
-      [1.  0.5] 2 CONVERGED
+      >>> from optax_cgfac import KroneckerOperator
+      >>> op = KroneckerOperator(jnp.diag(jnp.array([1.0, 2.0])), jnp.ones((1, 1)))
+      >>> x, info = conjugate_gradient(op, jnp.ones((2, 1)), max_steps=5)
+      >>> print(x[:, 0], int(info.num_steps), StopReason(int(info.reason)).name)
+      [1.   0.25] 2 CONVERGED
 
     References:
       Hestenes & Stiefel (1952), "Methods of conjugate gradients for solving

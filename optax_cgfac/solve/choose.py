@@ -9,7 +9,6 @@ from optax_cgfac.utils.validate import (
     check_choice,
     check_number,
     check_positive,
-    check_switch,
     summarize,
 )
 
@@ -62,7 +61,6 @@ class SolveConfig:
                 "solve_axis must be the name of a mesh axis or None, got "
                 f"{summarize(self.axis)}. Pass the name, solve_axis='layers', say."
             )
-        check_switch("certify", self.certify)
         check_positive("max_steps", self.max_steps, may_be_array=True)
         check_number("rtol", self.rtol, BELOW_ONE, 0.01)
         if self.structure != "kronecker":

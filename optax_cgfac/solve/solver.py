@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_cgfac.operators.exact_fisher import FullFisherOperator
-from optax_cgfac.operators.kronecker import DampedOperator, jacobi_preconditioner
+from optax_cgfac.operators.kronecker import DampedOperator
 from optax_cgfac.operators.rows import num_features, num_rows
 from optax_cgfac.solve.cg import solve_by_cg_in_parameters
 from optax_cgfac.solve.choose import SolveConfig, make_plan
@@ -86,14 +86,7 @@ def _solve_layer(
     damped = damped_operator(operator, damping, config.damping_form)
     limits = _limits(config)
     if plan.space == "parameter":
-        jacobi = config.preconditioner == "jacobi"
-        return solve_by_cg_in_parameters(
-            damped,
-            b,
-            x0,
-            **limits,
-            preconditioner=jacobi_preconditioner(damped) if jacobi else None,
-        )
+        return solve_by_cg_in_parameters(damped, b, x0, **limits)
     if plan.solver == "eigendecomposition":
         x, info = solve_by_eigendecomposition(damped, b), direct_info(b.dtype)
     elif config.damping_form == "tikhonov":
