@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from layer_models import LAYER_CASES
 from models import (
     CASES,
+    LAYER_CASES,
     NUM_EXAMPLES,
     Compact,
     by_name,

@@ -10,7 +10,9 @@ import pytest
 from flax import nnx
 
 from models import BATCH, NUM_EXAMPLES, normal
-from nnx_models import CASES, REPORTED, Mlp, Stateful, rngs, shifted
+from models.nnx_modules import Mlp, Stateful, rngs, shifted
+from models.reported import REPORTED
+from models.table import NNX_CASES as CASES
 from optax_cgfac import cgfac, fisher_estimator, scalars, value_and_grad
 from optax_cgfac.layers.layer import leaves_from_matrix
 from optax_cgfac.operators.rows import IndexRows, StackedRows

@@ -3,38 +3,29 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
 
-from models import NUM_EXAMPLES, init, normal
-from nnx_models import rngs
+from models import BATCH, NUM_EXAMPLES, init, normal
+from models.linen_modules import Function
+from models.nnx_modules import Attention, Mlp, Tied, rngs
+from models.table import CODES, FEATURES
 from optax_cgfac import cgfac, fisher_estimator, scale_by_cgfac, value_and_grad
 from optax_cgfac.utils.paths import leaves_by_path
+from training import assert_close, nnx_step, train_step
 
 
-class LinenMlp(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(3, name="last")(nn.tanh(nn.Dense(4, name="first")(x)))
+@Function
+def linen_mlp(x):
+    return nn.Dense(3, name="last")(nn.tanh(nn.Dense(4, name="first")(x)))
 
 
-class Mlp(nnx.Module):
-    def __init__(self):
-        self.first = nnx.Linear(5, 4, rngs=rngs())
-        self.last = nnx.Linear(4, 3, rngs=rngs())
-
-    def __call__(self, x):
-        return self.last(nnx.tanh(self.first(x)))
-
-
-class LinenCnn(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = nn.tanh(nn.Conv(4, (3, 3), strides=2, name="conv")(x))
-        x = nn.GroupNorm(num_groups=2, name="norm")(x)
-        return nn.Dense(3, name="last")(x.reshape(x.shape[0], -1))
+@Function
+def linen_cnn(x):
+    x = nn.tanh(nn.Conv(4, (3, 3), strides=2, name="conv")(x))
+    x = nn.GroupNorm(num_groups=2, name="norm")(x)
+    return nn.Dense(3, name="last")(x.reshape(x.shape[0], -1))
 
 
 class Cnn(nnx.Module):
@@ -48,57 +39,30 @@ class Cnn(nnx.Module):
         return self.last(x.reshape(x.shape[0], -1))
 
 
-class LinenTied(nn.Module):
-    @nn.compact
-    def __call__(self, tokens):
-        embed = nn.Embed(7, 5, name="embed")
-        return embed.attend(nn.tanh(nn.Dense(5, name="mix")(embed(tokens))))
+@Function
+def linen_tied(tokens):
+    embed = nn.Embed(7, 5, name="embed")
+    return embed.attend(nn.tanh(nn.Dense(5, name="mix")(embed(tokens))))
 
 
-class Tied(nnx.Module):
-    def __init__(self):
-        self.embed = nnx.Embed(7, 5, rngs=rngs())
-        self.mix = nnx.Linear(5, 5, rngs=rngs())
-
-    def __call__(self, tokens):
-        return self.embed.attend(nnx.tanh(self.mix(self.embed(tokens))))
-
-
-class LinenAttention(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        attend = nn.MultiHeadDotProductAttention(
-            2, qkv_features=6, out_features=4, name="attend"
-        )
-        return attend(x)
-
-
-class Attention(nnx.Module):
-    def __init__(self):
-        self.attend = nnx.MultiHeadAttention(
-            2, in_features=5, qkv_features=6, out_features=4, decode=False, rngs=rngs()
-        )
-
-    def __call__(self, x):
-        return self.attend(x)
+@Function
+def linen_attention(x):
+    return nn.MultiHeadDotProductAttention(
+        2, qkv_features=6, out_features=4, name="attend"
+    )(x)
 
 
 TWINS = {
-    "mlp": (LinenMlp, Mlp, normal(0, NUM_EXAMPLES, 5)),
-    "cnn": (LinenCnn, Cnn, normal(0, NUM_EXAMPLES, 6, 6, 2)),
-    "embed and attend": (
-        LinenTied,
-        Tied,
-        jax.random.randint(jax.random.key(3), (NUM_EXAMPLES, 4), 0, 7),
-    ),
-    "attention": (LinenAttention, Attention, normal(0, NUM_EXAMPLES, 3, 5)),
+    "mlp": (linen_mlp, lambda: Mlp(rngs()), BATCH),
+    "cnn": (linen_cnn, Cnn, normal(0, NUM_EXAMPLES, 6, 6, 2)),
+    "embed and attend": (linen_tied, Tied, CODES),
+    "attention": (linen_attention, lambda: Attention(out_features=4), FEATURES),
 }
 
 
 def twins(name):
-    linen_class, nnx_class, inputs = TWINS[name]
-    linen, module = linen_class(), nnx_class()
-    params = init(linen, inputs)
+    linen, make, inputs = TWINS[name]
+    module, params = make(), init(linen, inputs)
     nnx.update(module, params)
     return linen, params, module, inputs
 
@@ -157,55 +121,26 @@ def check_updates(name, damping_form):
 @pytest.mark.parametrize("name", TWINS)
 def test_optimizers_take_equal_steps(name):
     linen, params, module, inputs = twins(name)
-    tx = cgfac()
-    linen_estimator = fisher_estimator(
-        lambda p, x: linen.apply({"params": p}, x), "squared_error", examples=4
+    tx, batch = cgfac(), {"x": inputs}
+    options = {"loss": "squared_error", "examples": 4}
+
+    def linen_fn(params, x):
+        return linen.apply({"params": params}, x)
+
+    estimator = fisher_estimator(linen_fn, **options)
+    state = params, tx.init(params), estimator.init(params, inputs)
+    linen_step = jax.jit(
+        train_step(tx, estimator, lambda p, b: mean_square(linen_fn(p, b["x"])))
     )
-    nnx_estimator = fisher_estimator(lambda m, x: m(x), "squared_error", examples=4)
-    linen_curvature = linen_estimator.init(params, inputs)
-    nnx_curvature = nnx_estimator.init(module, inputs)
-    opt_state = tx.init(params)
+    estimator = fisher_estimator(lambda m, x: m(x), **options)
+    curvature = estimator.init(module, inputs)
     optimizer = nnx.Optimizer(module, tx, wrt=nnx.Param)
-
-    def linen_loss(params):
-        return mean_square(linen.apply({"params": params}, inputs))
-
-    @jax.jit
-    def linen_step(params, opt_state, curvature, rng):
-        value, grads = jax.value_and_grad(linen_loss)(params)
-        curvature = linen_estimator.update(curvature, params, inputs, rng=rng)
-        updates, opt_state = tx.update(
-            grads,
-            opt_state,
-            params,
-            curvature=curvature,
-            value=value,
-            value_fn=linen_loss,
-        )
-        return optax.apply_updates(params, updates), opt_state, curvature
-
-    @nnx.jit
-    def nnx_step(module, optimizer, curvature, rng):
-        graphdef, _, rest = nnx.split(module, nnx.Param, ...)
-
-        def value_fn(params):
-            return mean_square(nnx.merge(graphdef, params, rest, copy=True)(inputs))
-
-        value, grads = nnx.value_and_grad(lambda m: mean_square(m(inputs)))(module)
-        curvature = nnx_estimator.update(curvature, module, inputs, rng=rng)
-        optimizer.update(
-            module, grads, curvature=curvature, value=value, value_fn=value_fn
-        )
-        return curvature
-
+    module_step = nnx.jit(nnx_step(estimator, lambda m, b: mean_square(m(b["x"]))))
     for seed in range(3):
         rng = jax.random.key(seed)
-        params, opt_state, linen_curvature = linen_step(
-            params, opt_state, linen_curvature, rng
-        )
-        nnx_curvature = nnx_step(module, optimizer, nnx_curvature, rng)
+        state, _ = linen_step(state, batch, rng)
+        curvature, _ = module_step(module, optimizer, curvature, batch, rng)
         if seed == 0:
-            assert_equal_leaves(params, nnx.state(module, nnx.Param))
-    for path, leaf in leaves_by_path(params).items():
-        other = leaves_by_path(nnx.state(module, nnx.Param))[path]
-        np.testing.assert_allclose(leaf, other, rtol=1e-3, atol=1e-4)
+            assert_equal_leaves(state[0], nnx.state(module, nnx.Param))
+    found = leaves_by_path(nnx.state(module, nnx.Param))
+    assert_close(found, leaves_by_path(state[0]), rtol=1e-3, atol=1e-4)

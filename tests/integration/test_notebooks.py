@@ -3,19 +3,19 @@
 import os
 import pathlib
 import re
-import subprocess
-import sys
 import tomllib
 
 import pytest
 
 import pages
+from training import python
 
 nbformat = pytest.importorskip("nbformat")
 
 ROOT = pages.ROOT
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NAMES = [path.name for path in PATHS]
+every_notebook = pytest.mark.parametrize("path", PATHS, ids=NAMES)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 REPOSITORY = PROJECT["urls"]["Repository"]
 COLAB = "https://colab.research.google.com/"
@@ -56,27 +56,21 @@ def test_there_are_notebooks_and_the_readme_names_each():
     assert readme.count(COLAB) == 2 * len(NAMES)
 
 
-@pytest.mark.parametrize("path", PATHS, ids=NAMES)
+@every_notebook
 def test_a_notebook_runs_from_top_to_bottom(path, tmp_path):
     pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
-    command = [sys.executable, ROOT / "notebooks" / "run.py", path.name]
-    ran = subprocess.run(
-        [*command, "--smoke", "--output", tmp_path],
-        # Compiling is nearly all that they do.
-        env={"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | os.environ,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    # Compiling is nearly all that they do.
+    env = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | os.environ
+    command = ["notebooks/run.py", path.name, "--smoke", "--output", tmp_path]
+    python(*command, timeout=None, **env)
     executed = nbformat.read(tmp_path / path.name, as_version=4)
     committed = nbformat.read(path, as_version=4)
     # A picture that is missing in the one or the other was not drawn as it is now.
     assert pictures(committed) == pictures(executed)
 
 
-@pytest.mark.parametrize("path", PATHS, ids=NAMES)
+@every_notebook
 def test_it_opens_and_installs_the_repository(path):
     notebook = nbformat.read(path, as_version=4)
     title, install = notebook.cells[:2]
@@ -89,7 +83,7 @@ def test_it_opens_and_installs_the_repository(path):
     assert "OPTAX_CGFAC_SMOKE" in "".join(x.source for x in code_cells(notebook))
 
 
-@pytest.mark.parametrize("path", PATHS, ids=NAMES)
+@every_notebook
 def test_its_outputs_are_committed_and_know_no_machine(path):
     assert path.stat().st_size < 2**20
     notebook = nbformat.read(path, as_version=4)
@@ -108,7 +102,7 @@ def test_its_outputs_are_committed_and_know_no_machine(path):
         assert not re.search(r"(^|\s)(/\w|[A-Z]:\\)|0x[0-9a-f]{6}|\r", text)
 
 
-@pytest.mark.parametrize("path", PATHS, ids=NAMES)
+@every_notebook
 def test_its_links_lead_to_files_and_headings(path):
     notebook = nbformat.read(path, as_version=4)
     prose = "\n".join(x.source for x in notebook.cells if x.cell_type == "markdown")
