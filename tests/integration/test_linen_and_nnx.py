@@ -9,7 +9,7 @@ from flax import nnx
 
 from models import BATCH, NUM_EXAMPLES, init, normal
 from models.linen_modules import Function
-from models.nnx_modules import Attention, Mlp, Tied, rngs
+from models.nnx_modules import Mlp, attention, rngs, tied
 from models.table import CODES, FEATURES
 from optax_cgfac import cgfac, fisher_estimator, scale_by_cgfac, value_and_grad
 from optax_cgfac.utils.paths import leaves_by_path
@@ -55,8 +55,8 @@ def linen_attention(x):
 TWINS = {
     "mlp": (linen_mlp, lambda: Mlp(rngs()), BATCH),
     "cnn": (linen_cnn, Cnn, normal(0, NUM_EXAMPLES, 6, 6, 2)),
-    "embed and attend": (linen_tied, Tied, CODES),
-    "attention": (linen_attention, lambda: Attention(out_features=4), FEATURES),
+    "embed and attend": (linen_tied, tied, CODES),
+    "attention": (linen_attention, lambda: attention(out_features=4), FEATURES),
 }
 
 

@@ -66,9 +66,13 @@ class Case:
         return loss_of(self.model_fn)
 
 
-def of(kind, positions, *names):
-    """Layers of one kind."""
-    return dict.fromkeys(names, (kind, positions))
+def of(layers):
+    """Expected layers, written ``"kind positions name name, kind positions name"``."""
+    found = {}
+    for part in layers.split(", "):
+        kind, positions, *names = part.split()
+        found |= dict.fromkeys(names, (kind, int(positions)))
+    return found
 
 
 def moved(params):

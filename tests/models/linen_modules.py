@@ -387,6 +387,11 @@ class OwnKernel(nn.Dense):
         return jnp.sin(inputs @ kernel)
 
 
+@Function
+def with_own(x):
+    return nn.Dense(2, name="last")(OwnKernel(3, name="own")(x))
+
+
 class MappedParameters(nn.Module):
     @nn.compact
     def __call__(self, x):

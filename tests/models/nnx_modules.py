@@ -18,6 +18,10 @@ def shifted(model):
     return model
 
 
+def linear(n_in, n_out, **kwargs):
+    return nnx.Linear(n_in, n_out, rngs=rngs(), **kwargs)
+
+
 class Mlp(nnx.Module):
     def __init__(self, rngs, n_in=5, n_hidden=4, n_out=3):
         self.first = nnx.Linear(n_in, n_hidden, rngs=rngs)
@@ -27,58 +31,60 @@ class Mlp(nnx.Module):
         return self.last(nnx.tanh(self.first(x)))
 
 
-class Normed(nnx.Module):
-    """A norm with something before and after it, so that its gradient is not zero."""
+class Parts(nnx.Module):
+    """Modules by name, and a function that calls them."""
 
-    def __init__(self, norm):
-        self.norm = norm
+    def __init__(self, function, **parts):
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, part)
 
     def __call__(self, x):
-        return jnp.cumsum(jnp.sin(self.norm(x) + 0.3), -1) ** 2
+        return self.function(self, x)
 
 
-class Tied(nnx.Module):
+def normed(norm):
+    """A norm with something before and after it, so that its gradient is not zero."""
+    return Parts(lambda m, x: jnp.cumsum(jnp.sin(m.norm(x) + 0.3), -1) ** 2, norm=norm)
+
+
+def tied():
     """An embedding that is used transposed, too."""
 
-    def __init__(self):
-        self.embed = nnx.Embed(7, 5, rngs=rngs())
-        self.mix = nnx.Linear(5, 5, rngs=rngs())
+    def function(m, tokens):
+        return m.embed.attend(nnx.tanh(m.mix(m.embed(tokens))))
 
-    def __call__(self, tokens):
-        return self.embed.attend(nnx.tanh(self.mix(self.embed(tokens))))
+    return Parts(function, embed=nnx.Embed(7, 5, rngs=rngs()), mix=linear(5, 5))
 
 
-class Attention(nnx.Module):
-    def __init__(self, **kwargs):
-        self.attend = nnx.MultiHeadAttention(
-            2, in_features=5, qkv_features=6, decode=False, rngs=rngs(), **kwargs
-        )
-
-    def __call__(self, x):
-        return self.attend(x)
+def attention(function=lambda m, x: m.attend(x), **kwargs):
+    options = {"in_features": 5, "qkv_features": 6, "decode": False} | kwargs
+    return Parts(function, attend=nnx.MultiHeadAttention(2, **options, rngs=rngs()))
 
 
-class Twice(nnx.Module):
+def cross_attention():
+    return attention(lambda m, x: m.attend(x, 0.5 * x[:, ::-1]))
+
+
+def plain_norm():
+    norm = nnx.LayerNorm(4, use_bias=False, use_scale=False, rngs=rngs())
+    return nnx.Sequential(linear(5, 4), norm)
+
+
+def twice():
     """One module called twice."""
 
-    def __init__(self):
-        self.shared = nnx.Linear(5, 5, rngs=rngs())
-        self.last = nnx.Linear(5, 2, rngs=rngs())
+    def function(m, x):
+        return m.last(m.shared(nnx.tanh(m.shared(x))))
 
-    def __call__(self, x):
-        return self.last(self.shared(nnx.tanh(self.shared(x))))
+    return Parts(function, shared=linear(5, 5), last=linear(5, 2))
 
 
-class OneParam(nnx.Module):
+def one_param(use_bias=False):
     """Two modules with one kernel."""
-
-    def __init__(self, use_bias=False):
-        self.a = nnx.Linear(5, 5, use_bias=use_bias, rngs=rngs())
-        self.b = nnx.Linear(5, 5, use_bias=use_bias, rngs=rngs())
-        self.b.kernel = self.a.kernel
-
-    def __call__(self, x):
-        return self.b(nnx.tanh(self.a(x)))
+    a, b = (linear(5, 5, use_bias=use_bias) for _ in range(2))
+    b.kernel = a.kernel
+    return Parts(lambda m, x: m.b(nnx.tanh(m.a(x))), a=a, b=b)
 
 
 class Doubled(nnx.Linear):
@@ -88,14 +94,11 @@ class Doubled(nnx.Linear):
         return 2 * super().__call__(inputs)
 
 
-class Lifted(nnx.Module):
+def lifted(lift):
     """A module below a transform of NNX's."""
-
-    def __init__(self, lift):
-        self.inner, self.lift = Mlp(rngs()), lift
-
-    def __call__(self, x):
-        return self.lift(lambda model, x: model(x))(self.inner, x)
+    return Parts(
+        lambda m, x: lift(lambda model, x: model(x))(m.inner, x), inner=Mlp(rngs())
+    )
 
 
 class Block(nnx.Module):
@@ -115,98 +118,78 @@ def stack(build, count):
     return create(rngs())
 
 
-class Scanned(nnx.Module):
+def scanned(remat=False):
     """Stacked layers, one after the other."""
 
-    def __init__(self, remat=False):
-        self.first = nnx.Linear(5, 4, rngs=rngs())
-        self.blocks = stack(Block, 3)
-        self.remat = remat
-
-    def __call__(self, x):
+    def function(m, x):
         def body(block, x):
             return block(x)
 
-        body = nnx.remat(body) if self.remat else body
+        body = nnx.remat(body) if remat else body
         scan = nnx.scan(body, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
-        return scan(self.blocks, self.first(x))
+        return scan(m.blocks, m.first(x))
+
+    return Parts(function, first=linear(5, 4), blocks=stack(Block, 3))
 
 
-class Ensemble(nnx.Module):
+def ensemble():
     """Stacked layers side by side."""
-
-    def __init__(self):
-        self.members = stack(Mlp, 3)
-
-    def __call__(self, x):
-        run = nnx.vmap(lambda m, x: m(x), in_axes=(0, None), out_axes=1)
-        return run(self.members, x)
+    run = nnx.vmap(lambda m, x: m(x), in_axes=(0, None), out_axes=1)
+    return Parts(lambda m, x: run(m.members, x), members=stack(Mlp, 3))
 
 
-class SharedVmap(nnx.Module):
+def shared_vmap(has_axes=True):
     """One set of parameters, mapped over positions."""
-
-    def __init__(self, axes=True):
-        self.first = nnx.Linear(5, 5, rngs=rngs())
-        self.inner = Mlp(rngs())
-        self.axes = axes
-
-    def __call__(self, x):
-        axes = None
-        if self.axes:
-            axes = nnx.StateAxes({optax_cgfac.CaptureVariable: 0, ...: None})
-        run = nnx.vmap(lambda m, x: m(x), in_axes=(axes, 1), out_axes=1)
-        return run(self.inner, self.first(x))
+    axes = nnx.StateAxes({optax_cgfac.CaptureVariable: 0, ...: None})
+    axes = axes if has_axes else None
+    run = nnx.vmap(lambda m, x: m(x), in_axes=(axes, 1), out_axes=1)
+    first = linear(5, 5)
+    return Parts(lambda m, x: run(m.inner, m.first(x)), first=first, inner=Mlp(rngs()))
 
 
-class Recurrent(nnx.Module):
-    def __init__(self, cell):
-        self.rnn = nnx.RNN(cell(5, 4, rngs=rngs()), rngs=rngs())
-        self.last = nnx.Linear(4, 2, rngs=rngs())
-
-    def __call__(self, x):
-        return self.last(self.rnn(x))
+def recurrent(cell):
+    rnn = nnx.RNN(cell(5, 4, rngs=rngs()), rngs=rngs())
+    return Parts(lambda m, x: m.last(m.rnn(x)), rnn=rnn, last=linear(4, 2))
 
 
 class Stateful(nnx.Module):
     """Running statistics and dropout."""
 
     def __init__(self):
-        self.first = nnx.Linear(5, 4, use_bias=False, rngs=rngs())
+        self.first = linear(5, 4, use_bias=False)
         self.norm = nnx.BatchNorm(4, rngs=rngs())
         self.dropout = nnx.Dropout(0.3, rngs=rngs())
-        self.last = nnx.Linear(4, 2, rngs=rngs())
+        self.last = linear(4, 2)
 
     def __call__(self, x):
         return self.last(self.dropout(nnx.tanh(self.norm(self.first(x)))))
 
 
-class Tagged(nnx.Module):
+def tagged():
     """A matrix and a scale that no layer of Flax's holds."""
 
-    def __init__(self):
-        self.w = nnx.Param(normal(1, 5, 4))
-        self.gain = nnx.Param(normal(2, 4))
-        self.last = nnx.Linear(4, 3, rngs=rngs())
+    def function(m, x):
+        y = optax_cgfac.tag_layer(m, x, x @ m.w, kernel="w")
+        return m.last(optax_cgfac.tag_layer(m, y, y * m.gain, scale="gain"))
 
-    def __call__(self, x):
-        y = optax_cgfac.tag_layer(self, x, x @ self.w, kernel="w")
-        return self.last(optax_cgfac.tag_layer(self, y, y * self.gain, scale="gain"))
+    params = {"w": nnx.Param(normal(1, 5, 4)), "gain": nnx.Param(normal(2, 4))}
+    return Parts(function, last=linear(4, 3), **params)
 
 
-class HalfPrecision(nnx.Module):
+def half_precision():
     """Everything computed in bfloat16, parameters in float32."""
 
-    def __init__(self):
-        options = {"dtype": jnp.bfloat16, "rngs": rngs()}
-        self.table = nnx.Embed(7, 4, **options)
-        self.conv = nnx.Conv(4, 4, (3,), **options)
-        self.norm = nnx.LayerNorm(4, **options)
-        self.last = nnx.Linear(4, 3, **options)
+    def function(m, tokens):
+        return m.last(jnp.sin(m.norm(m.conv(m.table(tokens))) + 0.3))
 
-    def __call__(self, tokens):
-        x = self.norm(self.conv(self.table(tokens)))
-        return self.last(jnp.sin(x + 0.3))
+    options = {"dtype": jnp.bfloat16, "rngs": rngs()}
+    return Parts(
+        function,
+        table=nnx.Embed(7, 4, **options),
+        conv=nnx.Conv(4, 4, (3,), **options),
+        norm=nnx.LayerNorm(4, **options),
+        last=nnx.Linear(4, 3, **options),
+    )
 
 
 # ---------------------------------------------------------------- reported
@@ -217,7 +200,7 @@ class Custom(nnx.Module):
 
     def __init__(self):
         self.weights = nnx.Param(normal(1, 5, 5))
-        self.last = nnx.Linear(5, 3, rngs=rngs())
+        self.last = linear(5, 3)
 
     def __call__(self, x):
         return self.last(x @ self.weights[...])
@@ -228,15 +211,11 @@ class Unused(Mlp):
         return self.first(x)
 
 
-class Half(nnx.Module):
+def half(inner, through=lambda inner, x: inner(x)):
     """A first layer that is covered and a second part that may not be."""
-
-    def __init__(self, inner, through=lambda inner, x: inner(x)):
-        self.first = nnx.Linear(5, 5, rngs=rngs())
-        self.inner, self.through = inner, through
-
-    def __call__(self, x):
-        return self.through(self.inner, self.first(x))
+    return Parts(
+        lambda m, x: through(m.inner, m.first(x)), first=linear(5, 5), inner=inner
+    )
 
 
 def through_cond(inner, x):

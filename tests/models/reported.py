@@ -5,11 +5,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
-from models import linen_modules as linen_models
-from models import nnx_modules as nnx_models
+from models import linen_modules as lm
+from models import nnx_modules as nm
 from models.common import BATCH, SEQUENCE, N, init, normal
 from models.linen_modules import Compact, WithScale
-from models.nnx_modules import Half, Mlp, rngs
+from models.nnx_modules import Mlp, half, rngs
 
 __all__ = ["HIDDEN", "REPORTED", "UNCOVERED", "WithScale", "X"]
 
@@ -17,103 +17,89 @@ X = BATCH
 MAPPED = r"computes with a function of it \(nn.map_variables, nn.WeightNorm"
 
 
-def between(make, *leaves, reason):
+def uncovered(model, leaves, reason, x=X):
+    return model, x, leaves.split(), reason
+
+
+def between(leaves, reason, make):
     """One layer before a dense one."""
-    model = linen_models.Function(lambda x: nn.Dense(2, name="last")(make(x)))
-    return model, SEQUENCE, [f"inner/{leaf}" for leaf in leaves], reason
+    model = lm.Function(lambda x: nn.Dense(2, name="last")(make()(x)))
+    return uncovered(model, leaves, reason, SEQUENCE)
 
 
 # name -> (Linen model, inputs, uncovered parameters, part of the reason)
 UNCOVERED = {
-    "norm": (WithScale(), X, ["norm/bias", "norm/scale"], "a parameter of Scale"),
-    "conv": (
-        linen_models.with_conv_local,
-        normal(0, N, 4, 4, 2),
-        ["conv/bias", "conv/kernel"],
+    "norm": uncovered(WithScale(), "norm/bias norm/scale", "a parameter of Scale"),
+    "conv": uncovered(
+        lm.with_conv_local,
+        "conv/bias conv/kernel",
         "a kernel for every position",
+        normal(0, N, 4, 4, 2),
     ),
-    "own": (
-        linen_models.Function(
-            lambda x: nn.Dense(2, name="last")(linen_models.OwnKernel(3, name="own")(x))
-        ),
-        X,
-        ["own/kernel"],
-        "a parameter of OwnKernel",
-    ),
-    "scan": (
-        linen_models.Scanned(axes=False),
-        X,
-        ["blocks/Dense_0/bias", "blocks/Dense_0/kernel"],
+    "own": uncovered(lm.with_own, "own/kernel", "a parameter of OwnKernel"),
+    "scan": uncovered(
+        lm.Scanned(axes=False),
+        "blocks/Dense_0/bias blocks/Dense_0/kernel",
         r"add optax_cgfac.capture_axes\(\) to the variable_axes of nn.scan",
     ),
-    "map_variables": (
-        linen_models.MappedParameters(),
-        X,
-        ["inner/bias", "inner/kernel"],
-        MAPPED,
+    "map_variables": uncovered(
+        lm.MappedParameters(), "inner/bias inner/kernel", MAPPED
     ),
-    "WeightNorm": (
-        linen_models.weight_norm,
-        X,
-        ["inner/bias", "inner/kernel", "wrapper/inner/kernel/scale"],
-        MAPPED,
+    "WeightNorm": uncovered(
+        lm.weight_norm, "inner/bias inner/kernel wrapper/inner/kernel/scale", MAPPED
     ),
-    "while_loop": (
-        linen_models.Repeated(),
-        X,
-        ["inner/bias", "inner/kernel"],
+    "while_loop": uncovered(
+        lm.Repeated(),
+        "inner/bias inner/kernel",
         r"no other \(nn.while_loop, say\) can carry them",
     ),
     "masked conv": between(
-        lambda x: nn.Conv(2, (3,), mask=jnp.ones((3, 4, 2)), name="inner")(x),
-        "bias",
-        "kernel",
-        reason="its kernel is masked",
+        "inner/bias inner/kernel",
+        "its kernel is masked",
+        lambda: nn.Conv(2, (3,), mask=jnp.ones((3, 4, 2)), name="inner"),
     ),
     "circular conv_transpose": between(
-        lambda x: nn.ConvTranspose(2, (3,), padding="CIRCULAR", name="inner")(x),
-        "bias",
-        "kernel",
-        reason="adds up periods of its output",
+        "inner/bias inner/kernel",
+        "adds up periods of its output",
+        lambda: nn.ConvTranspose(2, (3,), padding="CIRCULAR", name="inner"),
     ),
     "norm of other axes": between(
-        lambda x: nn.LayerNorm(feature_axes=(-2,), name="inner")(x),
-        "bias",
-        "scale",
-        reason="its features are not on the last axis",
+        "inner/bias inner/scale",
+        "its features are not on the last axis",
+        lambda: nn.LayerNorm(feature_axes=(-2,), name="inner"),
     ),
     "einsum that sums the input": between(
-        lambda x: nn.Einsum((4, 3), "btc,cd->bd", use_bias=False, name="inner")(x),
-        "kernel",
-        reason="sums over an axis of one operand alone",
+        "inner/kernel",
+        "sums over an axis of one operand alone",
+        lambda: nn.Einsum((4, 3), "btc,cd->bd", use_bias=False, name="inner"),
     ),
     "einsum of a diagonal": between(
-        lambda x: nn.Einsum((4, 4, 3), "btc,ccd->btd", use_bias=False, name="inner")(x),
-        "kernel",
-        reason="repeats a letter",
+        "inner/kernel",
+        "repeats a letter",
+        lambda: nn.Einsum((4, 4, 3), "btc,ccd->btd", use_bias=False, name="inner"),
     ),
 }
 
 
-def compact_fn(params, x):
+def compact(params, x):
     return Compact().apply({"params": params}, x)
 
 
 def jitted_before():
-    apply = jax.jit(compact_fn)
+    apply = jax.jit(compact)
     for num_examples in (4, N):  # what init traces, and the whole batch
         apply(init(Compact(), X), X[:num_examples])
     return apply
 
 
 def jitted_now():
-    return jax.jit(lambda params, x: compact_fn(params, x))
+    return jax.jit(lambda params, x: compact(params, x))
 
 
 def under_cond():
     def model_fn(params, x):
         def branch():
-            return compact_fn(params, x)
+            return compact(params, x)
 
         return jax.lax.cond(jnp.sum(x) > 0, branch, branch)
 
@@ -121,10 +107,7 @@ def under_cond():
 
 
 def under_scan():
-    def model_fn(params, x):
-        return jax.lax.map(lambda row: compact_fn(params, row[None])[0], x)
-
-    return model_fn
+    return lambda params, x: jax.lax.map(lambda row: compact(params, row[None])[0], x)
 
 
 # Functions of the user's that hide the whole model below a transform of JAX's own.
@@ -134,16 +117,14 @@ HIDDEN = {
 }
 
 
-def half(through, reason):
-    def make():
-        covered, uncovered = ("first",), ("inner/first", "inner/last")
-        return Half(Mlp(rngs()), through), X, covered, uncovered, reason
-
-    return make
+def reported(make, covered, uncovered, reason="LoRA", x=X):
+    return lambda: (make(), x, tuple(covered.split()), tuple(uncovered.split()), reason)
 
 
-def around(make, *uncovered, covered=("first",), reason="LoRA"):
-    return lambda: (Half(make()), X, covered, uncovered, reason)
+def through(reason, function):
+    return reported(
+        lambda: half(Mlp(rngs()), function), "first", "inner/first inner/last", reason
+    )
 
 
 COPIED, OUTSIDE = "on a copy of the module", "a module from outside"
@@ -151,60 +132,41 @@ LOST = "does not carry the capture"
 
 # name -> (NNX module, inputs, covered layers, uncovered layers, part of the reason)
 REPORTED = {
-    "custom": lambda: (
-        nnx_models.Custom(),
-        X,
-        ("last",),
-        (".",),
-        "a parameter of Custom",
-    ),
-    "cond": half(nnx_models.through_cond, LOST),
-    "lax.cond": half(nnx_models.through_lax_cond, OUTSIDE),
-    "jax.checkpoint": half(lambda m, x: jax.checkpoint(lambda x: m(x))(x), OUTSIDE),
-    "jax.vmap": half(lambda m, x: jax.vmap(lambda x: m(x))(x), OUTSIDE),
-    "jax.jit": half(nnx_models.through_jit, COPIED),
-    "once lost": half(lambda m, x: m(x) + nnx_models.through_jit(m, x), COPIED),
-    "lost once": half(lambda m, x: nnx_models.through_jit(m, x) + m(x), COPIED),
-    "split": half(nnx_models.through_split, LOST),
-    "shared vmap without axes": lambda: (
-        nnx_models.SharedVmap(False),
-        normal(0, N, 3, 5),
-        ("first",),
-        ("inner/first", "inner/last"),
+    "custom": reported(nm.Custom, "last", ".", "a parameter of Custom"),
+    "cond": through(LOST, nm.through_cond),
+    "lax.cond": through(OUTSIDE, nm.through_lax_cond),
+    "jax.checkpoint": through(OUTSIDE, lambda m, x: jax.checkpoint(lambda x: m(x))(x)),
+    "jax.vmap": through(OUTSIDE, lambda m, x: jax.vmap(lambda x: m(x))(x)),
+    "jax.jit": through(COPIED, nm.through_jit),
+    "once lost": through(COPIED, lambda m, x: m(x) + nm.through_jit(m, x)),
+    "lost once": through(COPIED, lambda m, x: nm.through_jit(m, x) + m(x)),
+    "split": through(LOST, nm.through_split),
+    "shared vmap without axes": reported(
+        lambda: nm.shared_vmap(has_axes=False),
+        "first",
+        "inner/first inner/last",
         "CaptureVariable",
+        normal(0, N, 3, 5),
     ),
-    "lora": around(lambda: nnx.LoRA(5, 2, 3, rngs=rngs()), "inner"),
-    "lora around a layer": around(
-        lambda: nnx.LoRA(
-            5, 2, 3, base_module=nnx.Linear(5, 3, rngs=rngs()), rngs=rngs()
-        ),
+    "lora": reported(lambda: half(nnx.LoRA(5, 2, 3, rngs=rngs())), "first", "inner"),
+    "lora around a layer": reported(
+        lambda: half(nnx.LoRA(5, 2, 3, base_module=nm.linear(5, 3), rngs=rngs())),
+        "first inner/base_module",
         "inner",
-        covered=("first", "inner/base_module"),
     ),
-    "lora linear": around(
-        lambda: nnx.LoRALinear(5, 3, lora_rank=2, rngs=rngs()),
+    "lora linear": reported(
+        lambda: half(nnx.LoRALinear(5, 3, lora_rank=2, rngs=rngs())),
+        "first inner",
         "inner/lora",
-        covered=("first", "inner"),
     ),
-    "weight_norm": around(
-        lambda: nnx.WeightNorm(
-            nnx.Linear(5, 3, rngs=rngs()), use_scale=False, rngs=rngs()
-        ),
+    "weight_norm": reported(
+        lambda: half(nnx.WeightNorm(nm.linear(5, 3), use_scale=False, rngs=rngs())),
+        "first",
         "inner/layer_instance",
-        reason="another module computes",
+        "another module computes",
     ),
-    "one kernel, two biases": lambda: (
-        nnx_models.OneParam(use_bias=True),
-        X,
-        (),
-        ("a", "b"),
-        "has another bias",
+    "one kernel, two biases": reported(
+        lambda: nm.one_param(use_bias=True), "", "a b", "has another bias"
     ),
-    "unused": lambda: (
-        nnx_models.Unused(rngs()),
-        X,
-        ("first",),
-        ("last",),
-        "was not called",
-    ),
+    "unused": reported(lambda: nm.Unused(rngs()), "first", "last", "was not called"),
 }

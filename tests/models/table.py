@@ -10,19 +10,9 @@ import jax.numpy as jnp
 from flax import core, nnx
 from flax import linen as nn
 
-from models import linen_modules as linen_models
-from models import nnx_modules as nnx_models
-from models.common import (
-    BATCH,
-    IMAGE,
-    SEQUENCE,
-    TOKENS,
-    Case,
-    N,
-    init,
-    normal,
-    of,
-)
+from models import linen_modules as lm
+from models import nnx_modules as nm
+from models.common import BATCH, IMAGE, SEQUENCE, TOKENS, Case, N, init, normal, of
 from models.linen_modules import Compact
 from models.nnx_modules import rngs, shifted
 
@@ -41,24 +31,24 @@ CODES = jax.random.randint(jax.random.key(3), (N, 4), 0, 7)
 # ---------------------------------------------------------------- what rows are made of
 
 
-def plain(model, inputs, layers, layouts=None):
+def plain(model, inputs, layers, layouts=()):
     """The usual way: params from ``init``, ``model.apply`` inside ``model_fn``."""
     inputs = inputs() if callable(inputs) else inputs
     return Case(
         lambda params, x: model.apply({"params": params}, x),
         init(model, inputs),
         inputs,
-        layers,
-        layouts or {},
+        of(layers),
+        dict(layouts),
     )
 
 
 def of_module(make, inputs, layers, model_fn=lambda model, x: model(x)):
     inputs = inputs() if callable(inputs) else inputs
-    return Case(model_fn, shifted(make()), inputs, layers)
+    return Case(model_fn, shifted(make()), inputs, of(layers))
 
 
-def linen(model, inputs, layers, make_nnx=None, nnx_layers=None, layouts=None):
+def linen(model, inputs, layers, make_nnx=None, nnx_layers=None, layouts=()):
     """A Linen model and, where ``make_nnx`` makes one, its twin."""
     nnx_layers = layers if nnx_layers is None else nnx_layers
     twin = make_nnx and partial(of_module, make_nnx, inputs, nnx_layers)
@@ -81,61 +71,51 @@ def layer(cls, *args, **kwargs):
 
 def dense(rank, twin=False, **kwargs):
     inputs = drawn(*(N, 3, 2)[1 : rank - 1], 5)
-    layers = of("dense", {2: 1, 3: 3, 4: 6}[rank], ".")
-    nnx_layer = layer(nnx.Linear, 5, 4, **kwargs) if twin else None
-    return linen(nn.Dense(4, **kwargs), inputs, layers, nnx_layer)
+    twin = layer(nnx.Linear, 5, 4, **kwargs) if twin else None
+    positions = {2: 1, 3: 3, 4: 6}[rank]
+    return linen(nn.Dense(4, **kwargs), inputs, f"dense {positions} .", twin)
 
 
 def dense_general(features, axis, shape, positions, twin=False, **kwargs):
-    layers = of("dense_general", positions, ".")
-    nnx_layer = None
+    model = nn.DenseGeneral(features, axis=axis, **kwargs)
     if twin:
         n_in = tuple(shape[i] for i in axis)
-        nnx_layer = layer(nnx.LinearGeneral, n_in, features, axis=axis, **kwargs)
-    model = nn.DenseGeneral(features, axis=axis, **kwargs)
-    return linen(model, drawn(*shape), layers, nnx_layer)
+        twin = layer(nnx.LinearGeneral, n_in, features, axis=axis, **kwargs)
+    return linen(model, drawn(*shape), f"dense_general {positions} .", twin)
 
 
 def conv(kernel, positions, shape=(5, 4, 2), n_out=3, cls="Conv", twin=False, **kwargs):
     kind = {"Conv": "conv", "ConvTranspose": "conv_transpose"}[cls]
-    nnx_layer = None
-    if twin:
-        nnx_layer = layer(getattr(nnx, cls), shape[-1], n_out, kernel, **kwargs)
     model = getattr(nn, cls)(n_out, kernel, **kwargs)
-    return linen(model, drawn(*shape), of(kind, positions, "."), nnx_layer)
-
-
-convs = partial(conv, twin=True)
+    if twin:
+        twin = layer(getattr(nnx, cls), shape[-1], n_out, kernel, **kwargs)
+    return linen(model, drawn(*shape), f"{kind} {positions} .", twin)
 
 
 def transposed(kernel, positions, shape=(3, 2, 2), **kwargs):
     return conv(kernel, positions, shape, cls="ConvTranspose", **kwargs)
 
 
-both_transposed = partial(transposed, twin=True)
-
-
 def einsum(shape, equation, x, positions, layout=None, twin_bias=None, **kwargs):
     """``layout`` maps the matrix (inputs, outputs) to the kernel, where that is not
     a plain reshape."""
-    return linen(
-        nn.Einsum(shape, equation, **kwargs),
-        x,
-        of("einsum", positions, "."),
-        twin_bias and layer(nnx.Einsum, equation, shape, twin_bias),
-        layouts={"kernel": layout} if layout else {},
-    )
+    model = nn.Einsum(shape, equation, **kwargs)
+    twin = twin_bias and layer(nnx.Einsum, equation, shape, twin_bias)
+    layouts = {"kernel": layout} if layout else {}
+    return linen(model, x, f"einsum {positions} .", twin, layouts=layouts)
 
 
 def norm(name, x=SEQUENCE, calls=1, kind="norm", twin=False, **kwargs):
-    model = linen_models.Normed(partial(getattr(nn, name), **kwargs), calls)
+    model = lm.Normed(partial(getattr(nn, name), **kwargs), calls)
     make = layer(getattr(nnx, name), x.shape[-1], **kwargs)
     make = nnx.PReLU if name == "PReLU" else make
-    twin = (lambda: nnx_models.Normed(make())) if twin else None
-    return linen(model, x, of(kind, 1, "norm"), twin)
+    twin = (lambda: nm.normed(make())) if twin else None
+    return linen(model, x, f"{kind} 1 norm", twin)
 
 
-norms = partial(norm, twin=True)
+# With a twin in NNX.
+convs, norms = partial(conv, twin=True), partial(norm, twin=True)
+both_transposed = partial(transposed, twin=True)
 
 
 def with_statistics(model, x, train, layers):
@@ -153,39 +133,53 @@ def with_statistics(model, x, train, layers):
         return outputs
 
     inputs = {"x": x, "batch_stats": stats}
-    return Case(model_fn, init(model, x, train=True), inputs, layers)
+    return Case(model_fn, init(model, x, train=True), inputs, of(layers))
 
 
 def batch_norm(x, train):
-    layers = of("norm", 1, "norm")
     make = layer(nnx.BatchNorm, x.shape[-1], use_running_average=not train)
     return Row(
-        partial(with_statistics, linen_models.batch_normed, x, train, layers),
-        partial(of_module, lambda: nnx_models.Normed(make()), x, layers),
+        partial(with_statistics, lm.batch_normed, x, train, "norm 1 norm"),
+        partial(of_module, lambda: nm.normed(make()), x, "norm 1 norm"),
     )
 
 
 def attend(x, positions):
-    return linen(linen_models.AttendAlone(), x, of("attend", positions, "table"))
+    return linen(lm.AttendAlone(), x, f"attend {positions} table")
 
 
 def tokens(kind, positions, x=TOKENS, **kwargs):
-    return linen(linen_models.Tokens(**kwargs), x, of(kind, positions, "table"))
+    return linen(lm.Tokens(**kwargs), x, f"{kind} {positions} table")
 
 
-def projections(q, kv, name="mha"):
-    names = {"query": q, "key": kv, "value": kv, "out": q}
-    return {f"{name}/{part}": ("dense_general", n) for part, n in names.items()}
+def below(prefix, names):
+    return " ".join(prefix + name for name in names.split())
 
 
-def rnn(cell, *names):
-    model = linen_models.Recurrence(partial(cell, features=3))
-    return linen(model, SEQUENCE, of("dense", 5, *(f"cell/{n}" for n in names)))
+def rnn(cell, names):
+    model = lm.Recurrence(partial(cell, features=3))
+    return linen(model, SEQUENCE, "dense 5 " + below("cell/", names))
 
 
-def nnx_rnn(cell, *names):
-    layers = of("dense", 3, *(f"rnn/cell/{name}" for name in names), "last")
-    return in_nnx(lambda: nnx_models.Recurrent(cell), FEATURES, layers)
+def nnx_rnn(cell, names):
+    layers = f"dense 3 {below('rnn/cell/', names)} last"
+    return in_nnx(lambda: nm.recurrent(cell), FEATURES, layers)
+
+
+def outer(inner):
+    """A lifted class between two plain layers."""
+    layers = "dense 1 first last inner/Dense_0 inner/Dense_1"
+    return linen(lm.Outer(inner), BATCH, layers)
+
+
+def scan(remat):
+    return linen(
+        lm.Scanned(remat=remat),
+        BATCH,
+        "dense 1 first last blocks/Dense_0",
+        lambda: nm.scanned(remat),
+        "dense 1 first blocks/linear",
+    )
 
 
 # ---------------------------------------------------------------- cases that need code
@@ -198,7 +192,7 @@ def applied_twice():
         x = nn.tanh(model.apply({"params": params}, x))
         return model.apply({"params": params}, x)
 
-    return Case(model_fn, init(model, BATCH), BATCH, of("dense", 2, "."))
+    return Case(model_fn, init(model, BATCH), BATCH, of("dense 2 ."))
 
 
 def two_models():
@@ -208,11 +202,11 @@ def two_models():
         return b.apply({"params": params["b"]}, a.apply({"params": params["a"]}, x))
 
     params = {"a": init(a, BATCH), "b": init(b, normal(0, N, 3))}
-    return Case(model_fn, params, BATCH, of("dense", 1, "a/Dense_0", "a/Dense_1", "b"))
+    return Case(model_fn, params, BATCH, of("dense 1 a/Dense_0 a/Dense_1 b"))
 
 
 def dropout():
-    model, key = linen_models.dropped, jax.random.key(7)
+    model, key = lm.dropped, jax.random.key(7)
     inputs = {"x": BATCH, "key": key}
 
     def model_fn(params, inputs):
@@ -220,11 +214,11 @@ def dropout():
         return model.apply({"params": params}, inputs["x"], rngs=rngs)
 
     variables = model.init({"params": jax.random.key(1), "dropout": key}, BATCH)
-    return Case(model_fn, variables["params"], inputs, FIRST_LAST)
+    return Case(model_fn, variables["params"], inputs, of(FIRST_LAST))
 
 
 def frozen_dict():
-    case = plain(Compact(), BATCH, COMPACT)
+    case = plain(Compact(), BATCH, TWO)
     return dataclasses.replace(case, params=core.freeze(case.params))
 
 
@@ -235,12 +229,12 @@ def partitioned():
         kernel_init=boxed(nn.initializers.lecun_normal(), (None, "model")),
         bias_init=boxed(nn.initializers.normal(), ("model",)),
     )
-    return plain(nn.Sequential([model]), BATCH, of("dense", 1, "layers_0"))
+    return plain(nn.Sequential([model]), BATCH, "dense 1 layers_0")
 
 
 def whole_variables():
     params = {"params": init(Compact(), BATCH)}
-    layers = of("dense", 1, *(f"params/{name}" for name in COMPACT))
+    layers = of("dense 1 params/Dense_0 params/Dense_1")
     return Case(Compact().apply, params, BATCH, layers)
 
 
@@ -254,37 +248,17 @@ def cast_on_the_way():
 
 # ---------------------------------------------------------------- the table
 
-COMPACT = of("dense", 1, "Dense_0", "Dense_1")
-FIRST_LAST = of("dense", 1, "first", "last")
-IN_INNER = of("dense", 1, "inner/first", "inner/last")
-TWICE = of("dense", 2, "shared") | of("dense", 1, "last")
-HALF = of("embed", 3, "table") | of("conv", 3, "conv") | of("dense", 3, "last")
-HALF |= of("norm", 1, "norm")
-LSTM = [a + b for a in "ih" for b in "ifgo"]
-GRU = ["ir", "iz", "in", "hr", "hz", "hn"]
+TWO, FIRST_LAST = "dense 1 Dense_0 Dense_1", "dense 1 first last"
+COMPACT = of(TWO)
+IN_INNER, TWICE = "dense 1 inner/first inner/last", "dense 2 shared, dense 1 last"
+HALF = "embed 3 table, conv 3 conv, norm 1 norm, dense 3 last"
+LOOKED = "embed 3 blocks/table, conv 3 blocks/conv, norm 1 blocks/norm"
+QKV = "mha/query mha/key mha/value mha/out"
+NNX_QKV = "dense_general 3 attend/query attend/key attend/value attend/out"
+LSTM = "ii if ig io hi hf hg ho"
+GRU = "ir iz in hr hz hn"
 HEADS = normal(0, N, 3, 2, 4)  # (N, T, heads, depth)
-
-
-def outer(inner):
-    """A lifted class between two plain layers."""
-    layers = FIRST_LAST | of("dense", 1, "inner/Dense_0", "inner/Dense_1")
-    return linen(linen_models.Outer(inner), BATCH, layers)
-
-
-def scan(remat):
-    return linen(
-        linen_models.Scanned(remat=remat),
-        BATCH,
-        FIRST_LAST | of("dense", 1, "blocks/Dense_0"),
-        lambda: nnx_models.Scanned(remat),
-        of("dense", 1, "first", "blocks/linear"),
-    )
-
-
-def heads(use_bias):
-    layers = of("dense_general", 1, "heads")
-    return linen(linen_models.Heads(use_bias), drawn(2, 5), layers)
-
+QUERIES = {"q": normal(0, N, 3, 4), "k": normal(1, N, 5, 2), "v": normal(2, N, 5, 3)}
 
 MODELS = {
     "dense rank 2": dense(2, twin=True),
@@ -304,81 +278,69 @@ MODELS = {
     "dense_general without bias": dense_general(
         (2, 3), (-2, -1), (3, 5), 1, twin=True, use_bias=False
     ),
-    "dense_general batch_dims": heads(True),
-    "dense_general batch_dims without bias": heads(False),
+    "dense_general batch_dims": linen(lm.Heads(), drawn(2, 5), "dense_general 1 heads"),
+    "dense_general batch_dims without bias": linen(
+        lm.Heads(use_bias=False), drawn(2, 5), "dense_general 1 heads"
+    ),
     "linear_general batch_axis": in_nnx(
         layer(nnx.LinearGeneral, 5, 4, batch_axis={0: 3}),
         FEATURES,
-        of("dense_general", 1, "."),
+        "dense_general 1 .",
         lambda model, x: model(x.swapaxes(0, 1)).swapaxes(0, 1),
     ),
-    "compact": linen(Compact(), BATCH, COMPACT),
-    "mlp": in_nnx(lambda: nnx_models.Mlp(rngs()), BATCH, FIRST_LAST),
-    "setup": linen(
-        linen_models.Setup(),
-        BATCH,
-        of("dense", 1, "encoder", "decoders_0", "decoders_1"),
-    ),
+    "compact": linen(Compact(), BATCH, TWO),
+    "mlp": in_nnx(lambda: nm.Mlp(rngs()), BATCH, FIRST_LAST),
+    "setup": linen(lm.Setup(), BATCH, "dense 1 encoder decoders_0 decoders_1"),
     "sequential": linen(
         nn.Sequential([nn.Dense(4), nn.tanh, nn.Dense(3)]),
         BATCH,
-        of("dense", 1, "layers_0", "layers_2"),
-        lambda: nnx.Sequential(
-            nnx.Linear(5, 4, rngs=rngs()), nnx.tanh, nnx.Linear(4, 3, rngs=rngs())
-        ),
-        of("dense", 1, "layers/0", "layers/2"),
+        "dense 1 layers_0 layers_2",
+        lambda: nnx.Sequential(nm.linear(5, 4), nnx.tanh, nm.linear(4, 3)),
+        "dense 1 layers/0 layers/2",
     ),
     "jit class": outer(nn.jit(Compact)),
-    "jit method": outer(linen_models.JitMethod),
-    "jit": in_nnx(lambda: nnx_models.Lifted(nnx.jit), BATCH, IN_INNER),
+    "jit method": outer(lm.JitMethod),
+    "jit": in_nnx(lambda: nm.lifted(nnx.jit), BATCH, IN_INNER),
     "remat class": outer(nn.remat(Compact)),
-    "remat method": outer(linen_models.RematMethod),
-    "remat": in_nnx(lambda: nnx_models.Lifted(nnx.remat), BATCH, IN_INNER),
+    "remat method": outer(lm.RematMethod),
+    "remat": in_nnx(lambda: nm.lifted(nnx.remat), BATCH, IN_INNER),
     "scan": scan(remat=False),
     "scan of remat": scan(remat=True),
     "nested scan": linen(
-        linen_models.nested_scan,
-        BATCH,
-        of("dense", 1, "first", "outer/mix", "outer/blocks/Dense_0"),
+        lm.nested_scan, BATCH, "dense 1 first outer/mix outer/blocks/Dense_0"
     ),
     "scan over time": linen(
-        linen_models.scan_over_time,
-        FEATURES,
-        of("dense", 3, "cell/in", "cell/rec", "last"),
+        lm.scan_over_time, FEATURES, "dense 3 cell/in cell/rec last"
     ),
     "vmap": linen(
-        linen_models.ensemble,
+        lm.ensemble,
         BATCH,
-        of("dense", 1, "members/Dense_0", "members/Dense_1"),
-        nnx_models.Ensemble,
-        of("dense", 1, "members/first", "members/last"),
+        "dense 1 members/Dense_0 members/Dense_1",
+        nm.ensemble,
+        "dense 1 members/first members/last",
     ),
     "vmap with shared parameters": linen(
-        linen_models.shared_vmap,
+        lm.shared_vmap,
         FEATURES,
-        of("dense", 3, "mapped/Dense_0", "mapped/Dense_1"),
-        nnx_models.SharedVmap,
-        of("dense", 3, "first", "inner/first", "inner/last"),
+        "dense 3 mapped/Dense_0 mapped/Dense_1",
+        nm.shared_vmap,
+        "dense 3 first inner/first inner/last",
     ),
-    "shared module": linen(linen_models.shared_twice, BATCH, TWICE),
-    "called twice": in_nnx(nnx_models.Twice, BATCH, TWICE),
-    "one Param in two modules": in_nnx(nnx_models.OneParam, BATCH, of("dense", 2, "a")),
+    "shared module": linen(lm.shared_twice, BATCH, TWICE),
+    "called twice": in_nnx(nm.twice, BATCH, TWICE),
+    "one Param in two modules": in_nnx(nm.one_param, BATCH, "dense 2 a"),
     "applied twice": Row(applied_twice),
     "two models": Row(two_models),
     "mutable collections": Row(
-        partial(with_statistics, linen_models.normalized, BATCH, True, FIRST_LAST)
+        partial(with_statistics, lm.normalized, BATCH, True, FIRST_LAST)
     ),
-    "stateful": in_nnx(nnx_models.Stateful, BATCH, FIRST_LAST | of("norm", 1, "norm")),
+    "stateful": in_nnx(nm.Stateful, BATCH, FIRST_LAST + ", norm 1 norm"),
     "dropout": Row(dropout),
     "frozen dict": Row(frozen_dict),
     "partitioned": Row(partitioned),
     "whole variables": Row(whole_variables),
     "subclass": linen(
-        linen_models.subclassed,
-        BATCH,
-        FIRST_LAST,
-        layer(nnx_models.Doubled, 5, 4),
-        of("dense", 1, "."),
+        lm.subclassed, BATCH, FIRST_LAST, layer(nm.Doubled, 5, 4), "dense 1 ."
     ),
     "cast on the way": Row(cast_on_the_way),
 }
@@ -424,9 +386,7 @@ CONVOLUTIONS = {
     "conv grouped extra leading axis": conv(
         (3,), 10, (2, 5, 4), 6, feature_group_count=2
     ),
-    "conv shared on two sizes": linen(
-        linen_models.shared_conv, IMAGE, of("conv", 6 + 2, "shared")
-    ),
+    "conv shared on two sizes": linen(lm.shared_conv, IMAGE, "conv 8 shared"),
     "conv_transpose 1-D": transposed((3,), 5, (5, 2)),
     "conv_transpose 1-D strides 2": transposed((3,), 10, (5, 2), strides=(2,)),
     "conv_transpose 1-D strides 3": transposed((2,), 12, (4, 2), strides=(3,)),
@@ -456,27 +416,18 @@ CONVOLUTIONS = {
 }
 
 EMBEDDINGS = {
-    "embed (N,)": linen(nn.Embed(7, 3), TOKENS[:, 0], of("embed", 1, ".")),
-    "embed (N, T)": linen(
-        nn.Embed(7, 3), TOKENS % 7, of("embed", 3, "."), layer(nnx.Embed, 7, 3)
-    ),
+    "embed (N,)": linen(nn.Embed(7, 3), TOKENS[:, 0], "embed 1 ."),
+    "embed (N, T)": linen(nn.Embed(7, 3), TOKENS, "embed 3 ."),
+    "embed": in_nnx(layer(nnx.Embed, 7, 5), CODES, "embed 4 ."),
     "embed twice": tokens("embed", 6, calls=2),
     "attend": attend(normal(0, N, 4), 1),
     "attend (N, T)": attend(SEQUENCE, 5),
     "attend tied": tokens("embed+attend", 6, tied=True),
     "attend tied (N,)": tokens("embed+attend", 2, TOKENS[:, 0], tied=True),
     "attend tied, embed twice": tokens("embed+attend", 9, calls=2, tied=True),
-    "embed and attend": in_nnx(
-        nnx_models.Tied, CODES, of("embed+attend", 8, "embed") | of("dense", 4, "mix")
-    ),
+    "embed and attend": in_nnx(nm.tied, CODES, "embed+attend 8 embed, dense 4 mix"),
 }
 
-cross_attention = in_nnx(
-    nnx_models.Attention,
-    FEATURES,
-    projections(3, 3, "attend"),
-    lambda model, x: model.attend(x, 0.5 * x[:, ::-1]),
-)
 ATTENTION = {
     "einsum": einsum((4, 3), "btc,cd->btd", SEQUENCE, 5),
     "einsum without bias": einsum((4, 3), "btc,cd->btd", SEQUENCE, 5, use_bias=False),
@@ -509,20 +460,18 @@ ATTENTION = {
     "einsum per head, kernel in another order": einsum(
         (4, 2, 3), "bthc,chd->bthd", HEADS, 3, lambda m: m.transpose(1, 0, 2)
     ),
-    "attention": in_nnx(nnx_models.Attention, FEATURES, projections(3, 3, "attend")),
-    "self-attention": linen(linen_models.self_attention, SEQUENCE, projections(5, 5)),
+    "attention": in_nnx(nm.attention, FEATURES, NNX_QKV),
+    "self-attention": linen(lm.self_attention, SEQUENCE, f"dense_general 5 {QKV}"),
     "cross-attention": linen(
-        linen_models.cross_attention,
-        {"q": normal(0, N, 3, 4), "k": normal(1, N, 5, 2), "v": normal(2, N, 5, 3)},
-        projections(3, 5),
-    )._replace(nnx=cross_attention.nnx),
+        lm.cross_attention,
+        QUERIES,
+        "dense_general 3 mha/query mha/out, dense_general 5 mha/key mha/value",
+    )._replace(nnx=partial(of_module, nm.cross_attention, FEATURES, NNX_QKV)),
     "transformer block": linen(
-        linen_models.transformer_block,
+        lm.transformer_block,
         TOKENS,
-        projections(3, 3)
-        | of("dense", 3, "mix", "up", "down")
-        | of("norm", 1, "before", "after")
-        | of("embed+attend", 6, "table"),
+        f"dense_general 3 {QKV}, dense 3 mix up down, norm 1 before after, "
+        "embed+attend 6 table",
     ),
 }
 
@@ -537,61 +486,41 @@ NORMS = {
     "GroupNorm image": norm("GroupNorm", IMAGE, num_groups=None, group_size=1),
     "InstanceNorm": norms("InstanceNorm", IMAGE),
     "norm shared": norm("LayerNorm", calls=2),
-    "norm without parameters": in_nnx(
-        lambda: nnx.Sequential(
-            nnx.Linear(5, 4, rngs=rngs()),
-            nnx.LayerNorm(4, use_bias=False, use_scale=False, rngs=rngs()),
-        ),
-        BATCH,
-        of("dense", 1, "layers/0"),
-    ),
+    "norm without parameters": in_nnx(nm.plain_norm, BATCH, "dense 1 layers/0"),
     "BatchNorm inference": batch_norm(SEQUENCE, False),
     "BatchNorm training": batch_norm(SEQUENCE, True),
-    "BatchNorm training image": batch_norm(IMAGE, True),
+    "BatchNorm training image": batch_norm(IMAGE, True)._replace(nnx=None),
     "PReLU": norms("PReLU", kind="prelu"),
     "PReLU shared": norm("PReLU", normal(0, N, 4), 2, "prelu"),
 }
 
 RECURRENT = {
-    "LSTMCell": rnn(nn.LSTMCell, *LSTM),
-    "OptimizedLSTMCell": rnn(nn.OptimizedLSTMCell, *LSTM),
-    "GRUCell": rnn(nn.GRUCell, *GRU),
-    "MGUCell": rnn(nn.MGUCell, "if", "in", "hf", "hn"),
-    "SimpleCell": rnn(nn.SimpleCell, "i", "h"),
+    "LSTMCell": rnn(nn.LSTMCell, LSTM),
+    "OptimizedLSTMCell": rnn(nn.OptimizedLSTMCell, LSTM),
+    "GRUCell": rnn(nn.GRUCell, GRU),
+    "MGUCell": rnn(nn.MGUCell, "if in hf hn"),
+    "SimpleCell": rnn(nn.SimpleCell, "i h"),
     "Bidirectional": linen(
-        linen_models.both_ways,
+        lm.both_ways,
         SEQUENCE,
-        of("dense", 5, *(f"forward/{name}" for name in LSTM))
-        | of("dense", 5, *(f"backward/{name}" for name in GRU)),
+        f"dense 5 {below('forward/', LSTM)} {below('backward/', GRU)}",
     ),
-    "ConvLSTMCell": linen(
-        linen_models.over_images,
-        normal(0, N, 3, 4, 3, 2),
-        of("conv", 3 * 12, "cell/ih", "cell/hh"),
-    ),
-    "rnn lstm": nnx_rnn(nnx.LSTMCell, "ii", "if_", "ig", "io", "hi", "hf", "hg", "ho"),
-    "rnn optimized lstm": nnx_rnn(nnx.OptimizedLSTMCell, "dense_i", "dense_h"),
-    "rnn gru": nnx_rnn(nnx.GRUCell, "dense_i", "dense_h"),
-    "rnn simple": nnx_rnn(nnx.SimpleCell, "dense_i", "dense_h"),
+    "ConvLSTMCell": linen(lm.over_images, drawn(3, 4, 3, 2), "conv 36 cell/ih cell/hh"),
+    "rnn lstm": nnx_rnn(nnx.LSTMCell, LSTM.replace("if", "if_")),
+    "rnn optimized lstm": nnx_rnn(nnx.OptimizedLSTMCell, "dense_i dense_h"),
+    "rnn gru": nnx_rnn(nnx.GRUCell, "dense_i dense_h"),
+    "rnn simple": nnx_rnn(nnx.SimpleCell, "dense_i dense_h"),
 }
 
 OTHERS = {
     f"layers below {name}": linen(
-        linen_models.Stack(name),
-        {"x": normal(0, N, 3, 4), "tokens": TOKENS},
-        of("embed", 3, "blocks/table")
-        | of("conv", 3, "blocks/conv")
-        | of("norm", 1, "blocks/norm"),
+        lm.Stack(name), {"x": normal(0, N, 3, 4), "tokens": TOKENS}, LOOKED
     )
-    for name in linen_models.LIFTS
+    for name in lm.LIFTS
 } | {
-    "half precision": linen(
-        linen_models.half_precision, TOKENS % 7, HALF, nnx_models.HalfPrecision
-    ),
+    "half precision": linen(lm.half_precision, TOKENS % 7, HALF, nm.half_precision),
     "custom layers": in_nnx(
-        nnx_models.Tagged,
-        FEATURES,
-        of("custom", 3, "w") | of("custom", 1, "gain") | of("dense", 3, "last"),
+        nm.tagged, FEATURES, "custom 3 w, custom 1 gain, dense 3 last"
     ),
 }
 
