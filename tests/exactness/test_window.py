@@ -57,14 +57,6 @@ def test_the_oldest_update_is_dropped():
     assert error(curvature, batches[:3]) > 1e-3
 
 
-@pytest.mark.parametrize("num_updates", [2, 3, 7])
-def test_a_repeated_batch_equals_one_batch(num_updates):
-    curvature, update, batches = setup(window=3)
-    for _ in range(num_updates):
-        curvature = update(curvature, batches[0])
-    assert error(curvature, batches[:1]) < oracles.tolerance("float64")
-
-
 def test_before_the_first_update_the_curvature_is_zero():
     curvature, _, _ = setup(window=3)
     assert curvature.num_rows("Dense_0") == 0

@@ -8,6 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_cgfac.layers.layer import leaves_from_matrix
+from optax_cgfac.operators.rows import to_dense
+from optax_cgfac.utils.paths import leaves_by_path, text
+
 NUM_EXAMPLES = N = 6
 
 
@@ -45,8 +49,6 @@ class Case:
       params: The parameters in whatever form the case is about; a module of NNX.
       inputs: Any pytree.
       layers: The layers that must be covered: kind and positions by name.
-      layouts: Functions from a layer's matrix (inputs, outputs) to a leaf, by the
-        leaf's name, where `rebuild_gradients` cannot infer the layout.
       input_axes: As in `fisher_estimator`.
     """
 
@@ -54,7 +56,6 @@ class Case:
     params: Any
     inputs: Any
     layers: dict[str, tuple[str, int]]
-    layouts: dict[str, Callable[[Any], Any]] = dataclasses.field(default_factory=dict)
     input_axes: Any = "auto"
 
     @property
@@ -92,73 +93,17 @@ def init(model, inputs, **kwargs):
     return moved(variables["params"])
 
 
-def rebuild_gradients(curvature, like, layouts=None):
-    """The gradient of every covered leaf as ``aᵀg / N``, in float64 by NumPy.
-
-    Shares no code with the package, so it does not share mistakes of the matrix form.
-    """
-    shapes = {
-        "/".join(_names(path)): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(like)
-    }
-    rebuilt = {}
+def rebuild_gradients(curvature, like):
+    """The gradient of every covered leaf as ``aᵀg / N``, summed in float64."""
+    leaves, rebuilt = leaves_by_path(like), {}
     for tag in curvature.tags:
-        a, g = curvature.layers[tag.name]
-        a, g = _dense_rows(a), np.asarray(g, np.float64)
-        matrix = np.einsum("...ri,...ro->...io", a, g) / N
-        if tag.kernel is None:
-            start = 0
-            for path in tag.leaves:
-                shape = shapes["/".join(path)]
-                end = start + (shape[-1] if shape else 1)
-                part = matrix[..., 0, start:end]
-                rebuilt["/".join(path)] = part.reshape(shape)
-                start = end
-            assert start == matrix.shape[-1]
-            continue
-        kernel = "/".join(tag.kernel)
-        if tag.bias is not None:
-            bias = "/".join(tag.bias)
-            rebuilt[bias] = matrix[..., -1, :].reshape(shapes[bias])
-            matrix = matrix[..., :-1, :]
-        if layouts and kernel in layouts:
-            matrix = layouts[kernel](matrix)
-        elif tag.kind.startswith("conv"):
-            matrix = _conv_kernel(matrix, shapes[kernel])
-        elif tag.kind == "attend" or tag.kind.startswith("embed"):
-            assert matrix.shape == shapes[kernel]
-        rebuilt[kernel] = matrix.reshape(shapes[kernel])
-    return rebuilt
-
-
-def _conv_kernel(matrix, shape):
-    """``(taps · c, o)`` to the kernel: ``(*taps, c, o)``, groups or transposed."""
-    num_groups = shape[-1] // matrix.shape[-1]
-    if num_groups > 1 and matrix.shape[:-2][-1:] == (num_groups,):
-        # (groups, taps · c, o) -> (taps · c, groups, o)
-        return np.moveaxis(matrix, -3, -2)
-    if shape[-2] == matrix.shape[-1] != shape[-1]:  # transposed: (*taps, o, c)
-        return matrix.reshape(-1, shape[-1], shape[-2]).swapaxes(-1, -2)
-    return matrix
-
-
-def _dense_rows(a):
-    """Rows as an array, one-hot ones spelled out."""
-    if hasattr(a, "top"):
-        return np.concatenate([_dense_rows(a.top), _dense_rows(a.bottom)], -2)
-    if hasattr(a, "indices"):
-        one_hot = np.eye(a.size)[np.asarray(a.indices)]
-        return one_hot * np.asarray(a.weights, np.float64)[..., None]
-    return np.asarray(a, np.float64)
+        rows = curvature.layers[tag.name]
+        a, g = (np.asarray(x, np.float64) for x in (to_dense(rows.a), rows.g))
+        own = {path: leaves[path] for path in tag.leaves}
+        rebuilt |= leaves_from_matrix(tag, jnp.asarray(a.mT @ g / N), own)
+    return {text(path): np.asarray(leaf, np.float64) for path, leaf in rebuilt.items()}
 
 
 def by_name(tree):
-    return {
-        "/".join(_names(path)): np.asarray(leaf, np.float64)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-def _names(path):
-    names = [str(getattr(key, "key", getattr(key, "name", None))) for key in path]
-    return names[:-1] if names[-1] == "value" else names
+    leaves = leaves_by_path(tree)
+    return {text(path): np.asarray(leaf, np.float64) for path, leaf in leaves.items()}

@@ -74,6 +74,11 @@ class Outer(nn.Module):
         return nn.Dense(2, name="last")(nn.tanh(x))
 
 
+@Function
+def mlp(x):
+    return nn.Dense(3, name="last")(nn.tanh(nn.Dense(4, name="first")(x)))
+
+
 # ---------------------------------------------------------------- scan and vmap
 
 
@@ -286,6 +291,13 @@ class AttendAlone(nn.Module):
 
     def __call__(self, x):
         return self.table.attend(x)
+
+
+@Function
+def tied(tokens):
+    """An embedding that is used transposed, too."""
+    embed = nn.Embed(7, 5, name="embed")
+    return embed.attend(nn.tanh(nn.Dense(5, name="mix")(embed(tokens))))
 
 
 @Function

@@ -57,13 +57,21 @@ def tied():
     return Parts(function, embed=nnx.Embed(7, 5, rngs=rngs()), mix=linear(5, 5))
 
 
-def attention(function=lambda m, x: m.attend(x), **kwargs):
-    options = {"in_features": 5, "qkv_features": 6, "decode": False} | kwargs
-    return Parts(function, attend=nnx.MultiHeadAttention(2, **options, rngs=rngs()))
+def heads(n_in, **kwargs):
+    options = {"in_features": n_in, "qkv_features": 6, "decode": False} | kwargs
+    return nnx.MultiHeadAttention(2, **options, rngs=rngs())
+
+
+def attention():
+    return Parts(lambda m, x: m.attend(x), attend=heads(5))
+
+
+def self_attention():
+    return Parts(lambda m, x: m.mha(x), mha=heads(4, use_bias=False))
 
 
 def cross_attention():
-    return attention(lambda m, x: m.attend(x, 0.5 * x[:, ::-1]))
+    return Parts(lambda m, x: m.attend(x, 0.5 * x[:, ::-1]), attend=heads(5))
 
 
 def plain_norm():

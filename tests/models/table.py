@@ -31,7 +31,7 @@ CODES = jax.random.randint(jax.random.key(3), (N, 4), 0, 7)
 # ---------------------------------------------------------------- what rows are made of
 
 
-def plain(model, inputs, layers, layouts=()):
+def plain(model, inputs, layers):
     """The usual way: params from ``init``, ``model.apply`` inside ``model_fn``."""
     inputs = inputs() if callable(inputs) else inputs
     return Case(
@@ -39,7 +39,6 @@ def plain(model, inputs, layers, layouts=()):
         init(model, inputs),
         inputs,
         of(layers),
-        dict(layouts),
     )
 
 
@@ -48,11 +47,11 @@ def of_module(make, inputs, layers, model_fn=lambda model, x: model(x)):
     return Case(model_fn, shifted(make()), inputs, of(layers))
 
 
-def linen(model, inputs, layers, make_nnx=None, nnx_layers=None, layouts=()):
+def linen(model, inputs, layers, make_nnx=None, nnx_layers=None):
     """A Linen model and, where ``make_nnx`` makes one, its twin."""
     nnx_layers = layers if nnx_layers is None else nnx_layers
     twin = make_nnx and partial(of_module, make_nnx, inputs, nnx_layers)
-    return Row(partial(plain, model, inputs, layers, layouts), twin)
+    return Row(partial(plain, model, inputs, layers), twin)
 
 
 def in_nnx(make, inputs, layers, *model_fn):
@@ -96,13 +95,10 @@ def transposed(kernel, positions, shape=(3, 2, 2), **kwargs):
     return conv(kernel, positions, shape, cls="ConvTranspose", **kwargs)
 
 
-def einsum(shape, equation, x, positions, layout=None, twin_bias=None, **kwargs):
-    """``layout`` maps the matrix (inputs, outputs) to the kernel, where that is not
-    a plain reshape."""
+def einsum(shape, equation, x, positions, twin_bias=None, **kwargs):
     model = nn.Einsum(shape, equation, **kwargs)
     twin = twin_bias and layer(nnx.Einsum, equation, shape, twin_bias)
-    layouts = {"kernel": layout} if layout else {}
-    return linen(model, x, f"einsum {positions} .", twin, layouts=layouts)
+    return linen(model, x, f"einsum {positions} .", twin)
 
 
 def norm(name, x=SEQUENCE, calls=1, kind="norm", twin=False, **kwargs):
@@ -289,7 +285,7 @@ MODELS = {
         lambda model, x: model(x.swapaxes(0, 1)).swapaxes(0, 1),
     ),
     "compact": linen(Compact(), BATCH, TWO),
-    "mlp": in_nnx(lambda: nm.Mlp(rngs()), BATCH, FIRST_LAST),
+    "mlp": linen(lm.mlp, BATCH, FIRST_LAST, lambda: nm.Mlp(rngs())),
     "setup": linen(lm.Setup(), BATCH, "dense 1 encoder decoders_0 decoders_1"),
     "sequential": linen(
         nn.Sequential([nn.Dense(4), nn.tanh, nn.Dense(3)]),
@@ -425,7 +421,9 @@ EMBEDDINGS = {
     "attend tied": tokens("embed+attend", 6, tied=True),
     "attend tied (N,)": tokens("embed+attend", 2, TOKENS[:, 0], tied=True),
     "attend tied, embed twice": tokens("embed+attend", 9, calls=2, tied=True),
-    "embed and attend": in_nnx(nm.tied, CODES, "embed+attend 8 embed, dense 4 mix"),
+    "embed and attend": linen(
+        lm.tied, CODES, "embed+attend 8 embed, dense 4 mix", nm.tied
+    ),
 }
 
 ATTENTION = {
@@ -433,23 +431,13 @@ ATTENTION = {
     "einsum without bias": einsum((4, 3), "btc,cd->btd", SEQUENCE, 5, use_bias=False),
     "einsum ellipsis": einsum((4, 3), "...c,cd->...d", SEQUENCE, 5, twin_bias=(3,)),
     "einsum ellipsis two axes": einsum((4, 3), "...c,cd->...d", HEADS, 6),
-    "einsum kernel transposed": einsum(
-        (3, 4), "btc,dc->btd", SEQUENCE, 5, lambda m: m.T
-    ),
+    "einsum kernel transposed": einsum((3, 4), "btc,dc->btd", SEQUENCE, 5),
     "einsum two features": einsum(
         (4, 2, 3), "btc,chd->bthd", SEQUENCE, 5, twin_bias=(2, 3)
     ),
-    "einsum features apart": einsum(
-        (2, 4, 3),
-        "btc,hcd->bthd",
-        SEQUENCE,
-        5,
-        lambda m: m.reshape(4, 2, 3).transpose(1, 0, 2),
-    ),
+    "einsum features apart": einsum((2, 4, 3), "btc,hcd->bthd", SEQUENCE, 5),
     "einsum two contracted": einsum((2, 4, 3), "bthc,hcd->btd", HEADS, 3),
-    "einsum contracted in another order": einsum(
-        (4, 2, 3), "bthc,chd->btd", HEADS, 3, lambda m: m.reshape(4, 2, 3)
-    ),
+    "einsum contracted in another order": einsum((4, 2, 3), "bthc,chd->btd", HEADS, 3),
     "einsum features before positions": einsum(
         (4, 3), "btc,cd->bdt", SEQUENCE, 5, use_bias=False
     ),
@@ -458,10 +446,12 @@ ATTENTION = {
         (2, 4, 3), "bthc,hcd->bthd", HEADS, 3, use_bias=False
     ),
     "einsum per head, kernel in another order": einsum(
-        (4, 2, 3), "bthc,chd->bthd", HEADS, 3, lambda m: m.transpose(1, 0, 2)
+        (4, 2, 3), "bthc,chd->bthd", HEADS, 3
     ),
     "attention": in_nnx(nm.attention, FEATURES, NNX_QKV),
-    "self-attention": linen(lm.self_attention, SEQUENCE, f"dense_general 5 {QKV}"),
+    "self-attention": linen(
+        lm.self_attention, SEQUENCE, f"dense_general 5 {QKV}", nm.self_attention
+    ),
     "cross-attention": linen(
         lm.cross_attention,
         QUERIES,

@@ -109,22 +109,6 @@ def test_operators_are_symmetric_positive_definite_and_the_dense_ones(layer):
 
 
 @properties
-@given(layer=layers(), max_steps=st.integers(1, 6))
-def test_both_spaces_make_the_same_steps(layer, max_steps):
-    args = layer.a, layer.g, layer.damping, layer.b, layer.x0
-    with precision(layer.dtype):
-        found = in_both_spaces(*args, max_steps)
-    matrix = oracles.tikhonov(layer.a, layer.g, layer.damping)
-    (x, _), (on_rows, _) = found["parameter"], found["rows"]
-    difference = oracles.float64(x) - oracles.float64(on_rows)
-    # Inner products among rows round.
-    size = np.linalg.norm(oracles.float64(layer.b - layer.damping * layer.x0))
-    size = max(size, np.linalg.norm(oracles.float64(layer.b)))
-    allowed = 100 * np.finfo(layer.dtype).eps ** 0.5 * size
-    assert np.linalg.norm(oracles.apply(matrix, difference)) <= allowed
-
-
-@properties
 @given(layer=layers(), max_steps=st.integers(1, 40))
 def test_a_solve_tells_the_truth_and_does_not_raise_the_model(layer, max_steps):
     args = layer.a, layer.g, layer.damping, layer.b, layer.x0
