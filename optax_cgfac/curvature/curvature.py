@@ -25,7 +25,7 @@ from optax_cgfac.operators.rows import (
 from optax_cgfac.problem.batch import num_kept
 from optax_cgfac.solve.choose import (
     DampingForm,
-    SolveConfig,
+    SolveSpec,
     Structure,
     default_damping_form,
 )
@@ -133,7 +133,7 @@ class Curvature:
         Raises:
           ValueError: If the layer or an option is unknown.
         """
-        SolveConfig(structure=structure, damping_form=damping_form)
+        SolveSpec(structure=structure, damping_form=damping_form)
         if damping is not None:
             check_number("damping", damping, NOT_NEGATIVE, 0.1)
         if (path is None) != (structure == "full"):
@@ -324,7 +324,7 @@ class Curvature:
           ValueError: If an option is out of range.
           TypeError: If one is unknown.
         """
-        known = {field.name for field in dataclasses.fields(SolveConfig)}
+        known = {field.name for field in dataclasses.fields(SolveSpec)}
         if options.keys() - known:
             raise TypeError(
                 "report() takes the options of the solve, "
@@ -333,7 +333,7 @@ class Curvature:
             )
         structure = options.get("structure", "kronecker")
         form = damping_form or default_damping_form(structure)
-        config = SolveConfig(damping_form=form, **options)
+        config = SolveSpec(damping_form=form, **options)
         spec = self.spec
         return format_report(
             spec.tags,

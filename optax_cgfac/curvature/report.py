@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from optax_cgfac.layers.layer import LayerTag
 from optax_cgfac.operators.rows import num_bytes, num_features, num_rows
-from optax_cgfac.solve.choose import Plan, SolveConfig, make_plan
+from optax_cgfac.solve.choose import Plan, SolveSpec, make_plan
 from optax_cgfac.solve.factored import sides_in_sample_space
 from optax_cgfac.utils.paths import Path, text
 from optax_cgfac.utils.types import LayerRows
@@ -18,7 +18,7 @@ def format_report(
     uncovered: Sequence[tuple[Path, str]],
     window: int,
     layers: Mapping[str, LayerRows],
-    config: SolveConfig,
+    config: SolveSpec,
     model_bytes: int = 0,
     ranks: Mapping[str, tuple[int, int]] | None = None,
 ) -> str:
@@ -86,7 +86,7 @@ def human_bytes(num_bytes: int) -> str:
 
 
 def _space(
-    plan: Plan, config: SolveConfig, rows: LayerRows, ranks: tuple[int, int] | None
+    plan: Plan, config: SolveSpec, rows: LayerRows, ranks: tuple[int, int] | None
 ) -> str:
     """Returns the space of the solve; that of each side where they separate."""
     if plan.solver == "eigenpairs" and ranks is not None:
