@@ -20,6 +20,10 @@ class Function(nn.Module):
         return self.function(*args, **kwargs)
 
 
+def last(x):
+    return nn.Dense(2, name="last")(x)
+
+
 class Compact(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -71,12 +75,12 @@ class Outer(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = self.inner(name="inner")(nn.tanh(nn.Dense(4, name="first")(x)))
-        return nn.Dense(2, name="last")(nn.tanh(x))
+        return last(nn.tanh(x))
 
 
-@Function
-def mlp(x):
-    return nn.Dense(3, name="last")(nn.tanh(nn.Dense(4, name="first")(x)))
+mlp = Function(
+    lambda x: nn.Dense(3, name="last")(nn.tanh(nn.Dense(4, name="first")(x)))
+)
 
 
 # ---------------------------------------------------------------- scan and vmap
@@ -123,7 +127,7 @@ class Scanned(nn.Module):
         x = nn.Dense(4, name="first")(x)
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
         x, _ = scanned(block, 3, self.axes)(name="blocks")(x, None)
-        return nn.Dense(2, name="last")(x)
+        return last(x)
 
 
 class OuterBlock(nn.Module):
@@ -159,17 +163,13 @@ def scan_over_time(x):
         out_axes=1,
     )
     _, y = cell(name="cell")(jnp.zeros((x.shape[0], 3)), x)
-    return nn.Dense(2, name="last")(y)
+    return last(y)
 
 
-@Function
-def ensemble(x):
-    return mapped(Compact, axis_size=3)(name="members")(x)
+ensemble = Function(lambda x: mapped(Compact, axis_size=3)(name="members")(x))
 
 
-@Function
-def shared_vmap(x):
-    return mapped(Compact, axis=None)(name="mapped")(x)
+shared_vmap = Function(lambda x: mapped(Compact, axis=None)(name="mapped")(x))
 
 
 class Looked(nn.Module):
@@ -211,7 +211,7 @@ class Stack(nn.Module):
 @Function
 def shared_twice(x):
     shared = nn.Dense(5, name="shared")
-    return nn.Dense(2, name="last")(shared(nn.tanh(shared(x))))
+    return last(shared(nn.tanh(shared(x))))
 
 
 @Function
@@ -227,7 +227,7 @@ def normalized(x, train):
     # No bias: batch statistics remove it, so that its gradient is zero.
     x = nn.Dense(4, use_bias=False, name="first")(x)
     x = nn.BatchNorm(use_running_average=not train, use_bias=False, use_scale=False)(x)
-    return nn.Dense(2, name="last")(x)
+    return last(x)
 
 
 @Function
@@ -239,7 +239,7 @@ def batch_normed(x, train):
 @Function
 def dropped(x):
     x = nn.Dropout(0.5, deterministic=False)(nn.Dense(8, name="first")(x))
-    return nn.Dense(2, name="last")(x)
+    return last(x)
 
 
 class Doubled(nn.Dense):
@@ -250,9 +250,9 @@ class Doubled(nn.Dense):
         return 2 * super().__call__(inputs)
 
 
-@Function
-def subclassed(x):
-    return Doubled(2, name="last")(nn.tanh(Doubled(4, name="first")(x)))
+subclassed = Function(
+    lambda x: Doubled(2, name="last")(nn.tanh(Doubled(4, name="first")(x)))
+)
 
 
 class Normed(nn.Module):
@@ -360,9 +360,7 @@ def both_ways(x):
     return nn.Bidirectional(forward, nn.RNN(nn.GRUCell(2, name="backward")))(x)
 
 
-@Function
-def over_images(x):
-    return nn.RNN(nn.ConvLSTMCell(2, (3, 2), name="cell"))(x)
+over_images = Function(lambda x: nn.RNN(nn.ConvLSTMCell(2, (3, 2), name="cell"))(x))
 
 
 # ---------------------------------------------------------------- reported
@@ -381,13 +379,13 @@ class WithScale(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = Scale(name="norm")(nn.Dense(4, name="first")(x))
-        return nn.Dense(2, name="last")(nn.tanh(x))
+        return last(nn.tanh(x))
 
 
 @Function
 def with_conv_local(x):
     x = nn.tanh(nn.ConvLocal(3, (3, 3), name="conv")(x))
-    return nn.Dense(2, name="last")(x.reshape(len(x), -1))
+    return last(x.reshape(len(x), -1))
 
 
 class OwnKernel(nn.Dense):
@@ -399,9 +397,7 @@ class OwnKernel(nn.Dense):
         return jnp.sin(inputs @ kernel)
 
 
-@Function
-def with_own(x):
-    return nn.Dense(2, name="last")(OwnKernel(3, name="own")(x))
+with_own = Function(lambda x: last(OwnKernel(3, name="own")(x)))
 
 
 class MappedParameters(nn.Module):
@@ -413,19 +409,19 @@ class MappedParameters(nn.Module):
             lambda variables: jax.tree.map(jnp.tanh, variables),
             init=self.is_initializing(),
         )
-        return nn.Dense(2, name="last")(layer(3, name="inner")(x))
+        return last(layer(3, name="inner")(x))
 
 
 @Function
 def weight_norm(x):
     x = nn.WeightNorm(nn.Dense(3, name="inner"), name="wrapper")(x)
-    return nn.Dense(2, name="last")(x)
+    return last(x)
 
 
 class Repeated(nn.Module):
     @nn.compact
     def __call__(self, x):
-        inner, last = nn.Dense(5, name="inner"), nn.Dense(2, name="last")
+        inner = nn.Dense(5, name="inner")
         if self.is_initializing():
             return last(inner(x))
         _, x = nn.while_loop(

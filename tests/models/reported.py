@@ -23,7 +23,7 @@ def uncovered(model, leaves, reason, x=X):
 
 def between(leaves, reason, make):
     """One layer before a dense one."""
-    model = lm.Function(lambda x: nn.Dense(2, name="last")(make()(x)))
+    model = lm.Function(lambda x: lm.last(make()(x)))
     return uncovered(model, leaves, reason, SEQUENCE)
 
 
