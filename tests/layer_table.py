@@ -13,6 +13,7 @@ import dataclasses
 import pathlib
 import sys
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,17 +33,8 @@ from optax_cgfac.operators.rows import to_dense
 from optax_cgfac.utils.paths import leaves_by_path
 
 
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """One line of the table.
-
-    Attributes:
-      covered: Kinds of the covered layers.
-      reported: Reported parameters.
-      gradient_errors: By parameter, the relative error of the rebuilt gradient.
-      update_error: Largest relative error of a layer's update; None if nothing is
-        covered.
-    """
+class Line(NamedTuple):
+    """One line of the table; ``update_error`` is None if nothing is covered."""
 
     covered: tuple[str, ...]
     reported: tuple[str, ...]

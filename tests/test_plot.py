@@ -178,45 +178,38 @@ def test_damping_step_size_and_momentum_over_time():
 
 
 @pytest.mark.parametrize(
-    ("draw", "error", "match"),
+    ("draw", "match"),
     [
-        (lambda: plot.residuals([]), ValueError, "history is empty"),
-        (lambda: plot.damping([1.0]), TypeError, "must hold what.*got float"),
-        (lambda: plot.residuals(entries(), steps=[1]), ValueError, "each of the 30"),
+        (lambda: plot.residuals([]), "history is empty"),
         (
             lambda: plot.residuals(entries(), layers=["nobody"]),
-            ValueError,
             "No layer 'nobody'.*layer_0, layer_1",
         ),
         (
             lambda: plot.residuals(entries(layers={"dense": {"residual": -1.0}})),
-            ValueError,
             r"No residual was computed",
         ),
-        (lambda: plot.damping([{"layers": {}}]), ValueError, "no damping"),
+        (lambda: plot.damping([{"layers": {}}]), "no damping"),
         (
             lambda: plot.damping(entries(damping=np.ones(2))),
-            ValueError,
             "one scalar an update",
         ),
         (
             lambda: plot.coverage(problem().curvature(), {"other": jnp.ones(3)}),
-            ValueError,
             r"belongs to.*\n.*hidden/bias.*\n.*other",
         ),
-        (lambda: spectrum("out"), ValueError, "no rows of the layer 'out' yet"),
-        (lambda: spectrum("nobody"), ValueError, "No tagged layer 'nobody'"),
-        (lambda: spectrum("out", "full"), ValueError, "or 'block', got 'full'"),
+        (lambda: spectrum("out"), "no rows of the layer 'out' yet"),
+        (lambda: spectrum("nobody"), "No tagged layer 'nobody'"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused_with_words(draw, error, match):
-    with pytest.raises(error, match=match):
+def test_what_cannot_be_drawn_is_refused_with_words(draw, match):
+    with pytest.raises(ValueError, match=match):
         draw()
     assert pyplot.get_fignums() == []
 
 
-def spectrum(layer, structure="kronecker"):
-    return plot.spectrum(problem().curvature(), layer, structure=structure)
+def spectrum(layer):
+    return plot.spectrum(problem().curvature(), layer)
 
 
 def test_the_diagnostics_of_a_training_are_a_history():

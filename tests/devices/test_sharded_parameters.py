@@ -69,14 +69,14 @@ def linen_run(boxed, sharded, tx, kind=AxisType.Auto, axis="model"):
 
     est = estimator(model_fn)
     params = model.init(jax.random.key(1), batch["x"])
-    specs = nn.get_partition_spec(params)
+    shardings = nn.get_sharding(params, m)
     if not boxed:
         params = nn.unbox(params)
     # Flax initialises boxed parameters only where no mesh of explicit axes is set.
     with jax.set_mesh(m) if is_explicit else contextlib.nullcontext():
         curvature, state = est.init(params, batch["x"]), tx.init(params)
         if sharded:
-            params, state = placed(m, specs, boxed, tx, params, state)
+            params, state = placed(m, shardings, tx, params, state)
             batch = jax.device_put(batch, NamedSharding(m, P("data")))
             curvature = jax.device_put(curvature, NamedSharding(m, P()))
         step = jax.jit(train_step(tx, est, loss_fn))
@@ -84,24 +84,9 @@ def linen_run(boxed, sharded, tx, kind=AxisType.Auto, axis="model"):
     return nn.unbox(params), nn.unbox(state)
 
 
-def placed(m, specs, boxed, tx, params, state):
+def placed(m, shardings, tx, params, state):
     """Parameters and the optimizer's state with the shardings that Flax names."""
-    shardings = jax.tree.map(
-        lambda s: NamedSharding(m, s), specs, is_leaf=lambda s: isinstance(s, P)
-    )
-    if boxed:
-        params = jax.tree.map(
-            lambda leaf, s: (
-                leaf.replace_boxed(jax.device_put(leaf.value, s))
-                if isinstance(leaf, nn.Partitioned)
-                else jax.device_put(leaf, s)
-            ),
-            params,
-            shardings,
-            is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
-        )
-    else:
-        params = jax.tree.map(jax.device_put, params, shardings)
+    params = nn.meta.replace_boxed(params, jax.device_put(nn.unbox(params), shardings))
     state = optax.tree.map_params(
         tx,
         jax.device_put,

@@ -153,7 +153,7 @@ class Cell(nn.Module):
 
 
 @Function
-def scan_over_time(x):
+def over_time(x):
     cell = nn.scan(
         Cell,
         variable_broadcast="params",

@@ -91,7 +91,7 @@ def conv(kernel, positions, shape=(5, 4, 2), n_out=3, cls="Conv", twin=False, **
     return linen(model, drawn(*shape), f"{kind} {positions} .", twin)
 
 
-def transposed(kernel, positions, shape=(3, 2, 2), **kwargs):
+def deconv(kernel, positions, shape=(3, 2, 2), **kwargs):
     return conv(kernel, positions, shape, cls="ConvTranspose", **kwargs)
 
 
@@ -111,7 +111,7 @@ def norm(name, x=SEQUENCE, calls=1, kind="norm", twin=False, **kwargs):
 
 # With a twin in NNX.
 convs, norms = partial(conv, twin=True), partial(norm, twin=True)
-both_transposed = partial(transposed, twin=True)
+deconvs = partial(deconv, twin=True)
 
 
 def with_statistics(model, x, train, layers):
@@ -305,9 +305,7 @@ MODELS = {
     "nested scan": linen(
         lm.nested_scan, BATCH, "dense 1 first outer/mix outer/blocks/Dense_0"
     ),
-    "scan over time": linen(
-        lm.scan_over_time, FEATURES, "dense 3 cell/in cell/rec last"
-    ),
+    "scan over time": linen(lm.over_time, FEATURES, "dense 3 cell/in cell/rec last"),
     "vmap": linen(
         lm.ensemble,
         BATCH,
@@ -341,6 +339,7 @@ MODELS = {
     "cast on the way": Row(cast_on_the_way),
 }
 
+GROUPS = {"feature_group_count": 2}
 CONVOLUTIONS = {
     "conv 1-D": convs((3,), 5, (5, 2)),
     "conv 1-D integer kernel size": conv(3, 5, (5, 2)),
@@ -348,7 +347,7 @@ CONVOLUTIONS = {
     "conv 3-D": convs((2, 3, 2), 24, (3, 4, 2, 2)),
     "conv without bias": convs((3, 2), 20, use_bias=False),
     "conv 1x1": convs((1, 1), 20),
-    "conv strides": convs((3, 2), 6, strides=(2, 2)),
+    "conv strides": convs((3, 2), 6, strides=2),
     "conv strides in one axis": conv((3, 3), 10, (6, 5, 2), strides=(3, 1)),
     "conv VALID": convs((3, 2), 9, padding="VALID"),
     "conv VALID strides": conv((3, 2), 4, (6, 5, 2), strides=2, padding="VALID"),
@@ -359,55 +358,45 @@ CONVOLUTIONS = {
     "conv CIRCULAR strides": conv((4, 3), 6, padding="CIRCULAR", strides=2),
     "conv REFLECT": conv((3, 4), 20, padding="REFLECT"),
     "conv CAUSAL": convs((3,), 5, (5, 2), padding="CAUSAL", kernel_dilation=2),
-    "conv kernel dilation": convs((2, 3), 25, (5, 5, 2), kernel_dilation=(2, 2)),
+    "conv kernel dilation": convs((2, 3), 25, (5, 5, 2), kernel_dilation=2),
     "conv input dilation": conv((3, 2), 18, (3, 4, 2), input_dilation=2, padding=0),
     "conv everything at once": conv(
         (3, 2),
         35,
         (4, 5, 4),
         6,
-        feature_group_count=2,
-        strides=(2, 2),
+        **GROUPS,
+        strides=2,
         padding=((2, 3), (1, 2)),
         input_dilation=(2, 3),
         kernel_dilation=(1, 2),
     ),
-    "conv grouped": convs((3, 2), 20, (5, 4, 4), 6, feature_group_count=2),
-    "conv grouped without bias": conv(
-        (3,), 5, (5, 4), 2, feature_group_count=2, use_bias=False
-    ),
+    "conv grouped": convs((3, 2), 20, (5, 4, 4), 6, **GROUPS),
+    "conv grouped without bias": conv((3,), 5, (5, 4), 2, **GROUPS, use_bias=False),
     "conv depthwise": convs((3, 3), 20, (5, 4, 3), feature_group_count=3),
     "conv depthwise multiplier": conv((3,), 5, (5, 3), 6, feature_group_count=3),
     "conv extra leading axes": conv((3, 2), 120, (2, 3, 5, 4, 2)),
-    "conv grouped extra leading axis": conv(
-        (3,), 10, (2, 5, 4), 6, feature_group_count=2
-    ),
+    "conv grouped extra leading axis": conv((3,), 10, (2, 5, 4), 6, **GROUPS),
     "conv shared on two sizes": linen(lm.shared_conv, IMAGE, "conv 8 shared"),
-    "conv_transpose 1-D": transposed((3,), 5, (5, 2)),
-    "conv_transpose 1-D strides 2": transposed((3,), 10, (5, 2), strides=(2,)),
-    "conv_transpose 1-D strides 3": transposed((2,), 12, (4, 2), strides=(3,)),
-    "conv_transpose 1-D strides 3 VALID": transposed(
-        (2,), 12, (4, 2), strides=(3,), padding="VALID"
+    "conv_transpose 1-D": deconv((3,), 5, (5, 2)),
+    "conv_transpose 1-D strides 2": deconv((3,), 10, (5, 2), strides=2),
+    "conv_transpose 1-D strides 3": deconv((2,), 12, (4, 2), strides=3),
+    "conv_transpose 1-D strides 3 VALID": deconv(
+        (2,), 12, (4, 2), strides=3, padding="VALID"
     ),
-    "conv_transpose VALID": both_transposed((3, 2), 15, padding="VALID"),
-    "conv_transpose strides VALID": transposed(
-        (3, 2), 42, strides=(2, 3), padding="VALID"
+    "conv_transpose VALID": deconvs((3, 2), 15, padding="VALID"),
+    "conv_transpose strides VALID": deconv((3, 2), 42, strides=(2, 3), padding="VALID"),
+    "conv_transpose strides SAME": deconvs((4, 3), 24, strides=2),
+    "conv_transpose explicit padding": deconv(
+        (3, 2), 28, strides=2, padding=((2, 2), (2, 0))
     ),
-    "conv_transpose strides SAME": both_transposed((4, 3), 24, strides=(2, 2)),
-    "conv_transpose explicit padding": transposed(
-        (3, 2), 28, strides=(2, 2), padding=((2, 2), (2, 0))
+    "conv_transpose dilation": deconv((3, 2), 24, strides=2, kernel_dilation=2),
+    "conv_transpose transpose_kernel": deconvs((3, 2), 6, transpose_kernel=True),
+    "conv_transpose transpose_kernel strides": deconv(
+        (3, 4), 24, strides=2, transpose_kernel=True, use_bias=False
     ),
-    "conv_transpose dilation": transposed(
-        (3, 2), 24, strides=(2, 2), kernel_dilation=(2, 2)
-    ),
-    "conv_transpose transpose_kernel": both_transposed(
-        (3, 2), 6, transpose_kernel=True
-    ),
-    "conv_transpose transpose_kernel strides": transposed(
-        (3, 4), 24, strides=(2, 2), transpose_kernel=True, use_bias=False
-    ),
-    "conv_transpose transpose_kernel strides VALID": transposed(
-        (3,), 7, (3, 2), strides=(2,), transpose_kernel=True, padding="VALID"
+    "conv_transpose transpose_kernel strides VALID": deconv(
+        (3,), 7, (3, 2), strides=2, transpose_kernel=True, padding="VALID"
     ),
 }
 
