@@ -116,6 +116,17 @@ def ingredients(num_updates=2) -> Ingredients:
     return make(p.params, p.curvature())
 
 
+def run(p: Problem, tx, num_steps, start=None):
+    """``(state, losses)`` of a scan over steps."""
+    step = p.step(tx)
+
+    def body(state, seed):
+        return step(state, p.batch, jax.random.key(seed))
+
+    start = p.start(tx) if start is None else start
+    return jax.jit(lambda s: jax.lax.scan(body, s, jnp.arange(num_steps)))(start)
+
+
 def value_fn(params):
     return problem().loss(params, problem().batch)
 
