@@ -47,9 +47,6 @@ def precondition(
     Returns:
       The solution, like ``grads`` (leaves without a tag keep their gradient), and
       the new info.
-
-    Raises:
-      ValueError: If ``grads`` and the curvature belong to different models.
     """
 
     def solve(*given: Any) -> tuple[PyTree, SolveInfo]:
