@@ -243,8 +243,8 @@ def _reason(path: Path, discovery: Discovery) -> str:
             "that was jitted before"
         )
     return (
-        f"a parameter of {visit.class_name} itself, which is no known layer: where the "
-        "module is yours, tag it with optax_cgfac.tag_layer"
+        f"a parameter of {visit.class_name} itself, which is not a known layer: where "
+        "the module is yours, tag it with optax_cgfac.tag_layer"
     )
 
 

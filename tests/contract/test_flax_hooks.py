@@ -158,7 +158,7 @@ def test_collections_are_put_into_the_root_scope_and_taken_out_of_it():
     # Not while parameters are initialised, where everything is mutable.
     _, state = apply_with(intercept, Inner(), mutable=["own"])
     assert found
-    with relies_on("what apply returns beside the outputs", LINEN):
+    with relies_on("what apply returns besides the outputs", LINEN):
         assert set(state) <= {"own"}
 
 
@@ -172,7 +172,7 @@ def test_filters_of_collections_are_sets():
             assert not Scope({}, mutable=closed).is_mutable_collection("inputs")
 
 
-def test_a_scope_knows_the_trace_it_was_made_in():
+def test_a_scope_has_the_level_of_its_trace():
     with relies_on("Scope.trace_level", LINEN, NNX):
         level = Scope({}).trace_level
         assert Scope({}).trace_level == level
