@@ -66,19 +66,19 @@ def in_nnx(look):
 
 def in_linen(look):
     class Model(nn.Module):
-        dense: nn.Dense
+        rnn: nn.RNN
 
         @nn.compact
         def __call__(self, x):
-            x = self.dense(x)
+            x = nn.Dense(4)(x)
             look()
-            y = nn.RNN(nn.SimpleCell(3))(x).mean(1)
+            y = self.rnn(x).mean(1)
             look()
             return y
 
-    model = Model(nn.Dense(4))
+    model = Model(nn.RNN(nn.SimpleCell(3)))
     params = model.init(jax.random.key(0), X)["params"]
-    look.modules += [model, model.dense]
+    look.modules += [model, model.rnn, model.rnn.cell]
     look.seen.clear()
     return lambda params, x: model.apply({"params": params}, x), params
 
