@@ -134,30 +134,27 @@ def suspects(source):
     return found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
-def test_no_module_can_run_data_or_write(path):
-    assert suspects(path.read_text()) == []
+def test_no_module_can_run_data_or_write():
+    found = {path.name: suspects(path.read_text()) for path in SOURCES}
+    assert not any(found.values()), found
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "import pickle",
-        "import os.path as p",
-        "from os import system",
-        "import os\nos.system('x')",
-        "from urllib.request import urlopen",
-        "def f():\n    import subprocess",
-        "x = eval('1')",
-        "run = exec",
-        "with open('x') as f: pass",
-        "np.load('x', allow_pickle=True)",
-        "jnp.save('x', x)",
-        "path.write_text('x')",
-    ],
-)
-def test_the_search_finds_what_it_is_for(source):
-    assert suspects(source)
+HARMFUL = """import pickle
+import os.path as p
+from os import system
+import os; os.system('x')
+from urllib.request import urlopen
+x = eval('1')
+run = exec
+with open('x') as f: pass
+np.load('x', allow_pickle=True)
+jnp.save('x', x)
+path.write_text('x')"""
+
+
+def test_the_search_finds_what_it_is_for():
+    assert all(suspects(line) for line in HARMFUL.splitlines())
+    assert suspects("def f():\n    import subprocess")
 
 
 SCRIPT = """
