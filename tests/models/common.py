@@ -104,6 +104,19 @@ def rebuild_gradients(curvature, like):
     return {text(path): np.asarray(leaf, np.float64) for path, leaf in rebuilt.items()}
 
 
+def assert_close(actual, expected, tolerance, zeros=()):
+    """Compares leaves by the norm of their difference; some may be rounding alone."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        norm = np.linalg.norm(value)
+        if name in zeros:
+            assert np.abs(actual[name]).max() < 1e-5
+            continue
+        assert norm > 0, f"{name}: the case shows nothing, its gradient is zero"
+        difference = np.linalg.norm(np.asarray(actual[name]) - value)
+        assert difference <= tolerance * norm, (name, difference / norm)
+
+
 def by_name(tree):
     leaves = leaves_by_path(tree)
     return {text(path): np.asarray(leaf, np.float64) for path, leaf in leaves.items()}
