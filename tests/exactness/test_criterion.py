@@ -222,7 +222,7 @@ def test_a_users_own_loss_needs_three_functions():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights": lambda x: x["mask"][:, :2]}, r"broadcasts to \(N, 3\)"),
+        ({"weights": lambda x: x["mask"][:, :2]}, r"broadcasts to \(5, 3\)"),
         (
             {"kind": "empirical", "targets": jnp.zeros((N - 1, T), int)},
             f"expected the {N} examples",
