@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import linen as nn
 
 import optax_cgfac
+from training import squared_error, train_step
 
 TRANSFORMS = {
     "cgfac": lambda: optax_cgfac.cgfac(damping_interval=2),
@@ -42,8 +42,7 @@ class Problem(NamedTuple):
     batch: dict[str, jax.Array]
 
     def loss(self, params, batch):
-        outputs = model_fn(params, batch["x"])
-        return jnp.mean(jnp.sum((outputs - batch["y"]) ** 2, -1))
+        return squared_error(model_fn(params, batch["x"]), batch["y"])
 
     def curvature(self):
         return self.estimator.init(self.params, self.batch["x"])
@@ -53,23 +52,7 @@ class Problem(NamedTuple):
 
     def step(self, tx):
         """``(state, batch, rng) -> (state, loss)``, as in the README."""
-
-        def train_step(state, batch, rng):
-            params, opt_state, curvature = state
-            value, grads = jax.value_and_grad(self.loss)(params, batch)
-            curvature = self.estimator.update(curvature, params, batch["x"], rng=rng)
-            updates, opt_state = tx.update(
-                grads,
-                opt_state,
-                params,
-                curvature=curvature,
-                value=value,
-                value_fn=lambda p: self.loss(p, batch),
-            )
-            params = optax.apply_updates(params, updates)
-            return (params, opt_state, curvature), value
-
-        return train_step
+        return train_step(tx, self.estimator, self.loss)
 
 
 def model_fn(params, x):

@@ -11,6 +11,7 @@ section 7). Computed from the captured rows instead, ``M`` is badly wrong: ``Δ`
 was fitted to them.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -39,10 +40,10 @@ class QuadraticModel(NamedTuple):
     undamped: Array
     slope: Array
 
-    def value(self, coefficients: Array, *, damped: bool = True) -> Array:
-        """Returns ``M`` at ``Σ cᵢ vᵢ``."""
-        matrix = self.curvature if damped else self.undamped
-        return self.slope @ coefficients + coefficients @ matrix @ coefficients / 2
+
+def model_value(slope: Array, matrix: Array, coefficients: Array) -> Array:
+    """Returns the quadratic with this slope and matrix at ``Σ cᵢ vᵢ``."""
+    return slope @ coefficients + coefficients @ matrix @ coefficients / 2
 
 
 class Step(NamedTuple):
@@ -69,9 +70,6 @@ def gauss_newton_products(
 
     Returns:
       A matrix of shape ``(k, k)`` in float32, or the outputs' precision if higher.
-
-    Raises:
-      ValueError: If the curvature holds no model.
     """
     model_fn, objective = curvature.spec.model_fn, curvature.spec.objective
     if model_fn is None or objective is None:
@@ -79,20 +77,21 @@ def gauss_newton_products(
             "Gauss-Newton products need the curvature of fisher_estimator, which keeps "
             "the model and examples. With value_and_grad pass cgfac(learning_rate=...)."
         )
-    outputs, push_forward = jax.linearize(
+    returned, push_forward = jax.linearize(
         lambda p: model_fn(p, curvature.model_inputs), params
     )
-    heads = objective.heads(outputs)
-    dtype = jnp.result_type(*heads, jnp.float32)
-    heads = [head.astype(dtype) for head in heads]
+    outputs = objective.outputs(returned)
+    dtype = jnp.result_type(*outputs, jnp.float32)
+    outputs = [output.astype(dtype) for output in outputs]
     tangents = [
-        [x.astype(dtype) for x in objective.heads(push_forward(direction))]
+        [x.astype(dtype) for x in objective.outputs(push_forward(direction))]
         for direction in directions
     ]
-    scales = objective.scales(user_inputs(curvature.model_inputs), heads)
-    products = objective.hessian_products(heads, scales, tangents)
+    scales = objective.scales(user_inputs(curvature.model_inputs), outputs)
+    products = objective.hessian_products(outputs, scales, tangents)
     # Every device has as many examples of its own.
-    return mean_over(products, objective.axis_name) * curvature.spec.factor
+    factor = objective.factor(curvature.spec.batch_size)
+    return mean_over(products, objective.axis_name) * factor
 
 
 def quadratic_model(
@@ -126,7 +125,7 @@ def quadratic_model(
     return QuadraticModel(damped, undamped, slope.astype(dtype))
 
 
-def within_loss(model: QuadraticModel, step: Step, value: Array) -> Step:
+def within_loss(slope: Array, step: Step, value: Array) -> Step:
     """Shortens a step that promises to take away more than the whole loss.
 
     A loss that is never negative cannot fall by more than its value ``f``. Where a few
@@ -135,24 +134,17 @@ def within_loss(model: QuadraticModel, step: Step, value: Array) -> Step:
     the step is then limited to ``2 f``, which a quadratic that ends at zero would have.
 
     Args:
-      model: The model.
-      step: Its minimizer.
+      slope: ``∇hᵀ vᵢ``, shape ``(2,)``.
+      step: The minimizer of the model.
       value: ``f``; no limit where it is not positive.
 
     Returns:
       The step, times a number in ``(0, 1]``.
 
-    Example:
-      >>> import jax.numpy as jnp
-      >>> model = QuadraticModel(jnp.eye(2), jnp.eye(2), jnp.array([-1.0, 0.0]))
-      >>> step = Step(jnp.array(1.0), jnp.array(0.0))
-      >>> print(within_loss(model, step, jnp.array(0.1)).step_size)
-      0.2
-
     References:
       Polyak (1969), "Minimization of unsmooth functionals".
     """
-    promised = -model.slope @ jnp.stack(step)
+    promised = -slope @ jnp.stack(step)
     limit = 2 * jnp.asarray(value, promised.dtype)
     is_too_long = (limit > 0) & (promised > limit)
     factor = jnp.where(is_too_long, limit / jnp.where(is_too_long, promised, 1), 1)
@@ -173,11 +165,6 @@ def within_promise(step_size: Array, descent: Array, most: Array) -> Array:
 
     Returns:
       ``α``, or less.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> print(within_promise(jnp.array(0.5), jnp.array(-8.0), jnp.array(1.0)))
-      0.125
     """
     promised = -descent * step_size
     is_too_long = promised > most
@@ -188,7 +175,6 @@ def within_promise(step_size: Array, descent: Array, most: Array) -> Array:
 def minimize_in_box(
     model: QuadraticModel,
     *,
-    max_step_size: float = 1.0,
     min_momentum: float = 0.0,
     max_momentum: float = 0.95,
 ) -> Step:
@@ -200,18 +186,11 @@ def minimize_in_box(
 
     Args:
       model: The model.
-      max_step_size: Upper end of ``α``; the lower end is 0.
       min_momentum: Lower end of ``μ``.
       max_momentum: Upper end of ``μ``.
 
     Returns:
       The `Step`; zero where the model is not finite.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> model = QuadraticModel(2 * jnp.eye(2), jnp.eye(2), jnp.array([-1.0, 0.0]))
-      >>> print(minimize_in_box(model).step_size)
-      0.5
     """
     finite = jnp.all(jnp.isfinite(model.curvature)) & jnp.all(jnp.isfinite(model.slope))
     # Products of two entries have the range of neither.
@@ -223,7 +202,7 @@ def minimize_in_box(
     dtype = q11.dtype
 
     def best_step_size(momentum: Array) -> Array:
-        return jnp.clip(-safe_divide(s1 + q12 * momentum, q11), 0, max_step_size)
+        return jnp.clip(-safe_divide(s1 + q12 * momentum, q11), 0, 1)
 
     def best_momentum(step_size: Array) -> Array:
         best = -safe_divide(s2 + q12 * step_size, q22)
@@ -242,10 +221,11 @@ def minimize_in_box(
             jnp.asarray(max_momentum, dtype),
         )
     ]
-    ends = jnp.zeros((), dtype), jnp.asarray(max_step_size, dtype)
+    ends = jnp.zeros((), dtype), jnp.ones((), dtype)
     steps += [(step_size, best_momentum(step_size)) for step_size in ends]
     candidates = jnp.array(steps)
-    values = jax.vmap(model.value)(candidates)
+    value_of = functools.partial(model_value, model.slope, model.curvature)
+    values = jax.vmap(value_of)(candidates)
     # The first candidate, the one inside, wins ties.
     step_size, momentum = candidates[jnp.argmin(values)]
     return Step(jnp.where(finite, step_size, 0), jnp.where(finite, momentum, 0))

@@ -27,7 +27,7 @@ from optax_cgfac.operators.rows import (
     to_dense,
     transpose_times,
 )
-from optax_cgfac.solve.cg import certified, cg_loop, no_worse_than_zero
+from optax_cgfac.solve.cg import Space, iterate, no_worse_than_zero
 from optax_cgfac.solve.info import CGInfo, StopReason
 from optax_cgfac.utils.arrays import power_of_two, safe_divide, scaled
 from optax_cgfac.utils.linalg import matmul, spd_inverses, tiny_shift
@@ -54,13 +54,6 @@ def factored_damping(
       The damped operator. Both dampings are kept large enough for a
       factorisation in the rows' precision.
 
-    Example:
-      >>> import jax.numpy as jnp
-      >>> op = KroneckerOperator(jnp.array([[2.0]]), jnp.array([[1.0]]))
-      >>> damped = factored_damping(op, 0.01)
-      >>> print(damped.a_damping, damped.g_damping)
-      0.2 0.05
-
     References:
       Martens & Grosse (2015), sections 6.3 and 6.6.
     """
@@ -79,17 +72,7 @@ def split_damping(
     sizes: tuple[int, ...] | tuple[np.ndarray, ...],
     damping: Array | float,
 ) -> tuple[Array, Array]:
-    """Returns ``α`` and ``β`` from the factors' traces; see `factored_damping`.
-
-    Args:
-      a_trace: ``tr A``, shape ``stack``.
-      g_trace: ``tr G``, shape ``stack``.
-      sizes: ``n_A`` and ``n_G``, or arrays of them like the traces.
-      damping: The scalar ``γ``.
-
-    Returns:
-      The two dampings, shape ``stack``.
-    """
+    """Returns ``α`` and ``β`` from the factors' traces; see `factored_damping`."""
     a_mean, g_mean = a_trace / sizes[0], g_trace / sizes[1]
     both = (a_mean > 0) & (g_mean > 0)
     # Of the roots, since the ratio of two numbers of float32 may be none.
@@ -181,16 +164,6 @@ def solve_directly(
       operators: The damped operators, rows of shapes ``(*stack, R, n_in)`` and
         ``(*stack, R, n_out)``.
       bs: The right-hand sides, shapes ``(*stack, n_in, n_out)``.
-
-    Returns:
-      The solutions, like ``bs``.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> kronecker = KroneckerOperator(jnp.array([[1.0]]), jnp.array([[1.0]]))
-      >>> op = FactoredDampedOperator(kronecker, jnp.array(1.0), jnp.array(1.0))
-      >>> print(solve_directly([op], [jnp.array([[8.0]])])[0])
-      [[2.]]
     """
     sides = [side for operator in operators for side in _sides(operator)]
     inverses = spd_inverses([side.system() for side in sides])
@@ -228,13 +201,6 @@ def solve_by_cg(
       The solution, like ``b``, and a `CGInfo` of both sides: the iterations of
       the two together, the relative residuals of the two systems, recomputed, as one
       norm, times ``‖b‖``, and the worse of the two reasons.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> kronecker = KroneckerOperator(jnp.array([[1.0]]), jnp.array([[1.0]]))
-      >>> op = FactoredDampedOperator(kronecker, jnp.array(1.0), jnp.array(1.0))
-      >>> print(solve_by_cg(op, jnp.array([[8.0]]))[0])
-      [[2.]]
     """
     left, right = _sides(operator)
     limits = {"max_steps": max_steps, "rtol": rtol, "doubts_start": doubts_start}
@@ -283,21 +249,13 @@ def _cg_side(
             start, residual = no_worse_than_zero(start, residual, rhs, dot)
     rhs_squared = jnp.sum(rhs * rhs, 0)
     tolerance = jnp.asarray(rtol, b.dtype) ** 2 * rhs_squared
-    end = cg_loop(
-        lambda v: matmul(system, v),
-        residual,
+    end = iterate(
+        Space(lambda v: matmul(system, v), dot),
         start,
-        dot=dot,
+        residual,
+        lambda x: (x, rhs - matmul(system, x)),
         squared_tolerance=tolerance,
         max_steps=max_steps,
-    )
-    end = certified(
-        end,
-        start=start,
-        start_residual=residual,
-        residual=rhs - matmul(system, end.x),
-        dot=dot,
-        squared_tolerance=tolerance,
     )
     relative = safe_divide(jnp.sum(end.squared_norm), jnp.sum(rhs_squared))
     return side.lift(b, end.x), CGInfo(
