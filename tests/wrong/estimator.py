@@ -32,6 +32,7 @@ OPTIONS = {
     "a module's class as `model_fn`": estimating(fn=MLP),
     "a `model_fn` of three arguments": estimating(fn=lambda params, x, mask: x),
     "an unknown loss": estimating("mse"),
+    "an empty tuple of losses": estimating(()),
     "a function as the loss": estimating(optax.squared_error),
     "`kind='fisher'`": estimating(kind="fisher"),
     "`window=0`": estimating(window=0),
@@ -70,7 +71,6 @@ INIT = {
         lambda module: nnx.state(module, nnx.Param)
     ),
     "a text among the inputs": init(inputs=lambda g: {"x": g.x, "mode": "train"}),
-    "an empty batch": init(inputs=lambda g: g.x[:0]),
     "fewer examples than `examples`": init(inputs=lambda g: g.x[:3]),
     "a `model_fn` that returns the loss": outputs(lambda z: z.sum()),
     "a `model_fn` that returns a number for each example": outputs(lambda z: z[:, 0]),
@@ -82,6 +82,11 @@ INIT = {
     "`input_axes` that is no prefix of the inputs": init(input_axes=(0, None)),
     "a `where` that is never true": init(where=lambda path: "Dense" in path),
     "a `where` for a bias without its kernel": init(where=lambda path: "bias" in path),
+    "`input_axes` 0 for a leaf without examples": init(
+        inputs=lambda g: {"x": g.x, "scale": g.x[0]},
+        fn=lambda p, inputs: model_fn(p, inputs["x"]),
+        input_axes=0,
+    ),
     "a parameter that no layer reads": adding(lambda g: {"old": {"kernel": g.x}}),
     # A new function every time: JAX remembers what it has traced.
     "a `model_fn` that is jitted": lambda g: init(
@@ -140,6 +145,7 @@ KEYS = {
     "no key for `kind='mc'`": update(rng=lambda g: None),
     "a seed instead of a key": update(rng=lambda g: 0),
     "an `nnx.Rngs` instead of a key": update(rng=lambda g: nnx.Rngs(0)),
+    "an old key as int32": update(rng=lambda g: np.zeros(2, np.int32)),
     "several keys": update(rng=lambda g: jax.random.split(g.key, 3)),
     "the key of the inputs": update(inputs=lambda g: {"x": g.x, "dropout": g.key}),
 }
@@ -154,6 +160,7 @@ BATCHES = {
     "inputs of another dtype": update(inputs=lambda g: g.x.astype(jnp.bfloat16)),
     "inputs of another structure": update(inputs=lambda g: {"x": g.x}),
     "a smaller batch than the curvature keeps": update(inputs=lambda g: g.x[:6]),
+    "a batch without examples": update(inputs=lambda g: g.x[:0]),
     "`targets` for `kind='mc'`": update(targets=lambda g: g.y),
 }
 BATCHES_TRACED = {
@@ -167,8 +174,10 @@ BATCHES_TRACED = {
     "targets of another rank": empirical(lambda g: g.y[:, :1].astype(int)),
     "classes as floating-point numbers": empirical(lambda g: g.y[:, 0]),
     "a list of numbers as targets": empirical(lambda g: [0] * 8),
+    "a tuple of targets for one output": empirical(lambda g: (g.y[:, 0] > 0,)),
     "one array of targets for two outputs": empirical(lambda g: g.y, TWO, two),
     "weights that do not fit the outputs": new_update(weights=lambda x: x[:7, 0]),
+    "`weights` that return nothing": new_update(weights=lambda x: None),
     "three weights for two outputs": new_update(two, TWO, weights=lambda x: (x,) * 3),
     "a loss whose `value` sums over examples": new_update(
         loss=own_loss(value=lambda z, t: jnp.sum((z - t) ** 2))
