@@ -41,8 +41,7 @@ def value_and_grad(
 
     Every example of the batch is a row: ``a`` the input of a layer and ``g`` the
     gradient of the example's own loss with respect to the layer's output, so that
-    ``aᵀ g / N`` is the layer's gradient. Nothing is computed twice (Chen 2021,
-    section 3).
+    ``aᵀ g / N`` is the layer's gradient (Chen 2021, section 3).
 
     Args:
       loss_fn: ``loss_fn(params, *args)`` returns a scalar, or ``(scalar, aux)``;
@@ -61,9 +60,6 @@ def value_and_grad(
       A function of ``loss_fn``'s arguments that returns
       ``(value or (value, aux), grads, curvature)``. The curvature has a window of
       one batch; `Curvature.push` it onto ``curvature.with_window(8)`` to keep more.
-
-    Raises:
-      ValueError: If an option has no meaning.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -95,19 +91,15 @@ def value_and_grad(
         _check_scalar(discovery.outputs, has_aux)
         count = num_examples or _count_examples(discovery, params, args)
         doubled = _doubled(args, count)
+        wider = discover_wider(function, params, *doubled, found=discovery)
+        options = RowOptions(count, positions=None)
         tags, uncovered = make_tags(
-            discovery,
-            params,
-            RowOptions(count, positions=None),
-            where=where,
-            fallback=fallback,
-            wider=discover_wider(function, params, *doubled, found=discovery),
+            discovery, params, options, where=where, fallback=fallback, wider=wider
         )
 
         def tapped(params, probes):
-            capture = run_captured(
-                function, (params, *args), probes, lifted=discovery.lifted
-            )
+            inputs = (params, *args)
+            capture = run_captured(function, inputs, probes, lifted=discovery.lifted)
             value, aux = capture.outputs if has_aux else (capture.outputs, None)
             calls = [root.calls for root in capture.roots]
             return value, (aux, calls, capture.state)
@@ -117,19 +109,10 @@ def value_and_grad(
         )(params, discovery.probes)
         update_module(module, state)
         scale = count if loss_reduction == "mean" else 1
-        rows = {
-            tag.name: _rows(tag, calls, probe_calls(cotangents), count, scale)
-            for tag in tags
-        }
-        spec = CaptureSpec(
-            kind="empirical",
-            window=1,
-            examples=count,
-            positions=None,
-            rank=None,
-            tags=tags,
-            uncovered=uncovered,
-        )
+        by_call = probe_calls(cotangents)
+        rows = {tag.name: _rows(tag, calls, by_call, count, scale) for tag in tags}
+        options = {"kind": "empirical", "positions": None, "rank": None, "window": 1}
+        spec = CaptureSpec(**options, examples=count, tags=tags, uncovered=uncovered)
         value = (value, aux) if has_aux else value
         return value, grads, empty_curvature(spec).push_rows(rows)
 
@@ -160,10 +143,9 @@ def _doubled(args: PyTree, count: int) -> PyTree:
     """Returns the shapes of the arguments with twice as many examples."""
 
     def double(leaf: Any) -> Any:
-        leaf = jax.eval_shape(jnp.asarray, leaf)
-        if leaf.shape[:1] != (count,):
-            return leaf
-        return jax.ShapeDtypeStruct((2 * count, *leaf.shape[1:]), leaf.dtype)
+        like = jax.eval_shape(jnp.asarray, leaf)
+        first = tuple(2 * n if n == count else n for n in like.shape[:1])
+        return jax.ShapeDtypeStruct(first + like.shape[1:], like.dtype)
 
     return jax.tree.map(double, args)
 
@@ -191,12 +173,10 @@ def _count_examples(discovery: Discovery, params: PyTree, args: PyTree) -> int:
     ranked = sorted(
         counts, key=lambda n: (n not in both, n not in from_args, -counts[n])
     )
-    for count in ranked:
-        if positions and count and not any(rows % count for rows in positions):
-            return count
-    if positions and counts:
-        return ranked[0]
-    raise ValueError(
-        "loss_fn was traced without meeting a layer that can be tagged. It must call "
-        "model.apply un-jitted; the whole training step may be jitted."
-    )
+    if not positions or not ranked:
+        raise ValueError(
+            "loss_fn was traced without meeting a layer that can be tagged. It must "
+            "call model.apply un-jitted; the whole training step may be jitted."
+        )
+    divide_all = (n for n in ranked if n and not any(rows % n for rows in positions))
+    return next(divide_all, ranked[0])

@@ -16,30 +16,22 @@ from optax_cgfac.utils.validate import check_choice, check_positive
 # and quadratic models built, half as often.
 FEW_OUTPUTS = 32
 
-_COUNTS = (
-    "window",
-    "examples",
-    "model_examples",
-    "positions",
-    "refresh_every",
-    "capture_every",
-)
+_COUNTS = "window examples model_examples positions refresh_every capture_every"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CaptureSpec:
     """What is captured, and how rows are kept.
 
-    The options of `fisher_estimator` are checked here, alone and in pairs. `filled`
-    adds a model, and replaces ``"auto"`` and None by the numbers that follow from it.
+    Checks the options of `fisher_estimator`, alone and in pairs. `filled` adds a model
+    and replaces ``"auto"`` and None by the numbers that follow from it.
 
     Attributes:
       objective: The losses; None for a curvature of `value_and_grad`.
       kind: As in `fisher_estimator`, like all options down to ``capture_every``.
       tags: The tagged layers.
       uncovered: Parameters without a tag, by path, with the reason.
-      model_fn: The model as a pure function of parameters and inputs; None for a
-        curvature of `value_and_grad`.
+      model_fn: The model as a pure function of parameters and inputs; None likewise.
       batched: For every leaf of the inputs, whether it has an axis of examples.
       batch_size: Examples of the user's batch.
       few_outputs: Whether the model has at most 32 outputs.
@@ -68,59 +60,53 @@ class CaptureSpec:
         """Checks every option, and those that exclude each other."""
         check_choice("kind", self.kind, ("mc", "empirical", "exact"))
         check_choice("weight_sharing", self.weight_sharing, ("expand", "reduce"))
-        for name in _COUNTS:
+        for name in _COUNTS.split():
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))
         if self.rank not in ("auto", None):
             check_positive("rank", self.rank)
         if self.rank is None and self.refresh_every is not None:
             raise ValueError(
-                "refresh_every is for eigenpairs, of which rank=None keeps none; got "
-                f"refresh_every={self.refresh_every}. Leave one of the two out."
+                f"refresh_every={self.refresh_every} needs eigenpairs, got rank=None. "
+                "Leave one of the two out."
             )
         if self.whole_batch and self.model_examples is not None:
             raise ValueError(
-                "whole_batch=True keeps all examples for the quadratic model; got "
-                f"model_examples={self.model_examples}. Leave one of the two out."
+                "whole_batch=True keeps all examples, got model_examples="
+                f"{self.model_examples}. Leave one of the two out."
             )
         dtype = self.rows_dtype
         if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
             raise ValueError(
                 f"rows_dtype must be a floating-point dtype, got {dtype}. Pass "
-                "rows_dtype='float32' or rows_dtype='bfloat16'."
+                "rows_dtype='float32', say."
             )
         losses = self.objective.losses if self.objective is not None else ()
-        for loss in losses if self.kind == "exact" else ():
-            if loss.hessian_columns is None:
-                raise ValueError(
-                    f"kind='exact' needs Loss.hessian_columns, which {loss.name!r} "
-                    "lacks. Pass one with hessian_columns=..., or use kind='mc'."
-                )
+        lacking = [loss.name for loss in losses if loss.hessian_columns is None]
+        if self.kind == "exact" and lacking:
+            raise ValueError(
+                f"kind='exact' needs Loss.hessian_columns, which {lacking[0]!r} "
+                "lacks. Pass one with hessian_columns=..., or use kind='mc'."
+            )
 
     def filled(self, **model: Any) -> "CaptureSpec":
         """Adds a model, ``tags`` to ``few_outputs``, and the numbers it implies."""
         spec = dataclasses.replace(self, **model)
-        rank, refresh_every, capture_every = (
-            self.rank,
-            self.refresh_every,
-            self.capture_every,
-        )
+        rank, every = self.rank, self.capture_every
         if rank == "auto":
             # Keeps products with eigenvectors cheap relative to one gradient. Every
             # example adds as many directions to the curvature as there are outputs.
             share = 8 if spec.few_outputs else 4
             rank = max(16, min(spec.batch_size // share, 64))
-        if rank is not None and refresh_every is None:
-            refresh_every = 8
-        if capture_every is None:
+        refresh = None if rank is None else self.refresh_every or 8
+        if every is None:
             # Captures then cost about a sixteenth of the gradients, or half of that.
             # With small batches dispatch dominates, and skipping captures saves little.
             times = 32 if spec.few_outputs else 16
-            capture_every = min(-(-times * spec.captured // spec.batch_size), 8)
-            if spec.batch_size < 64:
-                capture_every = 1
+            every = min(-(-times * spec.captured // spec.batch_size), 8)
+            every = every if spec.batch_size >= 64 else 1
         return dataclasses.replace(
-            spec, rank=rank, refresh_every=refresh_every, capture_every=capture_every
+            spec, rank=rank, refresh_every=refresh, capture_every=every
         )
 
     def is_from(self, options: "CaptureSpec", model_fn: Callable[..., Any]) -> bool:
@@ -144,14 +130,13 @@ class CaptureSpec:
             )
         for tag in self.tags:
             for path, shape in zip(tag.leaves, tag.shapes, strict=True):
-                # Half precision is solved in float32.
-                dtype = jnp.promote_types(leaves[path].dtype, jnp.float32)
-                if leaves[path].shape != shape or (
-                    path == tag.leaves[0] and dtype != tag.dtype
-                ):
+                # Half precision is solved in float32. A bias may have another dtype.
+                like = leaves[path if path != tag.bias else tag.leaves[0]]
+                dtype = jnp.promote_types(like.dtype, jnp.float32)
+                if (dtype, leaves[path].shape) != (tag.dtype, shape):
                     raise ValueError(
-                        f"Parameter {text(path)!r} has another shape or dtype than at "
-                        f"estimator.init.\n  expected: {tag.dtype} {shape}\n"
+                        f"Parameter {text(path)!r} must be as at estimator.init.\n"
+                        f"  expected: {tag.dtype} {shape}\n"
                         f"  got:      {dtype} {leaves[path].shape}\n{again}"
                     )
 

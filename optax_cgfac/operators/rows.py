@@ -197,7 +197,7 @@ def split_rows(like: Rows, rows: Array) -> list[Array]:
 
 
 def num_bytes(rows: Rows) -> int:
-    """Returns how much memory the rows take."""
+    """Returns the memory that rows, or a tree of arrays, take."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(rows))
 
 

@@ -78,8 +78,9 @@ def check_number(name: str, value: Any, allowed: Range, example: Any) -> None:
         )
     if not is_real_scalar(value):
         raise TypeError(f"{name} must be a number, got {summarize(value)}. {way_out}.")
-    is_known = is_number(value) or isinstance(value, np.ndarray)
-    if is_known and not allowed.holds(float(value)):
+    number: Any = value
+    is_known = is_number(number) or isinstance(number, np.ndarray)
+    if is_known and not allowed.holds(float(number)):
         raise ValueError(f"{name} must {allowed.text}, got {value}. {way_out}.")
 
 
