@@ -23,9 +23,14 @@ from optax_cgfac.solve.choose import (
 )
 from optax_cgfac.solve.eigenpairs import LayerEigenpairs, empty_eigenpairs, refresh
 from optax_cgfac.solve.solver import damped_operator
-from optax_cgfac.utils.paths import leaves_by_path, text
+from optax_cgfac.utils.paths import text
 from optax_cgfac.utils.types import Array, LayerRows, PyTree
-from optax_cgfac.utils.validate import NOT_NEGATIVE, check_number
+from optax_cgfac.utils.validate import (
+    NOT_NEGATIVE,
+    check_alike,
+    check_number,
+    leaf_types,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -166,14 +171,9 @@ class Curvature:
           ValueError: If the layers or their numbers of rows differ.
         """
         if other.tags != self.tags or other.spec.window != 1:
-            expected, got = (
-                ", ".join(f"{tag.name} ({tag.rows_per_step} rows)" for tag in tags)
-                for tags in (self.tags, other.tags)
-            )
             raise ValueError(
-                "push() takes a curvature of the same layers with window 1.\n"
-                f"  expected: {expected}, window 1\n"
-                f"  got:      {got}, window {other.spec.window}\n"
+                "push() takes a curvature of the same layers with window 1; got window "
+                f"{other.spec.window}, {', '.join(tag.name for tag in other.tags)}. "
                 "Start with curvature.with_window(8) of a first curvature."
             )
         pushed = self.push_rows(other.layers)
@@ -290,21 +290,13 @@ def check_rows(curvature: Curvature) -> None:
     # A restored or stacked curvature would otherwise fail deep inside a solve, or not
     # at all.
     like = jax.eval_shape(lambda: empty_curvature(curvature.spec))
-    expected, got = (
-        {
-            path: f"{leaf.dtype} {leaf.shape}"
-            for path, leaf in leaves_by_path([c.layers, c.eigenpairs]).items()
-        }
-        for c in (like, curvature)
+    check_alike(
+        "An array of the curvature does not fit its layers",
+        leaf_types({"layers": like.layers, "eigenpairs": like.eigenpairs}),
+        leaf_types({"layers": curvature.layers, "eigenpairs": curvature.eigenpairs}),
+        "Pass what estimator.init or estimator.update returned, restore checkpoints "
+        "into the former, and stack curvatures inside jax.vmap.",
     )
-    for path in sorted(expected.keys() | got.keys()):
-        if expected.get(path) != got.get(path):
-            raise ValueError(
-                f"The curvature's array {text(path[1:])!r} does not fit its layers.\n"
-                f"  expected: {expected.get(path)}\n  got:      {got.get(path)}\n"
-                "Pass what estimator.init or estimator.update returned, restore "
-                "checkpoints into the former, and stack curvatures inside jax.vmap."
-            )
 
 
 def check_samples_match(

@@ -301,9 +301,9 @@ def _warn_of_mixing(layers: Sequence[str], taken: int, whole: int) -> None:
         )
 
 
+# OpenBLAS threads may wait for each other for ever if several devices call it at once
+# (seen with 8 devices on 2 cores, jaxlib 0.10.2, `jnp.linalg.eigh`).
 def _warn_of_hanging_lapack() -> None:
-    # Its threads may wait for each other for ever if several devices call it at once
-    # (seen with 8 devices on 2 cores, jaxlib 0.10.2, `jnp.linalg.eigh`).
     is_cpu = jax.default_backend() == "cpu" and jax.local_device_count() > 1
     if is_cpu and os.environ.get("OPENBLAS_NUM_THREADS") != "1":
         warnings.warn(

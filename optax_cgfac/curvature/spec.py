@@ -8,9 +8,14 @@ import jax.numpy as jnp
 
 from optax_cgfac.layers.layer import LayerTag
 from optax_cgfac.problem.objective import Kind, Objective
-from optax_cgfac.utils.paths import Path, leaves_by_path, text
+from optax_cgfac.utils.paths import Path, text
 from optax_cgfac.utils.types import PyTree
-from optax_cgfac.utils.validate import check_choice, check_positive
+from optax_cgfac.utils.validate import (
+    check_alike,
+    check_choice,
+    check_positive,
+    leaf_types,
+)
 
 # With at most this many outputs half the eigenpairs suffice, and rows may be captured,
 # and quadratic models built, half as often.
@@ -98,6 +103,7 @@ class CaptureSpec:
             # example adds as many directions to the curvature as there are outputs.
             share = 8 if spec.few_outputs else 4
             rank = max(16, min(spec.batch_size // share, 64))
+        rank = None if rank is None else int(rank)
         refresh = None if rank is None else self.refresh_every or 8
         if every is None:
             # Captures then cost about a sixteenth of the gradients, or half of that.
@@ -118,27 +124,22 @@ class CaptureSpec:
 
     def check_parameters(self, params: PyTree) -> None:
         """Checks that parameters are those of ``init`` in name, shape and precision."""
-        leaves = leaves_by_path(params)
-        known = {leaf for tag in self.tags for leaf in tag.leaves}
-        known |= {path for path, _ in self.uncovered}
-        again = "Call estimator.init(params, inputs) again if the model has changed."
-        if leaves.keys() != known:
-            raise ValueError(
-                "params must have the parameters that estimator.init was given.\n"
-                f"  absent: {_listed(known - leaves.keys())}\n"
-                f"  new:    {_listed(leaves.keys() - known)}\n{again}"
-            )
+        got = leaf_types(params)
+        # The dtypes of uncovered parameters and biases are free.
+        expected = {text(p): got.get(text(p), "an array") for p, _ in self.uncovered}
         for tag in self.tags:
             for path, shape in zip(tag.leaves, tag.shapes, strict=True):
-                # Half precision is solved in float32. A bias may have another dtype.
-                like = leaves[path if path != tag.bias else tag.leaves[0]]
-                dtype = jnp.promote_types(like.dtype, jnp.float32)
-                if (dtype, leaves[path].shape) != (tag.dtype, shape):
-                    raise ValueError(
-                        f"Parameter {text(path)!r} must be as at estimator.init.\n"
-                        f"  expected: {tag.dtype} {shape}\n"
-                        f"  got:      {dtype} {leaves[path].shape}\n{again}"
-                    )
+                dtype = got.get(text(path), tag.dtype).split()[0]
+                # Half precision is solved in float32.
+                fits = jnp.promote_types(dtype, jnp.float32) == tag.dtype
+                dtype = dtype if fits or path != tag.leaves[0] else tag.dtype
+                expected[text(path)] = f"{dtype} {shape}"
+        check_alike(
+            "A parameter must be as at estimator.init",
+            expected,
+            got,
+            "Call estimator.init(params, inputs) again if the model has changed.",
+        )
 
     @property
     def captured(self) -> int:
@@ -168,7 +169,3 @@ class CaptureSpec:
         # last digit of bfloat16.
         halves = self.positions == 1 and tag.dtype == "float32"
         return "bfloat16" if halves and self.keeps_eigenpairs(tag) else tag.dtype
-
-
-def _listed(paths: set[tuple[str, ...]]) -> str:
-    return ", ".join(map(text, sorted(paths))) or "none"

@@ -18,17 +18,15 @@ from optax_cgfac.layers.extract import Draw, calls_of, example_rows, merge_colum
 from optax_cgfac.problem.batch import (
     check_examples,
     check_targets,
+    choose,
     num_kept,
     strided_examples,
     strided_indices,
 )
-from optax_cgfac.problem.objective import Kind, cotangents
-from optax_cgfac.utils.devices import axis_size, own_key, per_device
+from optax_cgfac.problem.objective import Kind, cotangents, with_random_signs
+from optax_cgfac.utils.devices import axis_size, per_device
 from optax_cgfac.utils.types import Array, LayerRows, PyTree, user_inputs
 from optax_cgfac.utils.validate import summarize
-
-# Seeds the draws of updates without a key; no user has it by chance.
-_SEED = 0xCFAC
 
 
 def updated(
@@ -63,7 +61,7 @@ def captured_rows(
     axis_name = objective.axis_name
     count = per_device("examples", spec.examples, axis_name)
     num_examples = num_kept(inputs, spec.batched)
-    start, keys = _choose(rng, curvature.num_updates, num_examples, axis_name)
+    start, keys = choose(rng, curvature.num_updates, num_examples, axis_name)
     target_rng, position_rng, sign_rng, entry_rng = keys
     indices = strided_indices(start, count, num_examples)
     if spec.whole_batch:
@@ -94,7 +92,7 @@ def captured_rows(
         targets=strided_examples(targets, is_target, start, count),
     )
     if spec.kind != "mc" and any(tag.sharing > 1 for tag in spec.tags):
-        columns = _with_random_signs(columns, sign_rng)
+        columns = with_random_signs(columns, sign_rng)
 
     structure = jax.tree.structure(returned)
 
@@ -118,20 +116,6 @@ def captured_rows(
     return curvature.push_rows(
         {name: gathered(new[name], dtypes[name], axis_name) for name in dtypes}
     )
-
-
-def _choose(
-    rng: Array | None, num_updates: Array, num_examples: int, axis_name: str | None
-) -> tuple[Array, list[Any]]:
-    """Returns the first example, and keys for targets, positions, signs, entries."""
-    if rng is None:
-        # Examples and positions cycle. Signs and entries must be random, and are the
-        # same in every run.
-        fixed = jax.random.fold_in(jax.random.key(_SEED), num_updates)
-        return num_updates, [None, None, *jax.random.split(own_key(fixed, axis_name))]
-    start_rng, *keys = jax.random.split(own_key(rng, axis_name), 5)
-    # One random number where `randint` takes three; nearly uniform.
-    return (jax.random.bits(start_rng) % num_examples).astype(jnp.int32), keys
 
 
 def _all_columns(
@@ -159,18 +143,6 @@ def discover_few(
     return discovery
 
 
-def _with_random_signs(columns: Sequence[Array], rng: Array) -> list[Array]:
-    """Gives the cotangents of every example and column a random sign."""
-    # In a layer whose input all examples share, their cotangents arrive added up. With
-    # independent signs, as with independent draws, the cross terms of squares vanish
-    # in the mean. The squares of a single example do not change.
-    signs = jax.random.rademacher(rng, columns[0].shape[:2])
-    return [
-        x * signs.reshape(*x.shape[:2], *([1] * (x.ndim - 2))).astype(x.dtype)
-        for x in columns
-    ]
-
-
 def check_key(rng: Any, kind: Kind, inputs: PyTree) -> None:
     """Checks that there is a key where one is needed, and that it is not shared."""
     if rng is None and kind == "mc":
@@ -192,17 +164,14 @@ def check_curvature(
     if not isinstance(curvature, Curvature):
         raise TypeError(
             "estimator.update takes the Curvature that estimator.init returned, got "
-            f"{summarize(curvature)}. Call estimator.update(curvature, params, inputs, "
-            "...)."
+            f"{summarize(curvature)}. Call estimator.update(curvature, params, inputs)."
         )
-    spec = curvature.spec
-    if not spec.is_from(options, model_fn):
-        check_same_module(spec.model_fn, model_fn)
+    if not curvature.spec.is_from(options, model_fn):
+        check_same_module(curvature.spec.model_fn, model_fn)
         raise ValueError(
             "estimator.update needs a curvature of its own estimator, got one that "
             "comes from another estimator or from value_and_grad. Call "
-            "estimator.init(params, inputs) of the one that updates it, and make the "
-            "estimator once, not at every step."
+            "estimator.init(params, inputs) of the one that updates it, made once."
         )
     check_rows(curvature)
 
@@ -211,15 +180,8 @@ def check_batch(curvature: Curvature, inputs: PyTree, targets: PyTree) -> None:
     """Checks inputs and targets against those of ``init``."""
     spec = curvature.spec
     assert spec.objective is not None
-    if (spec.kind == "empirical") != (targets is not None):
-        raise ValueError(
-            "Only kind='empirical' takes targets, and needs them; got "
-            f"kind={spec.kind!r} and targets={summarize(targets)}. Pass "
-            "targets=batch_targets with that kind only."
-        )
     captured = per_device("examples", spec.examples, spec.objective.axis_name)
-    num_examples = check_examples(
-        inputs, spec.batched, curvature.model_inputs, captured
-    )
-    if targets is not None:
-        check_targets(targets, num_examples, spec.objective.num_targets)
+    kept = curvature.model_inputs
+    num_examples = check_examples(inputs, spec.batched, kept, captured)
+    is_needed = spec.kind == "empirical"
+    check_targets(targets, num_examples, spec.objective.num_targets, is_needed)

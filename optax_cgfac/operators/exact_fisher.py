@@ -38,8 +38,6 @@ from optax_cgfac.utils.types import Array
 class BlockFisherOperator:
     """The exact Fisher block ``s Σ_m vec(d_m) vec(d_m)ᵀ`` of a layer.
 
-    Leading axes of ``a`` and ``g``, if any, are stacked layers.
-
     Attributes:
       a: Input activations, shape ``(*stack, R, n_in)``, rows of an example adjacent.
       g: Output cotangents, shape ``(*stack, R, n_out)``.
@@ -70,8 +68,7 @@ class BlockFisherOperator:
 
     def diagonal(self) -> Array:
         """Returns the diagonal as a matrix of shape ``(*stack, n_in, n_out)``."""
-        gradients = self.sample_gradients()
-        return self._scaled(jnp.sum(gradients**2, -3))
+        return self._scaled(jnp.sum(self.sample_gradients() ** 2, -3))
 
     def trace(self) -> Array:
         """Returns ``tr F``, of shape ``stack``."""
@@ -92,7 +89,7 @@ class BlockFisherOperator:
         )  # pyright: ignore[reportReturnType]
 
     def lift(self, coefficients: Array) -> Array:
-        """Returns ``Dᵀ z``, shape ``(*stack, n_in, n_out)``."""
+        """Returns ``Dᵀ z``, shape ``(*stack, n_in, n_out)``; ``z`` may lack a stack."""
         return sum(
             transpose_times(a, jnp.repeat(coefficients, count, -1)[..., None] * g)
             for a, g, count in self._parts()
@@ -202,11 +199,7 @@ class FullFisherOperator:
 
     def lift(self, coefficients: Array) -> list[Array]:
         """Returns ``Dᵀ z``, a matrix for each layer."""
-        shapes = [(*b.g.shape[:-2], *coefficients.shape) for b in self.blocks]
-        return [
-            block.lift(jnp.broadcast_to(coefficients, shape))
-            for block, shape in zip(self.blocks, shapes, strict=True)
-        ]
+        return [block.lift(coefficients) for block in self.blocks]
 
     def gram(self) -> Array:
         """Returns ``K``, the sum of the layers' own."""

@@ -19,10 +19,7 @@ from optax_cgfac.utils.types import Array
 class IndexRows:
     """Rows ``weights[r] · e(indices[r])`` with unit vectors ``e`` of length ``size``.
 
-    Attributes:
-      indices: Shape ``(*stack, R)``, int32, in ``[0, size)``.
-      weights: Shape ``(*stack, R)``; zero for a row that does not count.
-      size: The number of features ``n``.
+    Both arrays have shape ``(*stack, R)``; a row of weight zero does not count.
     """
 
     indices: Array

@@ -20,7 +20,7 @@ def with_auto_axes(
     Args:
       function: Returns arrays.
       *args: Its arguments, pytrees of arrays.
-      like: A tree with the structure and shardings of the results; None to replicate.
+      like: A tree with the shardings of the results; None to replicate them.
 
     Returns:
       ``function(*args)``.
@@ -48,10 +48,9 @@ def axis_size(axis_name: str | None) -> int:
         return jax.lax.axis_size(axis_name)
     except NameError:
         raise ValueError(
-            f"fisher_estimator(axis_name={axis_name!r}) splits the batch over a named "
-            "axis, and there is no such axis here. Call update() and tx.update() "
-            f"inside jax.shard_map over a mesh with the axis {axis_name!r}, or leave "
-            "axis_name out: under jax.jit alone sharded batches need none."
+            f"axis_name={axis_name!r} is the name of a mesh axis, and there is no such "
+            "axis here. Call update() and tx.update() inside jax.shard_map over it, or "
+            "leave axis_name out: under jax.jit alone sharded batches need none."
         ) from None
 
 

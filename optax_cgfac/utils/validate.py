@@ -101,12 +101,7 @@ def check_damping(damping: Any) -> None:
 
 def check_scheduled(name: str, value: Any) -> None:
     """Checks the result of a schedule."""
-    if not is_real_scalar(value):
-        error = ValueError if getattr(value, "shape", ()) else TypeError
-        raise error(
-            f"The schedule {name} must return one real number, got {summarize(value)}. "
-            f"Write {name}=lambda count: ... with a scalar for the count of updates."
-        )
+    check_number(f"The result of {name}", value, Range("be", lambda x: True), 0.1)
 
 
 def check_positive(name: str, value: Any, *, may_be_array: bool = False) -> None:
@@ -160,23 +155,31 @@ def wrong_signature(
     return None
 
 
-def check_parameters(params: PyTree) -> None:
-    """Checks that parameters are a tree of real floating-point arrays.
+def leaf_types(tree: PyTree) -> dict[str, str]:
+    """Returns the dtype and shape of every leaf by its path."""
+    leaves = leaves_by_path(tree).items()
+    return {text(p): f"{jnp.result_type(x)} {jnp.shape(x)}" for p, x in leaves}
 
-    Raises:
-      ValueError: If there are none.
-      TypeError: If there is anything else.
-    """
+
+def check_alike(
+    rule: str, expected: dict[str, str], got: dict[str, str], way_out: str
+) -> None:
+    """Checks that two trees have the same `leaf_types`."""
+    for name in sorted(expected.keys() | got.keys()):
+        if expected.get(name) != got.get(name):
+            raise ValueError(
+                f"{rule}: {name!r}\n  expected: {expected.get(name)}\n"
+                f"  got:      {got.get(name)}\n{way_out}"
+            )
+
+
+def check_parameters(params: PyTree) -> None:
+    """Checks that parameters are a tree of real floating-point arrays."""
     leaves = leaves_by_path(params)
-    if not leaves:
-        raise ValueError(
-            f"params has no leaves (got {summarize(params)}). Pass the tree of "
-            "parameters, such as model.init(key, x)['params'], or an nnx.Module."
-        )
-    if () in leaves:
+    if not leaves or () in leaves:
         raise TypeError(
-            "params must be a tree of named parameters, got "
-            f"{summarize(params)}. Pass the parameters first and the inputs second."
+            f"params must be a tree of named parameters, got {summarize(params)}. Pass "
+            "model.init(key, x)['params'] or an nnx.Module first, and inputs second."
         )
     for path, leaf in leaves.items():
         if not is_floating(leaf):

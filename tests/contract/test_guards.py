@@ -60,7 +60,7 @@ def test_the_batch_is_found_where_time_comes_first():
     params = init(model, x)
     batch = {"x": x, "y": jnp.zeros(NUM_EXAMPLES), "w": jnp.ones(NUM_EXAMPLES)}
     run = optax_cgfac.value_and_grad(lambda p, batch: loss_of(model)(p, batch["x"]))
-    assert run(params, batch)[2].spec.num_examples == NUM_EXAMPLES
+    assert run(params, batch)[2].spec.examples == NUM_EXAMPLES
 
 
 class WithPositions(nn.Module):

@@ -127,4 +127,4 @@ def test_examples_are_those_of_the_arguments_however_deep_the_model(depth):
     model, x = Flat(), normal(0, 6, 5, 4)
     params = init(model, x)
     run = value_and_grad(lambda p, x: jnp.mean(model.apply({"params": p}, x) ** 2))
-    assert run(params, x)[2].spec.num_examples == 6
+    assert run(params, x)[2].spec.examples == 6
