@@ -26,7 +26,7 @@ help:
 	@echo 'make notebooks run them and keep their outputs (minutes); one: ARGS=01'
 	@echo 'make test      unit tests and doctests; pytest options: make test ARGS="..."'
 	@echo 'make coverage  the same, and which lines and branches of the package they miss'
-	@echo 'make lint      ruff, pyright and the import order'
+	@echo 'make lint      ruff, pyright, the import order and the size of the modules'
 	@echo 'make clean     remove $(VENV), caches and build results'
 	@echo 'Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  JOBS=$(JOBS)  EXAMPLE=$(EXAMPLE)  ARGS=$(ARGS)'
 
@@ -54,6 +54,7 @@ lint: $(VENV)/.installed-dev
 	$(IN_VENV) -m ruff format --check
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(IN_VENV) -m pyright --pythonpath $(IN_VENV)
 	$(VENV)/bin/lint-imports
+	$(IN_VENV) .ci/house.py
 
 # The environment plus one extra; done again only when pyproject.toml changes.
 $(VENV)/.installed-%: pyproject.toml | $(IN_VENV)

@@ -1,12 +1,11 @@
-"""Who trains: each optimizer as a compiled step ``(state, batch, rng)``.
+"""The optimizers, each compiled to a step ``(state, batch, rng) -> (state, loss)``.
 
-``build("adam", workload, batch_size=256, learning_rate=1e-3)`` compiles one. Every
-contestant can start again from other parameters, so that seeds share what was
-compiled. The first item of a state is the parameters.
+``build("adam", workload, batch_size=256, learning_rate=1e-3)`` compiles one. The first
+item of a state is the parameters. A contestant can start from several sets of
+parameters, so all seeds share one compiled step.
 """
 
 import importlib
-import importlib.util
 import time
 import warnings
 from collections.abc import Callable
@@ -15,122 +14,100 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from curves import tree_bytes
 from workloads import Batch, Workload
 
 import optax_cgfac
 
 State = tuple[Any, Any]
+StartFn = Callable[[Any], State]
 StepFn = Callable[[State, Batch, jax.Array], tuple[State, jax.Array]]
 
-# Where nothing was tuned: the usual values.
-UNTUNED = {
-    "cgfac": {},
-    "gradient": {"learning_rate": 1e-3},
-    "adam": {"learning_rate": 1e-3},
-    "sgd": {"learning_rate": 1e-2},
-    "muon": {"learning_rate": 3e-3},
-    "shampoo": {"learning_rate": 1e-3},
-    "scale_by_kfac": {"learning_rate": 1e-3, "damping": 1e-1},
-    "kfac_jax": {"initial_damping": 10.0},
-}
 
-LABELS = {
-    "cgfac": "cgfac()",
-    "gradient": "plain gradient",
-    "adam": "Adam",
-    "sgd": "SGD, momentum 0.9",
-    "muon": "Muon",
-    "shampoo": "Shampoo",
-    "scale_by_kfac": "scale_by_kfac",
-    "kfac_jax": "kfac-jax",
+class Method(NamedTuple):
+    label: str
+    options: dict[str, float]  # usual settings, where none were tuned
+
+
+METHODS = {
+    "cgfac": Method("cgfac()", {}),
+    "gradient": Method("plain gradient", {"learning_rate": 1e-3}),
+    "adam": Method("Adam", {"learning_rate": 1e-3}),
+    "sgd": Method("SGD, momentum 0.9", {"learning_rate": 1e-2}),
+    "muon": Method("Muon", {"learning_rate": 3e-3}),
+    "shampoo": Method("Shampoo", {"learning_rate": 1e-3}),
+    "scale_by_kfac": Method("scale_by_kfac", {"learning_rate": 1e-3, "damping": 0.1}),
+    "kfac_jax": Method("kfac-jax", {"initial_damping": 10.0}),
 }
 
 
 class Contestant(NamedTuple):
-    """An optimizer ready to train.
+    """An optimizer with a compiled step."""
 
-    Attributes:
-      method: A key of `UNTUNED`.
-      batch_size: What it is given in every step.
-      options: Its settings, as they were passed to `build`.
-      start: Parameters to the state that training starts from, a copy.
-      step: ``(state, batch, rng) -> (state, loss)``; it gives the state away.
-      compile_seconds: Tracing and compilation of the step.
-      state_bytes: All that is kept from step to step beside the parameters.
-      min_steps: So many steps are taken even if all thresholds are reached before.
-    """
-
-    method: str
+    method: str  # a key of `METHODS`
     batch_size: int
     options: dict[str, float]
-    start: Callable[[Any], State]
-    step: StepFn
-    compile_seconds: float
-    state_bytes: int
-    min_steps: int = 0
+    start: StartFn  # copies the parameters
+    step: StepFn  # donates the state
+    compile_seconds: float  # to trace and compile the step
+    state_bytes: int  # without the parameters
+    min_steps: int = 0  # taken even if the last threshold is reached before
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What JSON keeps of it."""
         return {"method": self.method, "batch_size": self.batch_size, **self.options}
 
 
-def missing(method: str) -> str | None:
-    """Returns why a method cannot run here, or None."""
-    package = {"kfac_jax": "kfac-jax", "shampoo": "precondition-opt"}.get(method)
-    module = {"kfac_jax": "kfac_jax", "shampoo": "precondition"}.get(method)
-    if module is not None and importlib.util.find_spec(module) is None:
-        return f"{package} is not installed"
-    return None
+def reason(error: Exception) -> str:
+    """Returns why a method cannot run here."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed"
+    return f"{type(error).__name__}: {error}"[:300]
+
+
+def tree_bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def build(
     method: str, workload: Workload, *, batch_size: int | None = None, **options: float
 ) -> Contestant:
-    """Compiles a contestant.
-
-    Args:
-      method: A key of `UNTUNED`.
-      workload: What it trains on.
-      batch_size: Of its steps; the workload's own by default.
-      **options: Of the method; those of `UNTUNED` where none is given.
-
-    Returns:
-      The contestant.
-
-    Raises:
-      ValueError: If the method is unknown.
-    """
-    if method not in UNTUNED:
-        raise ValueError(f"Unknown method {method!r}. Methods: {', '.join(UNTUNED)}.")
+    """Compiles a contestant; ``options`` override those of `METHODS`."""
     size = workload.batch_size if batch_size is None else batch_size
-    options = {**UNTUNED[method], **options}
+    options = {**METHODS[method].options, **options}
     if method == "kfac_jax":
         rival = importlib.import_module("kfac_rival")
-        start, step, seconds, num_bytes = rival.prepare(workload, size, **options)
+        start, step, seconds, state = rival.prepare(workload, size, **options)
+        num_bytes = tree_bytes(state)
         return Contestant(method, size, options, start, step, seconds, num_bytes)
-    start, step = (
-        with_curvature(method, workload, size, **options)
-        if method in ("cgfac", "scale_by_kfac")
-        else first_order(method, workload, **options)
-    )
     batch = workload.batch(size)
+    prepare = second_order if method in ("cgfac", "scale_by_kfac") else first_order
+    init, update = prepare(method, workload, batch, **options)
+
+    def start(params: Any) -> State:
+        params = jax.tree.map(jnp.copy, params)
+        return params, init(params)
+
+    def step(state: State, batch: Batch, rng: jax.Array) -> tuple[State, jax.Array]:
+        params, opt_state = state
+        loss, grads = jax.value_and_grad(workload.loss_fn)(params, batch)
+        updates, opt_state = update(grads, opt_state, params, batch, loss, rng)
+        return (optax.apply_updates(params, updates), opt_state), loss
+
     state = start(workload.init(0))
     num_bytes = tree_bytes(state[1])
     started = time.perf_counter()
     jitted = jax.jit(step, donate_argnums=0)
     compiled = jitted.lower(state, batch, jax.random.key(0)).compile()
     seconds = time.perf_counter() - started
-    # What a program does in its first run alone is not on anybody's clock.
+    # The first run does one-time work that no clock should count.
     jax.block_until_ready(compiled(state, batch, jax.random.key(0)))
     return Contestant(method, size, options, start, compiled, seconds, num_bytes)
 
 
-def with_curvature(
-    method: str, workload: Workload, batch_size: int, **options: float
-) -> tuple[Callable[[Any], State], StepFn]:
-    """This library: `cgfac` with every default, or the K-FAC it comes with."""
+def second_order(
+    method: str, workload: Workload, batch: Batch, **options: float
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Returns init and update of `cgfac` at its defaults, or of `scale_by_kfac`."""
     estimator = optax_cgfac.fisher_estimator(workload.model_fn, workload.loss)
     if method == "cgfac":
         tx = optax_cgfac.cgfac(**options)
@@ -139,15 +116,9 @@ def with_curvature(
             optax_cgfac.scale_by_kfac(options["damping"]),
             optax.scale_by_learning_rate(options["learning_rate"]),
         )
-    inputs = workload.batch(batch_size)["x"]
 
-    def start(params: Any) -> State:
-        params = jax.tree.map(jnp.copy, params)
-        return params, (tx.init(params), estimator.init(params, inputs))
-
-    def step(state: State, batch: Batch, rng: jax.Array) -> tuple[State, jax.Array]:
-        params, (opt_state, curvature) = state
-        loss, grads = jax.value_and_grad(workload.loss_fn)(params, batch)
+    def update(grads, state, params, batch, loss, rng):
+        opt_state, curvature = state
         curvature = estimator.update(curvature, params, batch["x"], rng=rng)
         updates, opt_state = tx.update(
             grads,
@@ -157,53 +128,32 @@ def with_curvature(
             value=loss,
             value_fn=lambda p: workload.loss_fn(p, batch),
         )
-        return (optax.apply_updates(params, updates), (opt_state, curvature)), loss
+        return updates, (opt_state, curvature)
 
-    return start, step
+    return lambda params: (tx.init(params), estimator.init(params, batch["x"])), update
 
 
 def first_order(
-    method: str, workload: Workload, *, learning_rate: float
-) -> tuple[Callable[[Any], State], StepFn]:
-    """Optimizers that take gradients alone."""
+    method: str, workload: Workload, batch: Batch, *, learning_rate: float
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Returns init and update of an optimizer that uses only gradients."""
+    del workload, batch
     makers = {
         "gradient": optax.sgd,
         "adam": optax.adam,
         "sgd": lambda rate: optax.sgd(rate, momentum=0.9),
-        # For matrices; everything else goes to the Adam it comes with.
-        "muon": optax.contrib.muon,
+        "muon": optax.contrib.muon,  # uses Adam for all but matrices
         "shampoo": shampoo,
     }
     tx = makers[method](learning_rate)
-
-    def start(params: Any) -> State:
-        params = jax.tree.map(jnp.copy, params)
-        return params, tx.init(params)
-
-    def step(state: State, batch: Batch, rng: jax.Array) -> tuple[State, jax.Array]:
-        del rng
-        params, opt_state = state
-        loss, grads = jax.value_and_grad(workload.loss_fn)(params, batch)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), loss
-
-    return start, step
+    return tx.init, lambda grads, state, params, *_: tx.update(grads, state, params)
 
 
 def shampoo(learning_rate: float) -> optax.GradientTransformation:
-    """Distributed Shampoo of precondition-opt 0.3.0, the one that runs.
+    """Distributed Shampoo from precondition-opt 0.3.0.
 
-    Of what pip finds, tried on jax 0.9.1: ``optax-shampoo`` 0.0.6 stops in its own
-    ``while_loop`` (a carry changes its dtype) even with the aliases below, and pip
-    found no ``soap-jax``, ``distributed-shampoo``, ``scalable-shampoo`` or
-    ``precondition``. ``precondition-opt`` 0.3.0 runs once the aliases are back that
-    JAX removed in 2024. It computes roots in float32 where 64 bits are off.
-
-    Args:
-      learning_rate: Of the grafted steps.
-
-    Returns:
-      The transformation.
+    The package needs aliases that JAX removed in 2024; they are restored here. It
+    computes matrix roots in float32 unless 64-bit types are enabled.
     """
     aliases = {
         "tree_map": jax.tree.map,
@@ -220,7 +170,7 @@ def shampoo(learning_rate: float) -> optax.GradientTransformation:
     warnings.filterwarnings("ignore", "Explicitly requested dtype float64")
     return module.distributed_shampoo(
         learning_rate,
-        block_size=128,  # its roots then cost about as much as the gradient
+        block_size=128,  # the roots then cost about as much as the gradient
         graft_type=module.GraftingType.RMSPROP_NORMALIZED,
         preconditioning_compute_steps=10,
         generate_training_metrics=False,

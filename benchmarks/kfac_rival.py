@@ -1,7 +1,8 @@
-"""kfac-jax as a contestant: its own `Optimizer`, set as in its autoencoder example.
+"""kfac-jax's own `Optimizer` as a contestant, set up as in its autoencoder example.
 
-Adaptive learning rate, momentum and damping; Fisher from sampled targets. Its initial
-damping, 150 in the example, decides how the first steps go and is tuned here.
+Learning rate, momentum and damping are adaptive, and the Fisher matrix comes from
+sampled targets. The initial damping, 150 in the example, determines the first steps
+and is tuned here.
 """
 
 import itertools
@@ -13,27 +14,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import kfac_jax
-from curves import tree_bytes
 from workloads import LOSSES, Batch, Workload
 
-# Two periods of the damping's adaptation and of the inverses: every variant of the
-# step that its static arguments ask for is compiled after so many steps.
+# The damping and the inverses are both updated at this period. After one period and
+# one step, every variant of the step is compiled.
 PERIOD = 5
 TRIAL_STEPS = PERIOD + 1
 
 
 def registered_loss(workload: Workload) -> Callable[[Any, Batch], jax.Array]:
-    """Returns the workload's loss, which also tells kfac-jax what its Fisher is.
+    """Returns the workload's loss, registered with kfac-jax.
 
-    The registered losses are ``weight`` times a sum over everything but the batch,
-    divided by the batch size; the squared error has no factor 1/2. So the weight is
-    one over the positions of an example, and the Fisher is the one `cgfac` has.
-
-    Args:
-      workload: Whose loss it is.
-
-    Returns:
-      ``loss_fn(params, batch)``.
+    kfac-jax's registered losses are ``weight`` times a sum over everything but the
+    batch, divided by the batch size, and its squared error has no factor 1/2. With a
+    weight of one over the positions of an example, its Fisher matrix equals that of
+    `cgfac`.
     """
     register = {
         "softmax_cross_entropy": kfac_jax.register_softmax_cross_entropy_loss,
@@ -52,17 +47,8 @@ def registered_loss(workload: Workload) -> Callable[[Any, Batch], jax.Array]:
 
 def prepare(
     workload: Workload, batch_size: int, *, initial_damping: float
-) -> tuple[Callable[..., Any], Callable[..., Any], float, int]:
-    """Compiles kfac-jax's step.
-
-    Args:
-      workload: What it trains on.
-      batch_size: Of its steps.
-      initial_damping: From which Levenberg-Marquardt adapts it.
-
-    Returns:
-      The start, the step, the seconds to compile and the bytes of the state.
-    """
+) -> tuple[Callable[..., Any], Callable[..., Any], float, Any]:
+    """Returns the start, the compiled step, its compile seconds and a state."""
     optimizer = kfac_jax.Optimizer(
         value_and_grad_func=jax.value_and_grad(registered_loss(workload)),
         l2_reg=0.0,
@@ -82,17 +68,15 @@ def prepare(
     batch = workload.batch(batch_size)
     key = jax.random.key(0)
 
-    def start(params: Any, damping: float = initial_damping) -> Any:
+    def start(params: Any) -> Any:
         params = jax.tree.map(jnp.copy, params)
-        state = optimizer.init(params, key, batch)
-        state.damping = jnp.full_like(state.damping, damping)
-        return params, (state, 0)
+        return params, (optimizer.init(params, key, batch), 0)
 
     def step(state: Any, batch: Batch, rng: jax.Array) -> tuple[Any, jax.Array]:
         params, (opt_state, count) = state
         if count == 0:
-            # The burn-in, five estimates of the curvature before the first step. It
-            # gives its batches away: copies.
+            # The burn-in makes five curvature estimates before the first step. It
+            # donates its batches, so it gets copies.
             source = (jax.tree.map(jnp.copy, batch) for _ in itertools.count())
             data = {"data_iterator": source}
         else:
@@ -102,17 +86,18 @@ def prepare(
         )
         return (params, (opt_state, count + 1)), stats["loss"]
 
-    def trial() -> tuple[float, Any]:
-        state = start(workload.init(0))
-        started = time.perf_counter()
-        for i in range(TRIAL_STEPS):
-            state, loss = step(state, batch, jax.random.fold_in(key, i))
-        jax.block_until_ready((state[0], state[1][0], loss))
-        return time.perf_counter() - started, state[1][0]
-
     with warnings.catch_warnings():
-        # Its donations of integers and of batches have no use on a CPU.
+        # kfac-jax donates integers and batches, which CPUs cannot use.
         warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-        first, opt_state = trial()
-        second, _ = trial()
-    return start, step, max(first - second, 0.0), tree_bytes(opt_state)
+        first, opt_state = time_steps(start(workload.init(0)), step, batch, key)
+        second, _ = time_steps(start(workload.init(0)), step, batch, key)
+    return start, step, max(first - second, 0.0), opt_state
+
+
+def time_steps(state: Any, step: Any, batch: Batch, key: Any) -> tuple[float, Any]:
+    """Returns the seconds of `TRIAL_STEPS` steps and the optimizer state."""
+    started = time.perf_counter()
+    for i in range(TRIAL_STEPS):
+        state, loss = step(state, batch, jax.random.fold_in(key, i))
+    jax.block_until_ready((state[0], state[1][0], loss))
+    return time.perf_counter() - started, state[1][0]

@@ -1,48 +1,45 @@
 """Plots of the results, readable without colours."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from contestants import LABELS
+from contestants import METHODS
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-STYLES = {
-    "cgfac": {"ls": "-", "lw": 2.4},
-    "gradient": {"ls": (0, (1, 3)), "lw": 1.4},
-    "adam": {"ls": "--", "lw": 1.6},
-    "sgd": {"ls": ":", "lw": 1.8},
-    "muon": {"ls": "-.", "lw": 1.4},
-    "shampoo": {"ls": (0, (6, 2, 1, 2, 1, 2)), "lw": 1.4},
-    "scale_by_kfac": {"ls": (0, (1, 1)), "lw": 1.4},
-    "kfac_jax": {"ls": (0, (8, 3)), "lw": 1.2},
+STYLES = {  # marker, line style, line width
+    "cgfac": ("o", "-", 2.4),
+    "gradient": ("x", (0, (1, 3)), 1.4),
+    "adam": ("s", "--", 1.6),
+    "sgd": ("v", ":", 1.8),
+    "muon": ("+", "-.", 1.4),
+    "shampoo": ("P", (0, (6, 2, 1, 2, 1, 2)), 1.4),
+    "scale_by_kfac": ("^", (0, (1, 1)), 1.4),
+    "kfac_jax": ("D", (0, (8, 3)), 1.2),
 }
-MARKERS = {
-    "cgfac": "o",
-    "gradient": "x",
-    "adam": "s",
-    "sgd": "v",
-    "muon": "+",
-    "shampoo": "P",
-    "scale_by_kfac": "^",
-    "kfac_jax": "D",
-}
-FIXED = ("method", "batch_size")  # settings that are no options
-EVERY = 40  # of the points of a curve has a marker
+EVERY = 40  # points of a curve for each marker
+
+
+def style(method: str) -> dict[str, Any]:
+    marker, line, width = STYLES[method]
+    return {"color": "black", "marker": marker, "mfc": "white", "ls": line, "lw": width}
 
 
 def label(settings: Mapping[str, Any]) -> str:
-    """Returns how a contestant is called: optimizer, batch size and options."""
-    options = [f"{value:g}" for key, value in settings.items() if key not in FIXED]
-    return ", ".join([LABELS[settings["method"]], *options]) + (
-        f", batch {settings['batch_size']}"
-    )
+    """Returns the name of a contestant: optimizer, options and batch size."""
+    options = [
+        f"{value:g}"
+        for key, value in settings.items()
+        if key not in ("method", "batch_size")
+    ]
+    batch = f"batch {settings['batch_size']}"
+    return ", ".join([METHODS[settings["method"]].label, *options, batch])
 
 
 def curve(
-    runs: list[Mapping[str, Any]], points: int = 300
+    runs: Sequence[Mapping[str, Any]], points: int = 300
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Returns seconds, and the median, least and greatest loss of all seeds there.
 
@@ -68,24 +65,20 @@ def draw_race(path: pathlib.Path, result: Mapping[str, Any]) -> None:
             continue
         seconds, median, low, high = curve(contestant["runs"])
         settings = contestant["settings"]
-        style = {"marker": MARKERS[settings["method"]], "markevery": EVERY}
-        style |= {"color": "black", "mfc": "white", **STYLES[settings["method"]]}
+        look = style(settings["method"]) | {"markevery": EVERY}
         if name.startswith("cgfac@"):
-            style["lw"] = 1.2
-        axes.plot(seconds, median, label=label(settings), **style)
+            look["lw"] = 1.2
+        axes.plot(seconds, median, label=label(settings), **look)
         axes.fill_between(seconds, low, high, color="0.85", lw=0, zorder=0)
-    thresholds = result["workload"]["thresholds"]
-    if thresholds:
-        axes.axhline(thresholds[-1], color="0.5", lw=0.8)
     work = result["workload"]
+    if work["thresholds"]:
+        axes.axhline(work["thresholds"][-1], color="0.5", lw=0.8)
     axes.set(xscale="log", yscale="log", xlabel="seconds of training")
-    axes.set_title(
+    _finish(
+        axes,
         f"{work['title']}: {work['metric']} over the {work['num_examples']:,} "
-        f"training examples",
-        loc="left",
-        fontsize="medium",
+        "training examples",
     )
-    _finish(axes)
     figure.savefig(path, dpi=150)
 
 
@@ -93,38 +86,30 @@ def draw_widths(path: pathlib.Path, result: Mapping[str, Any]) -> None:
     """Draws step time and memory of one dense layer against its width."""
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for method, marker in MARKERS.items():
-        rows = [
-            row
-            for row in result["rows"]
-            if row["method"] == method and "failed" not in row
-        ]
+    good = [row for row in result["rows"] if "failed" not in row]
+    for method in STYLES:
+        rows = [row for row in good if row["method"] == method]
         if not rows:
             continue
         widths = [row["width"] for row in rows]
-        style = {"color": "black", "marker": marker, "mfc": "white"} | STYLES[method]
         power = result["exponents"][method]
-        name = LABELS[method] + ("" if power is None else f", power {power:.2f}")
-        left.plot(
-            widths, [r["step_seconds"]["mean"] for r in rows], label=name, **style
-        )
-        memory = [r["memory"]["of_training"] / 2**20 for r in rows]
-        right.plot(widths, memory, label=LABELS[method], **style)
-    for axes, title in (
-        (left, "seconds per step"),
-        (right, "peak memory of training, MiB"),
-    ):
-        axes.set(yscale="log", xlabel="width of one dense layer")
-        axes.set_xscale("log")
-        axes.set_title(title, loc="left", fontsize="medium")
-        _finish(axes)
+        name = METHODS[method].label + ("" if power is None else f", power {power:.2f}")
+        seconds = [row["step_seconds"]["mean"] for row in rows]
+        memory = [row["memory"]["of_training"] / 2**20 for row in rows]
+        left.plot(widths, seconds, label=name, **style(method))
+        right.plot(widths, memory, label=METHODS[method].label, **style(method))
+    titles = ("seconds per step", "peak memory of training, MiB")
+    for axes, title in zip((left, right), titles, strict=True):
+        axes.set(xscale="log", yscale="log", xlabel="width of one dense layer")
+        _finish(axes, title)
         axes.set_xticks(sorted({row["width"] for row in result["rows"]}))
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.xaxis.set_minor_locator(NullLocator())
     figure.savefig(path, dpi=150)
 
 
-def _finish(axes: Any) -> None:
+def _finish(axes: Any, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize="medium")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")

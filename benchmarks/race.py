@@ -1,10 +1,7 @@
-"""The protocol: contestants train in turn, and only their steps are on the clock.
+"""The race: contestants train in turn, and only their steps are on the clock.
 
-All start from the same parameters. Whoever has used the least time takes the next
-step, on batches of its own size, so that a busy machine slows all of them alike.
-Compilation, the making of batches and evaluation are off the clock. The loss over all
-the training data is evaluated on a grid that grows with the contestant's clock; the
-time to a threshold is that of the first evaluation at or below it.
+Whoever has used the least time takes the next step, so that other load on the machine
+slows all of them alike. README.md describes the protocol.
 """
 
 import math
@@ -18,48 +15,34 @@ from contestants import Contestant
 from tqdm import tqdm
 from workloads import Workload
 
+History = Sequence[Sequence[Any]]  # steps, seconds and loss of each evaluation
+
 MARKS = (1, 10, 25, 50, 100, 200, 500, 1000)  # steps that are always evaluated
-GRID = 0.04  # the grid's distance, of the clock: the error of the times to thresholds
-SPARING = 0.5  # of an evaluation's own seconds: the least distance, against waiting
-HOPELESS = 1.25  # so many times the loss of the best so far, in tuning
-WARM_UP = 3  # steps that do not count for step times
-# In pairs: while cgfac's window of 8 captures fills, it works more than later. Races
-# count those steps.
+GRID = 0.04  # distance of evaluations relative to the clock: the error of a time
+SPARING = 0.5  # least distance of evaluations, relative to the time of one
+HOPELESS = 1.25  # tuning gives up above this multiple of the best loss so far
+WARM_UP = 3  # steps not counted in step times
+# The same for pairs. `cgfac` does more work until its window of 8 captures is full.
 PAIRED_WARM_UP = 40
 
 
 class Rules(NamedTuple):
-    """When a contestant stops.
+    """When a contestant stops."""
 
-    Attributes:
-      budget: Seconds on its clock.
-      thresholds: It stops at the last one.
-      reference: The name of a contestant that takes ``reference_steps`` steps; the
-        others stop when they have reached its best loss.
-      reference_steps: See above.
-      pace: The history of a training to keep up with: whoever is far behind it after
-        a third of the budget stops.
-    """
-
-    budget: float
-    thresholds: Sequence[float] = ()
+    budget: float  # seconds on its clock
+    thresholds: Sequence[float] = ()  # it stops at the last one
+    # This contestant takes so many steps; the others stop at its best loss.
     reference: str | None = None
     reference_steps: int = 0
-    pace: Sequence[Sequence[float]] = ()
+    pace: History = ()  # it stops if far behind this run after a third of the budget
 
 
 class Runner:
-    """One contestant's training: its state, its clock and what was measured."""
+    """One training run: its state, its clock and its measurements."""
 
     def __init__(
-        self,
-        name: str,
-        contestant: Contestant,
-        workload: Workload,
-        params: Any,
-        seed: int,
+        self, contestant: Contestant, workload: Workload, params: Any, seed: int
     ):
-        self.name = name
         self.contestant = contestant
         self.state = contestant.start(params)
         self.batches = workload.batches(contestant.batch_size, seed)
@@ -67,23 +50,22 @@ class Runner:
         self.times: list[float] = []
         self.seconds = 0.0
         self.next_evaluation = 0.0
-        self.history: list[tuple[int, float, float]] = []  # steps, seconds, loss
-        self.loss = float("nan")  # of the last batch
+        self.history: list[tuple[int, float, float]] = []
+        self.loss = math.nan  # on the last batch
         self.stopped = ""
 
     @property
     def num_steps(self) -> int:
-        """Steps taken."""
         return len(self.times)
 
     @property
     def best(self) -> float:
-        """The least loss over all the data so far."""
+        """The least evaluated loss so far."""
         losses = [loss for _, _, loss in self.history if math.isfinite(loss)]
         return min(losses, default=math.inf)
 
     def step(self) -> None:
-        """Takes one step on the next batch, by the clock."""
+        """Takes and times one step."""
         batch = next(self.batches)
         rng = jax.random.fold_in(self.key, self.num_steps)
         jax.block_until_ready((batch, rng))
@@ -100,17 +82,9 @@ class Runner:
         self.history.append((self.num_steps, self.seconds, loss))
         self.next_evaluation = self.seconds + max(GRID * self.seconds, spacing)
 
-    def due(self) -> bool:
-        """Whether it is time to evaluate."""
-        return (
-            self.num_steps in MARKS
-            or self.seconds >= self.next_evaluation
-            or not math.isfinite(self.loss)
-        )
-
 
 def why_stop(runner: Runner, rules: Rules, reference: Runner | None) -> str:
-    """Returns why a contestant stops, empty if it does not."""
+    """Returns the reason why a contestant stops, or an empty string."""
     if runner.history and not math.isfinite(runner.history[-1][2]):
         return "diverged"
     if runner is reference:
@@ -138,137 +112,90 @@ def race(
     rules: Rules,
     *,
     seed: int,
-    evaluate: Callable[[Any], float] | None = None,
-    description: str = "",
+    evaluate: Callable[[Any], float],
 ) -> dict[str, dict[str, Any]]:
     """Trains all contestants from the same parameters, in turn.
 
-    Args:
-      workload: What they train on.
-      contestants: By the names of the result.
-      rules: When they stop.
-      seed: Of the parameters, the batches and the sampling.
-      evaluate: Parameters to the loss; compiled here if None.
-      description: For the progress bar.
-
-    Returns:
-      What was measured of each, which `json` can write.
+    ``seed`` determines parameters, batches and sampling; ``evaluate`` is the
+    workload's `evaluator`. Returns the `summary` of each contestant.
     """
-    evaluate = evaluate or workload.evaluator()
     params = workload.init(seed)
-    initial_loss = evaluate(params)
+    initial_loss = evaluate(params)  # also compiles
     started = time.perf_counter()
     evaluate(params)
     spacing = SPARING * (time.perf_counter() - started)
     runners = {
-        name: Runner(name, contestant, workload, params, seed)
+        name: Runner(contestant, workload, params, seed)
         for name, contestant in contestants.items()
     }
     for runner in runners.values():
         runner.history.append((0, 0.0, initial_loss))
     reference = runners.get(rules.reference) if rules.reference else None
-    active = list(runners.values())
+    active = dict(runners)
     with tqdm(
         total=rules.budget * len(active),
-        desc=description or workload.name,
+        desc=f"{workload.name}, seed {seed}",
         bar_format="{desc} |{bar:15}| {n:.0f}/{total:.0f} s {postfix}",
         mininterval=0.5,
     ) as bar:
         while active:
-            runner = min(active, key=lambda runner: runner.seconds)
+            name, runner = min(active.items(), key=lambda item: item[1].seconds)
             runner.step()
             bar.update(min(runner.times[-1], bar.total - bar.n))
-            bar.set_postfix_str(
-                ", ".join(f"{r.name} {r.best:.4g}" for r in active), refresh=False
-            )
-            stop = why_stop(runner, rules, reference)
-            if stop or runner.due():
+            bests = [f"{name} {r.best:.4g}" for name, r in active.items()]
+            bar.set_postfix_str(", ".join(bests), refresh=False)
+            due = runner.num_steps in MARKS or runner.seconds >= runner.next_evaluation
+            due |= not math.isfinite(runner.loss)
+            if due or why_stop(runner, rules, reference):
                 runner.evaluate(evaluate, spacing)
                 runner.stopped = why_stop(runner, rules, reference)
             if runner.stopped:
-                active.remove(runner)
-    return {name: summary(runner, rules) for name, runner in runners.items()}
+                del active[name]
+    return {name: summary(runner) for name, runner in runners.items()}
 
 
-def first_crossing(
-    history: Sequence[Sequence[float]], threshold: float
-) -> dict[str, float] | None:
-    """Returns the first evaluation at or below a threshold.
-
-    Args:
-      history: Triples of steps, seconds and loss.
-      threshold: The loss to reach.
-
-    Returns:
-      Its ``steps`` and ``seconds``, and ``after_seconds``, when the loss was still
-      above; None if it was not reached.
-    """
-    before = 0.0
+def first_crossing(history: History, threshold: float) -> dict[str, float] | None:
+    """Returns steps and seconds of the first loss at or below a threshold, or None."""
     for steps, seconds, loss in history:
         if loss is not None and loss <= threshold:
-            return {"steps": steps, "seconds": seconds, "after_seconds": before}
-        before = seconds
+            return {"steps": steps, "seconds": seconds}
     return None
 
 
-def summary(runner: Runner, rules: Rules) -> dict[str, Any]:
-    """What JSON keeps of a training; losses that are not finite become None."""
+def summary(runner: Runner) -> dict[str, Any]:
+    """Returns a run as JSON values; losses that are not finite become None."""
     history = [
         [steps, seconds, loss if math.isfinite(loss) else None]
         for steps, seconds, loss in runner.history
     ]
-    times = runner.times[WARM_UP:] or runner.times
     return {
         "history": history,
-        "thresholds": {
-            f"{threshold:g}": first_crossing(history, threshold)
-            for threshold in rules.thresholds
-        },
         "loss_at_steps": {str(n): loss for n, _, loss in history if n in MARKS},
         "best": runner.best if math.isfinite(runner.best) else None,
         "steps": runner.num_steps,
         "seconds": runner.seconds,
-        "step_seconds": {
-            "median": float(np.median(times)),
-            "mean": float(np.mean(times)),
-        },
+        "step_seconds": step_seconds(runner.times[WARM_UP:] or runner.times),
         "stopped": runner.stopped,
     }
+
+
+def step_seconds(times: Sequence[float]) -> dict[str, float]:
+    return {"median": float(np.median(times)), "mean": float(np.mean(times))}
 
 
 def paired_step_times(
     workload: Workload, ours: Contestant, other: Contestant, *, pairs: int, seed: int
 ) -> dict[str, Any]:
-    """Times two contestants' steps in strict alternation on the same batches.
+    """Times steps of two contestants in strict alternation on the same batches.
 
-    A step of `cgfac` does some of its work only every few steps, eigenpairs at small
-    batches every 64th: the ratio of the totals counts these in full if ``pairs`` is a
-    multiple of 64.
-
-    Args:
-      workload: What they train on.
-      ours: The numerator.
-      other: The denominator, with the same batch size.
-      pairs: How many steps of each are timed, after `PAIRED_WARM_UP` ones.
-      seed: Of parameters, batches and sampling.
-
-    Returns:
-      The ratio of the totals, median and quartiles of the ratios of pairs, and both
-      step times.
-
-    Raises:
-      ValueError: If the batch sizes differ.
+    `cgfac` does some of its work only every few steps; at small batches it renews
+    eigenpairs every 64th step. The ratio of totals counts this work in full if
+    ``pairs`` is a multiple of 64.
     """
-    if ours.batch_size != other.batch_size:
-        raise ValueError(
-            f"Paired step times need one batch size, got {ours.batch_size} and "
-            f"{other.batch_size}."
-        )
     params = workload.init(seed)
-    runners = [Runner(c.method, c, workload, params, seed) for c in (ours, other)]
-    total = PAIRED_WARM_UP + pairs
-    for i in tqdm(range(total), desc=f"{workload.name} paired steps"):
-        # Who goes first alternates, so that neither always has the warmer caches.
+    runners = [Runner(c, workload, params, seed) for c in (ours, other)]
+    for i in tqdm(range(PAIRED_WARM_UP + pairs), desc=f"{workload.name} paired steps"):
+        # Alternate who goes first, so that neither always finds warmer caches.
         for runner in runners if i % 2 else reversed(runners):
             runner.step()
     slow, fast = (np.array(runner.times[PAIRED_WARM_UP:]) for runner in runners)
@@ -279,9 +206,5 @@ def paired_step_times(
         "of_totals": float(slow.sum() / fast.sum()),
         "median": float(np.median(slow / fast)),
         "quartiles": np.quantile(slow / fast, (0.25, 0.75)).tolist(),
-        "step_seconds": [
-            {"median": float(np.median(times)), "mean": float(np.mean(times))}
-            for times in (slow, fast)
-        ],
-        "settings": [ours.settings, other.settings],
+        "step_seconds": [step_seconds(slow), step_seconds(fast)],
     }

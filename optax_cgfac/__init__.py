@@ -3,7 +3,7 @@
 from optax_cgfac.capture.linen.tap import capture_axes
 from optax_cgfac.capture.nnx.layers import CaptureVariable
 from optax_cgfac.capture.tag_layer import tag_layer
-from optax_cgfac.curvature.check_gradients import GradientCheck, check_gradients
+from optax_cgfac.curvature.check_gradients import check_gradients
 from optax_cgfac.curvature.curvature import Curvature
 from optax_cgfac.curvature.estimator import CurvatureEstimator, fisher_estimator
 from optax_cgfac.curvature.single_pass import value_and_grad
@@ -13,19 +13,18 @@ from optax_cgfac.operators.kronecker import (
     FactoredDampedOperator,
     KroneckerOperator,
 )
-from optax_cgfac.optimize.adaptive import CGFACState
 from optax_cgfac.optimize.cgfac import cgfac
-from optax_cgfac.optimize.diagnostics import diagnostics, scalars, stop_reasons
+from optax_cgfac.optimize.diagnostics import diagnostics
 from optax_cgfac.optimize.scale_by import (
     ScaleByCGFACState,
     scale_by_cgfac,
     scale_by_kfac,
 )
+from optax_cgfac.optimize.step import CGFACState
 from optax_cgfac.problem.loss import Loss
 from optax_cgfac.solve.cg import conjugate_gradient
 from optax_cgfac.solve.info import CGInfo, StopReason
 from optax_cgfac.train_state import TrainState
-from optax_cgfac.utils.types import LayerRows, LinearOperator
 
 __all__ = [
     "BlockFisherOperator",
@@ -37,10 +36,7 @@ __all__ = [
     "DampedOperator",
     "FactoredDampedOperator",
     "FullFisherOperator",
-    "GradientCheck",
     "KroneckerOperator",
-    "LayerRows",
-    "LinearOperator",
     "Loss",
     "ScaleByCGFACState",
     "StopReason",
@@ -51,10 +47,8 @@ __all__ = [
     "conjugate_gradient",
     "diagnostics",
     "fisher_estimator",
-    "scalars",
     "scale_by_cgfac",
     "scale_by_kfac",
-    "stop_reasons",
     "tag_layer",
     "value_and_grad",
 ]

@@ -21,7 +21,7 @@ from optax_cgfac.operators.kronecker import KroneckerOperator
 from optax_cgfac.operators.rows import Rows, num_bytes, num_features, num_rows, to_dense
 from optax_cgfac.solve.choose import (
     DampingForm,
-    SolveConfig,
+    SolveSpec,
     default_damping_form,
     make_plan,
 )
@@ -36,6 +36,11 @@ __all__ = ["cost", "coverage", "damping", "residuals", "spectrum"]
 
 # What `optax_cgfac.diagnostics` returned after each update, or its arrays stacked.
 History = Sequence[Mapping[str, Any]] | Mapping[str, Any]
+
+_INK, _PAPER, _SHADE = "black", "white", "0.6"
+_LINES = ("-", "--", ":", "-.")
+_MARKERS = ("o", "s", "^", "D", "v", "x", "P")
+_MARKS = 8  # of a line's points have a marker
 
 
 def coverage(
@@ -84,20 +89,20 @@ def coverage(
     covered, total = sum(size for _, size in bars), sum(sizes.values())
     bars += [(text(path), sizes[path]) for path in left_out]
     names, lengths = zip(*bars, strict=True)
-    ax = new_axes(ax, len(bars))
-    drawn = ax.barh(range(len(bars)), lengths, color=SHADE, edgecolor=INK, height=0.7)
+    ax = _new_axes(ax, len(bars))
+    drawn = ax.barh(range(len(bars)), lengths, color=_SHADE, edgecolor=_INK, height=0.7)
     for bar in drawn[len(curvature.tags) :]:
-        bar.set(facecolor=PAPER, hatch="////")
+        bar.set(facecolor=_PAPER, hatch="////")
     # A hatching cannot be seen on a thin bar.
     kinds = [""] * len(curvature.tags) + [", no curvature"] * len(left_out)
     labels = [f"{size:,}{kind}" for size, kind in zip(lengths, kinds, strict=True)]
     ax.bar_label(drawn, labels, padding=4, fontsize="small")
     ax.margins(x=0.15)
-    name_bars(ax, names)
+    _name_bars(ax, names)
     ax.set_xlabel("parameters" + (", hatched: without curvature" if left_out else ""))
     share = 100 * covered / max(total, 1)
     title = f"{covered:,} of {total:,} parameters preconditioned ({share:.3g} %)"
-    return finish(ax, title, grid="x")
+    return _finish(ax, title, grid="x")
 
 
 def cost(
@@ -134,7 +139,7 @@ def cost(
     """
     structure = options.get("structure", "kronecker")
     form = damping_form or default_damping_form(structure)
-    config = SolveConfig(damping_form=form, **options)
+    config = SolveSpec(damping_form=form, **options)
     flops, notes = [], []
     for tag in curvature.tags:
         rows = curvature.layers[tag.name]
@@ -145,17 +150,17 @@ def cost(
         held = human_bytes(num_bytes(rows.a) + num_bytes(rows.g))
         notes.append(f"{plan.solver}, rows {held}")
     places = range(len(flops))
-    ax = new_axes(ax, len(flops))
+    ax = _new_axes(ax, len(flops))
     ax.set_xscale("log")
-    ax.hlines(places, min(flops) / 2, flops, color=INK, lw=1, ls=":")
-    ax.plot(flops, places, "o", color=INK)
-    name_bars(ax, [tag.name for tag in curvature.tags])
+    ax.hlines(places, min(flops) / 2, flops, color=_INK, lw=1, ls=":")
+    ax.plot(flops, places, "o", color=_INK)
+    _name_bars(ax, [tag.name for tag in curvature.tags])
     beside = ax.secondary_yaxis("right")
     beside.set_yticks(places, notes)
     beside.tick_params(length=0)
     beside.spines["right"].set_visible(False)
     ax.set_xlabel("floating-point operations of a solve, estimated")
-    return finish(ax, f"{sum(flops):.3g} operations for all layers", grid="x")
+    return _finish(ax, f"{sum(flops):.3g} operations for all layers", grid="x")
 
 
 def residuals(
@@ -180,7 +185,6 @@ def residuals(
     Raises:
       ValueError: If there is nothing to draw: no entries, an unknown layer, or direct
         solves, which compute no residual unless told to.
-      TypeError: If the entries are not what `optax_cgfac.diagnostics` returns.
 
     Example:
       >>> from optax_cgfac import plot
@@ -191,7 +195,7 @@ def residuals(
       >>> [line.get_label() for line in plot.residuals(history).get_lines()]
       ['Dense_0']
     """
-    series = as_series(history)["layers"]
+    series = _as_series(history)["layers"]
     unknown = [name for name in layers or () if name not in series]
     if unknown:
         raise ValueError(
@@ -201,16 +205,20 @@ def residuals(
     found = {name: series[name]["residual"] for name in layers or series}
     if not any(np.any(values > 0) for values in found.values()):
         raise ValueError(
-            "No residual was computed. Conjugate gradients have one, as in "
-            "cgfac(solver='cg'); direct solves with certify=True only."
+            "No residual was computed: direct solves have none. Pass "
+            "cgfac(solver='cg') for solves by conjugate gradients."
         )
-    x = positions_of(steps, len(next(iter(found.values()))))
-    ax = new_axes(ax)
+    x = (
+        np.arange(len(next(iter(found.values())))) + 1
+        if steps is None
+        else np.asarray(steps)
+    )
+    ax = _new_axes(ax)
     ax.set(yscale="log", xlabel="update")
-    for (name, values), style in zip(found.items(), line_styles(len(x)), strict=False):
+    for (name, values), style in zip(found.items(), _line_styles(len(x)), strict=False):
         ax.plot(x, np.where(values > 0, values, np.nan), label=name, **style)
-    add_legend(ax, len(found))
-    return finish(ax, "relative residual of the layers' solves")
+    _add_legend(ax, len(found))
+    return _finish(ax, "relative residual of the layers' solves")
 
 
 def damping(
@@ -232,7 +240,6 @@ def damping(
 
     Raises:
       ValueError: If there are no entries, or none of `optax_cgfac.cgfac`.
-      TypeError: If the entries are not what `optax_cgfac.diagnostics` returns.
 
     Example:
       >>> from optax_cgfac import plot
@@ -243,31 +250,31 @@ def damping(
       >>> plot.damping(history).get_yscale()
       'log'
     """
-    series = as_series(history)
+    series = _as_series(history)
     if "damping" not in series:
         raise ValueError(
             "The history has no damping: diagnostics() of cgfac have it, those of "
             "scale_by_cgfac and scale_by_kfac have not."
         )
     values = series["damping"]
-    x = positions_of(steps, len(values))
-    left = new_axes(ax)
+    x = np.arange(len(values)) + 1 if steps is None else np.asarray(steps)
+    left = _new_axes(ax)
     right = left.twinx()
-    first, second, third = itertools.islice(line_styles(len(x)), 3)
+    first, second, third = itertools.islice(_line_styles(len(x)), 3)
     lines = left.plot(x, values, label="damping (left)", **first)
     lines += right.plot(x, series["step_size"], label="step size (right)", **second)
     lines += right.plot(x, series["momentum"], label="momentum (right)", **third)
     # An update before the first entry counts as one of its own.
     rejected = np.diff(series["num_rejected"], prepend=0) > 0
     if np.any(rejected):
-        crosses = {"color": INK, "ms": 9, "label": "not taken"}
+        crosses = {"color": _INK, "ms": 9, "label": "not taken"}
         lines += left.plot(x[rejected], values[rejected], "x", **crosses)
     left.set(yscale="log", xlabel="update", ylabel="damping")
     right.set(ylim=(-0.03, 1.03), ylabel="step size, momentum")
     right.spines["top"].set_visible(False)
     above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": len(lines)}
     left.legend(handles=lines, frameon=False, fontsize="small", **above)
-    return finish(left)
+    return _finish(left)
 
 
 def spectrum(
@@ -305,10 +312,6 @@ def spectrum(
       >>> plot.spectrum(curvature, ".", damping=0.1).get_title(loc="left")
       '.: 8 of 8 eigenvalues above rounding'
     """
-    if structure not in ("kronecker", "block"):
-        raise ValueError(
-            f"structure must be 'kronecker' or 'block', got {structure!r}."
-        )
     operator: Any = curvature.operator(layer, structure=structure)
     values = _eigenvalues(operator)
     if not values.size:
@@ -319,14 +322,14 @@ def spectrum(
         )
     size = num_features(operator.a) * operator.g.shape[-1]
     total = math.prod(operator.g.shape[:-2]) * size
-    ax = new_axes(ax)
+    ax = _new_axes(ax)
     ax.set(xscale="log", yscale="log", xlabel="eigenvalue, the largest first")
-    ax.plot(np.arange(1, values.size + 1), values, color=INK, label="eigenvalues")
+    ax.plot(np.arange(1, values.size + 1), values, color=_INK, label="eigenvalues")
     if damping is not None:
-        ax.axhline(damping, color=INK, ls="--", lw=1, label=f"damping {damping:.3g}")
-        add_legend(ax, 2)
+        ax.axhline(damping, color=_INK, ls="--", lw=1, label=f"damping {damping:.3g}")
+        _add_legend(ax, 2)
     title = f"{layer}: {values.size:,} of {total:,} eigenvalues above rounding"
-    return finish(ax, title)
+    return _finish(ax, title)
 
 
 _EPS = float(np.finfo(np.float32).eps)  # of the rows
@@ -337,10 +340,10 @@ def _eigenvalues(operator: KroneckerOperator | BlockFisherOperator) -> np.ndarra
     if isinstance(operator, BlockFisherOperator):
         values = np.linalg.eigvalsh(np.asarray(operator.gram(), np.float64))
         least = operator.num_samples * _EPS * values[..., -1:]
-        values = np.where(values > least, values, 0) * _beside(operator.scale)
+        values = np.where(values > least, values, 0) * _as_column(operator.scale)
     else:
-        a = _squared_singular_values(operator.a) * _beside(operator.a_scale)
-        g = _squared_singular_values(operator.g) * _beside(operator.g_scale)
+        a = _squared_singular_values(operator.a) * _as_column(operator.a_scale)
+        g = _squared_singular_values(operator.g) * _as_column(operator.g_scale)
         values = a[..., :, None] * g[..., None, :]
     values = np.sort(np.ravel(values))[::-1]
     return values[values > 0]
@@ -354,36 +357,13 @@ def _squared_singular_values(rows: Rows) -> np.ndarray:
     return np.where(values > least, values, 0) ** 2
 
 
-def _beside(scale: Any) -> np.ndarray:
-    """Returns a scale, or one for each stacked layer, beside its eigenvalues."""
+def _as_column(scale: Any) -> np.ndarray:
+    """Returns scales with an axis for the eigenvalues."""
     return np.asarray(scale, np.float64)[..., None]
 
 
-INK, PAPER, SHADE = "black", "white", "0.6"
-
-
-_LINES = ("-", "--", ":", "-.")
-
-
-_MARKERS = ("o", "s", "^", "D", "v", "x", "P")
-
-
-_MARKS = 8  # of a line's points have a marker
-
-
-def new_axes(ax: "Axes | None", num_bars: int | None = None) -> "Axes":
-    """Returns where to draw: the axes that were given, or those of a new figure.
-
-    Args:
-      ax: The axes that were given, or None.
-      num_bars: Horizontal bars, for the height of the figure.
-
-    Returns:
-      The axes.
-
-    Raises:
-      ImportError: If matplotlib is missing.
-    """
+def _new_axes(ax: "Axes | None", num_bars: int | None = None) -> "Axes":
+    """Returns where to draw: the axes that were given, or those of a new figure."""
     if ax is not None:
         return ax
     try:
@@ -398,7 +378,7 @@ def new_axes(ax: "Axes | None", num_bars: int | None = None) -> "Axes":
     return ax
 
 
-def finish(
+def _finish(
     ax: "Axes", title: str = "", *, grid: Literal["both", "x"] = "both"
 ) -> "Axes":
     """Gives axes their title, a grid and no frame; returns them."""
@@ -410,55 +390,37 @@ def finish(
     return ax
 
 
-def add_legend(ax: "Axes", num_lines: int) -> None:
+def _add_legend(ax: "Axes", num_lines: int) -> None:
     """Adds a legend; one of many lines stands beside them, where it hides none."""
     beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
     ax.legend(frameon=False, fontsize="small", **(beside if num_lines > 6 else {}))
 
 
-def name_bars(ax: "Axes", names: Sequence[str]) -> None:
+def _name_bars(ax: "Axes", names: Sequence[str]) -> None:
     """Names horizontal bars, of which the first is to stand at the top."""
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)
 
 
-def line_styles(num_points: int) -> Iterator[dict[str, Any]]:
-    """Yields line styles without end, all black.
-
-    Args:
-      num_points: Of each line, some of which get a marker, in every line others.
-
-    Yields:
-      Keyword arguments of ``ax.plot``.
-    """
+def _line_styles(num_points: int) -> Iterator[dict[str, Any]]:
+    """Yields keyword arguments of ``ax.plot`` without end, all lines black."""
     every = max(num_points // _MARKS, 1)
     pairs = zip(itertools.cycle(_LINES), itertools.cycle(_MARKERS), strict=False)
     for index, (line, marker) in enumerate(pairs):
         yield {
-            "color": INK,
+            "color": _INK,
             "ls": line,
             "lw": 1.4,
             "marker": marker,
             "ms": 5,
-            "mfc": PAPER,
+            "mfc": _PAPER,
             "markevery": (index * every // 3 % every, every),
         }
 
 
-def as_series(history: History) -> dict[str, Any]:
-    """Returns a history as one dict of arrays, with an entry for each update.
-
-    Args:
-      history: A list of what `diagnostics` returns, or one with stacked arrays.
-
-    Returns:
-      The dict, nested as they are.
-
-    Raises:
-      ValueError: If there are no entries, or an entry is no scalar.
-      TypeError: If the entries are not what `diagnostics` returns.
-    """
+def _as_series(history: History) -> dict[str, Any]:
+    """Returns a history as one dict of arrays, with an entry for each update."""
     stacked = isinstance(history, Mapping)
     entries: list[Any] = [history] if stacked else list(history)
     if not entries:
@@ -466,12 +428,6 @@ def as_series(history: History) -> dict[str, Any]:
             "The history is empty: append optax_cgfac.diagnostics(opt_state) to a list "
             "after each update."
         )
-    for entry in entries:
-        if not isinstance(entry, Mapping) or "layers" not in entry:
-            raise TypeError(
-                "The history must hold what optax_cgfac.diagnostics(opt_state) "
-                f"returns, got {type(entry).__name__}."
-            )
     trees = [jax.tree.map(np.asarray, dict(entry)) for entry in entries]
     series = trees[0] if stacked else jax.tree.map(lambda *xs: np.stack(xs), *trees)
     shapes = {x.shape for x in jax.tree.leaves(series)}
@@ -482,25 +438,3 @@ def as_series(history: History) -> dict[str, Any]:
             "jax.tree.map(lambda x: x[0], history)."
         )
     return series
-
-
-def positions_of(steps: Sequence[float] | None, count: int) -> np.ndarray:
-    """Returns the update of each of ``count`` entries.
-
-    Args:
-      steps: As the user gave them; None for 1, 2, 3 and so on.
-      count: The number of entries.
-
-    Returns:
-      An array of that length.
-
-    Raises:
-      ValueError: If there are more or fewer.
-    """
-    positions = np.arange(1, count + 1) if steps is None else np.asarray(steps)
-    if positions.shape != (count,):
-        raise ValueError(
-            f"steps must have one number for each of the {count} entries, got shape "
-            f"{positions.shape}."
-        )
-    return positions

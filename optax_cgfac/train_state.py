@@ -1,7 +1,6 @@
 """Flax's `TrainState` with a curvature, and keyword arguments for the optimizer."""
 
 import functools
-from collections.abc import Mapping
 from typing import Any, Self
 
 import optax
@@ -10,7 +9,6 @@ from flax.training import train_state
 from optax_cgfac.curvature.curvature import Curvature
 from optax_cgfac.optimize.scale_by import gradient_transformation
 from optax_cgfac.utils.types import PyTree
-from optax_cgfac.utils.validate import summarize
 
 
 class TrainState(train_state.TrainState):
@@ -74,23 +72,7 @@ class TrainState(train_state.TrainState):
 
         Returns:
           The new state.
-
-        Raises:
-          TypeError: If ``extra_args`` are none.
-          ValueError: If they repeat an argument.
         """
-        if not isinstance(extra_args, Mapping | None):
-            raise TypeError(
-                "extra_args must be a dict of keyword arguments of tx.update, got "
-                f"{summarize(extra_args)}. Pass extra_args={{'grad': grads}}, say."
-            )
-        twice = {"curvature", "value", "value_fn"} & (extra_args or {}).keys()
-        if twice:
-            raise ValueError(
-                "extra_args must hold further arguments, got "
-                f"{', '.join(sorted(twice))} in it. Pass these to apply_gradients by "
-                "their own names."
-            )
         curvature = self.curvature if curvature is None else curvature
         given = {"curvature": curvature, "value": value, "value_fn": value_fn}
         given = {name: x for name, x in given.items() if x is not None}

@@ -14,29 +14,28 @@ from optax_cgfac.utils.paths import Path
 from optax_cgfac.utils.types import Array, PyTree
 
 Form = Literal["dense", "patches", "index", "swapped", "elementwise"]
-"""How the rows of a call come out of its input ``x`` and output cotangent ``y``.
+"""How the input ``x`` and output cotangent ``y`` of a call become rows ``a`` and ``g``.
 
 ``dense``: ``a = x``, ``g = y``. ``patches``: ``a`` are patches of ``x``. ``index``:
 ``x`` are indices, ``a`` one-hot. ``swapped``: the kernel is used transposed, ``a = y``
-and ``g = x``. ``elementwise``: the output is ``scale * x + bias``; a row is the
-gradient of an example with respect to both.
+and ``g = x``. ``elementwise``: the output is ``scale * x + bias``, a row the gradient
+of an example with respect to both.
 """
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class LayerCall:
-    """The static facts of one layer call, as its framework adapter saw it.
+    """The static facts of one layer call.
 
-    Shapes and axes are those inside all transforms. The captured input has the form
+    Shapes and axes are those inside all transforms. The captured input has the shape
     ``(*batch, *positions, *inner)``, where ``batch`` are axes that the kernel has too
-    and ``inner`` belongs to the form: one axis of features (``dense``, ``swapped``),
-    space and channels (``patches``), nothing (``index``), the output's features
-    (``elementwise``).
+    and ``inner`` belongs to the form: features, or space and channels (``patches``), or
+    nothing (``index``).
 
     Attributes:
       kind: The kind of layer, for reports.
-      form: How rows come out of the call.
+      form: How the call becomes rows.
       input_ndim: Rank of the captured input.
       output_ndim: Rank of the output.
       kernel: Name of the kernel among the layer's parameters, if it has one.
@@ -44,8 +43,7 @@ class LayerCall:
       bias: Name of the bias.
       kernel_axes: The kernel's axes in the order batch, summed over, features.
       batch_ndim: How many of them are batched (one matrix each).
-      feature_ndim: How many are output features; of an ``elementwise`` call, the
-        trailing axes of its output that have parameters of their own.
+      feature_ndim: How many are output features.
       groups: Groups of input and output channels with a matrix each.
       spatial_dims: The spatial dimensions of a convolution.
       output_axes: Transposition of the output into ``(*batch, *positions,
@@ -77,16 +75,13 @@ class LayerCall:
     @property
     def inner_ndim(self) -> int:
         """Trailing axes of the captured input that are not positions."""
-        if self.form == "patches":
-            return len(self.spatial_dims) + 1
-        return {"index": 0, "elementwise": self.feature_ndim}.get(self.form, 1)
+        return {"patches": len(self.spatial_dims) + 1, "index": 0}.get(self.form, 1)
 
     @property
     def output_inner_ndim(self) -> int:
         """Trailing axes of the output that are not positions."""
-        if self.form == "patches":
-            return len(self.spatial_dims) + 1
-        return 1 if self.form == "swapped" else self.feature_ndim
+        inner_ndims = {"patches": len(self.spatial_dims) + 1, "swapped": 1}
+        return inner_ndims.get(self.form, self.feature_ndim)
 
     @property
     def positions_inside(self) -> int:
@@ -101,14 +96,8 @@ _PREFIX = "cgfac:"
 
 def encode(call: LayerCall) -> str:
     """Returns the facts of a call as a variable name."""
-    fields = [getattr(call, field.name) for field in dataclasses.fields(call)]
-    plain = [
-        tuple(map(tuple, value))
-        if isinstance(value, tuple) and value is call.spatial_dims
-        else value
-        for value in fields
-    ]
-    return _PREFIX + repr(tuple(plain))
+    plain = dataclasses.replace(call, spatial_dims=tuple(map(tuple, call.spatial_dims)))
+    return _PREFIX + repr(tuple(vars(plain).values()))
 
 
 def decode(name: str) -> LayerCall | None:
@@ -120,68 +109,44 @@ def decode(name: str) -> LayerCall | None:
     return dataclasses.replace(call, spatial_dims=spatial_dims)
 
 
+class CallSite(NamedTuple):
+    """Where calls of a layer are captured."""
+
+    root: int  # the index of the outermost module call
+    path: Path  # of the module below it
+    name: str  # the layer's first parameter there
+    # For every call the axis of its input along which examples lie: -1 if the input
+    # does not depend on the batch, None if unknown.
+    axes: tuple[int | None, ...]
+
+
 class Root(NamedTuple):
-    """What was captured below one outermost module call.
+    """What was captured below one outermost module call."""
 
-    Attributes:
-      calls: For every layer path below the root, its calls: the facts, the input
-        and, in discovery, the output.
-      leaf_ids: The identity of every parameter leaf the root module was given.
-    """
-
+    # By layer path below the root: facts, input and, in discovery, the output.
     calls: dict[Path, list[tuple[LayerCall, tuple[Array, ...]]]]
-    leaf_ids: dict[Path, int]
+    leaf_ids: dict[Path, int]  # the identity of every parameter leaf
 
 
 class Visit(NamedTuple):
-    """A module that the trace met, for reports on uncovered parameters.
-
-    Attributes:
-      class_name: Its class.
-      liftable: Whether the collections of capture reach it.
-      hidden: Whether it runs below a JAX transform inside the user's function.
-      problem: Why a known layer has no rows as it is used here.
-      mixes: Whether what it computes for an example depends on the others.
-    """
+    """A module that the trace met, for reports on uncovered parameters."""
 
     class_name: str
-    liftable: bool
-    hidden: bool
-    problem: str | None = None
-    mixes: bool = False
-
-    @property
-    def has_rows(self) -> bool:
-        """Whether rows can be taken from a layer that runs like this."""
-        return self.liftable and not self.hidden and self.problem is None
+    problem: str | None = None  # why no rows can be taken from it as it is used here
+    mixes: bool = False  # whether its output for an example depends on the others
 
 
 class Capture(NamedTuple):
-    """The outputs of a captured call and everything tagged on the way.
-
-    Attributes:
-      outputs: What the function returned.
-      roots: The outermost module calls.
-      visits: The modules that were met, by root and path below it.
-      state: The state of the one NNX module as the call left it, without parameters.
-    """
+    """The outputs of a captured call and everything tagged on the way."""
 
     outputs: PyTree
-    roots: tuple[Root, ...]
-    visits: dict[tuple[int, Path], Visit]
-    state: PyTree = None
+    roots: tuple[Root, ...]  # the outermost module calls
+    visits: dict[tuple[int, Path], Visit]  # by root and path below it
+    state: PyTree = None  # of an NNX module as the call left it, without parameters
 
 
 def probes_like(roots: Sequence[Mapping[Path, Any]]) -> tuple[PyTree, ...]:
-    """Returns zero probes for the outputs found by a discovery run.
-
-    Args:
-      roots: ``Root.calls`` of every root of a `run_captured` without probes,
-        arrays or shapes.
-
-    Returns:
-      What `run_captured` takes as ``probes``.
-    """
+    """Returns zero probes for the outputs in the ``Root.calls`` of a discovery run."""
     probes = []
     for root in roots:
         tree: dict[str, Any] = {}
@@ -200,12 +165,10 @@ def probes_like(roots: Sequence[Mapping[Path, Any]]) -> tuple[PyTree, ...]:
 
 def probe_calls(probes: tuple[PyTree, ...]) -> list[dict[Path, list[Array]]]:
     """Returns probes or their cotangents by root and layer path, in call order."""
-    roots = []
-    for tree in probes:
-        found: dict[Path, list[Array]] = {}
+    roots: list[dict[Path, list[Array]]] = [{} for _ in probes]
+    for found, tree in zip(roots, probes, strict=True):
         for path, _, values in entries(tree):
             found.setdefault(path, []).extend(values)
-        roots.append(found)
     return roots
 
 

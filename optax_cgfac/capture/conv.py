@@ -1,9 +1,9 @@
 """The input patches that a convolution multiplies with its kernel.
 
-Every spatial dimension of a convolution is a table: which input position the kernel's
-tap ``k`` reads at the output position ``p``, or none (padding, or a zero of a dilated
-input). Strides, dilation, padding of every mode and transposed convolutions differ in
-their tables only. Patches are gathered at the output positions that are asked for.
+A table for every spatial dimension says which input position the kernel's tap ``k``
+reads at the output position ``p``, if any (padding and dilated inputs have zeros).
+Strides, dilation, padding of every mode and transposed convolutions differ only in
+their tables. Patches are gathered at the requested output positions.
 
 Grosse & Martens (2016), "A Kronecker-factored approximate Fisher matrix for
 convolution layers", section 3, for patches as rows.
@@ -30,7 +30,7 @@ class SpatialDim(NamedTuple):
       input_dilation: Distance of neighbouring inputs.
       kernel_dilation: Distance of neighbouring taps.
       wrap: Positions that are first added before and after the input.
-      mode: How, in the words of `numpy.pad`: ``"wrap"`` or ``"reflect"``.
+      mode: How, a mode of `numpy.pad`: ``"wrap"`` or ``"reflect"``.
       flip: Whether the kernel is read from its last tap.
     """
 
@@ -71,16 +71,16 @@ def output_sizes(spatial_dims: Sequence[SpatialDim]) -> tuple[int, ...]:
 
 
 def patches_at(x: Array, spatial_dims: Sequence[SpatialDim], positions: Array) -> Array:
-    """Returns the patches at some output positions.
+    """Returns patches ``(N, P, taps, channels)`` of ``x (N, E, *spatial, channels)``.
 
     Args:
-      x: Inputs, shape ``(N, E, *spatial, channels)``.
-      spatial_dims: One per spatial dimension.
+      x: The inputs.
+      spatial_dims: The spatial dimensions.
       positions: Shape ``(N, P)``, numbers of output positions, ``E`` slowest and the
         last spatial dimension fastest.
 
     Returns:
-      Shape ``(N, P, taps, channels)``, the taps of all dimensions row-major.
+      The patches, the taps of all dimensions row-major.
     """
     sizes = (x.shape[1], *output_sizes(spatial_dims))
     extra, *places = jnp.unravel_index(positions, sizes)
@@ -102,26 +102,16 @@ def patches_at(x: Array, spatial_dims: Sequence[SpatialDim], positions: Array) -
 
 
 def mean_patches(x: Array, spatial_dims: Sequence[SpatialDim]) -> Array:
-    """Returns the mean over all output positions, without forming any patch.
-
-    Args:
-      x: Inputs, shape ``(N, E, *spatial, channels)``.
-      spatial_dims: One per spatial dimension.
-
-    Returns:
-      Shape ``(N, taps, channels)``.
-    """
+    """Returns the mean patch ``(N, taps, channels)`` without forming any patch."""
     mean = jnp.mean(x, 1)
     for axis, dim in enumerate(spatial_dims):
         table = dim.table()
         # How often each tap reads each input, over the number of output positions.
         counts = (table[:, :, None] == np.arange(dim.size)).mean(0)
+        counts = jnp.asarray(counts, x.dtype)
         mean = jnp.moveaxis(mean, 1 + axis, -1)
         mean = jnp.einsum(
-            "...i,ki->...k",
-            mean,
-            jnp.asarray(counts, x.dtype),
-            precision=jax.lax.Precision.HIGHEST,
+            "...i,ki->...k", mean, counts, precision=jax.lax.Precision.HIGHEST
         )
         mean = jnp.moveaxis(mean, -1, 1 + axis)
     return mean.reshape(x.shape[0], -1, x.shape[-1])

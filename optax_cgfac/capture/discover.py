@@ -5,79 +5,55 @@ from typing import Any, NamedTuple
 
 import jax
 
-from optax_cgfac.capture.call import Capture, LayerCall, Visit, probes_like
+from optax_cgfac.capture.call import CallSite, Capture, LayerCall, Visit, probes_like
 from optax_cgfac.capture.run import run_captured
 from optax_cgfac.utils.paths import Path, leaves_by_path, text
 from optax_cgfac.utils.types import PyTree
 
 
-class Source(NamedTuple):
-    """The calls of one layer below one outermost module call.
+class FoundCalls(NamedTuple):
+    """What discovery finds at a call site: facts and input shape of every call."""
 
-    Attributes:
-      root: The index of the outermost call.
-      path: The module's path below it.
-      name: The layer's first parameter in the module.
-      calls: Facts and input shape of every call.
-    """
-
-    root: int
-    path: Path
-    name: str
+    site: CallSite
     calls: tuple[tuple[LayerCall, tuple[int, ...]], ...]
 
 
 class Layer(NamedTuple):
-    """A layer that an abstract run found.
+    """A layer that an abstract run found."""
 
-    Attributes:
-      params: Paths of its parameters in the parameter tree by their role, ``kernel``,
-        ``scale`` or ``bias``.
-      sources: Its calls.
-      clashes: All parameters, by role, of uses that share only some of them.
-    """
+    params: dict[str, Path]  # in the parameter tree, by role: kernel, scale or bias
+    found: list[FoundCalls]
+    clashes: dict[str, Path]  # of uses that share only some of the parameters
 
-    params: dict[str, Path]
-    sources: list[Source]
-    clashes: dict[str, Path]
+    @property
+    def calls(self) -> list[tuple[LayerCall, tuple[int, ...]]]:
+        """Facts and input shapes of the calls at all sites."""
+        return [call for found in self.found for call in found.calls]
 
     @property
     def call(self) -> LayerCall:
         """The facts of its first call."""
-        return self.sources[0].calls[0][0]
+        return self.calls[0][0]
+
+    @property
+    def axes(self) -> list[int | None]:
+        """The axis of examples in the input of every call."""
+        return [axis for found in self.found for axis in found.site.axes]
 
 
 class Discovery(NamedTuple):
-    """What an abstract run of the user's function found.
+    """What an abstract run of the user's function found."""
 
-    Attributes:
-      outputs: Shapes of the outputs.
-      layers: Captured layers by the path of their first parameter.
-      visits: The modules that were met, by path in the parameter tree.
-      probes: Zero probes for a captured run on arguments of these shapes.
-      lifted: Whether layers below lifted transforms can be captured.
-      mixing: Layers whose output for an example depends on the others, by name.
-    """
-
-    outputs: PyTree
-    layers: dict[Path, Layer]
-    visits: dict[Path, Visit]
-    probes: tuple[PyTree, ...]
-    lifted: bool = True
-    mixing: tuple[str, ...] = ()
+    outputs: PyTree  # shapes
+    layers: dict[Path, Layer]  # by the path of their first parameter
+    visits: dict[Path, Visit]  # by path in the parameter tree
+    probes: tuple[PyTree, ...]  # zeros, for a captured run on such arguments
+    lifted: bool  # whether layers below lifted transforms can be captured
+    mixing: tuple[str, ...]  # layers whose output for an example depends on the others
 
 
 def discover(function: Callable[..., PyTree], params: PyTree, *args: Any) -> Discovery:
-    """Runs ``function(params, *args)`` on shapes only and finds its layers.
-
-    Args:
-      function: Applies Linen modules.
-      params: Its first argument, the parameters.
-      *args: Its other arguments.
-
-    Returns:
-      The `Discovery`.
-    """
+    """Runs ``function(params, *args)`` on shapes only and finds its layers."""
     try:
         return _discover(function, params, *args, lifted=True)
     except TypeError:
@@ -102,24 +78,62 @@ def _discover(
     outputs, roots = jax.eval_shape(traced, params, *args)
     layers: dict[Path, Layer] = {}
     for index, calls in enumerate(roots):
-        for path, found in calls.items():
-            # A module may tag several parameters of its own.
-            # A norm may have none at all.
-            for name in dict.fromkeys(c.params[0] for c, _ in found if c.params):
-                own = [entry for entry in found if entry[0].params[:1] == (name,)]
-                params = _params_by_role(own[0][0], path, links[index])
-                anchor = next(iter(params.values()), None)
-                if anchor is None:
+        for path, captured in calls.items():
+            # A module may tag several parameters of its own, a norm may have none.
+            for name in dict.fromkeys(c.params[0] for c, _ in captured if c.params):
+                own = [entry for entry in captured if entry[0].params[:1] == (name,)]
+                roles = _params_by_role(own[0][0], path, links[index])
+                if not roles:
                     continue
+                layer = layers.setdefault(
+                    next(iter(roles.values())), Layer(roles, [], {})
+                )
+                if roles != layer.params:
+                    layer.clashes.update(layer.params | roles)
+                site = CallSite(index, path, name, (None,) * len(own))
                 shapes = tuple((call, values[0].shape) for call, values in own)
-                layer = layers.setdefault(anchor, Layer(params, [], {}))
-                if params != layer.params:
-                    layer.clashes.update(layer.params | params)
-                layer.sources.append(Source(index, path, name, shapes))
+                layer.found.append(FoundCalls(site, shapes))
     probes = probes_like(roots)
     mixing = {text(path) or "." for (_, path), visit in visits.items() if visit.mixes}
     by_path = _by_path(visits, links)
     return Discovery(outputs, layers, by_path, probes, lifted, tuple(sorted(mixing)))
+
+
+def with_example_axes(
+    found: Discovery, function: Callable[..., PyTree], params: PyTree, *args: Any
+) -> Discovery:
+    """Adds the axes of examples, found by a run on ``args`` with more examples."""
+    try:
+        wider = discover(function, params, *args)
+    except Exception:  # the function takes no other batch
+        return found
+    few, many = (
+        {
+            anchor: [[shape for _, shape in found.calls] for found in layer.found]
+            for anchor, layer in discovery.layers.items()
+        }
+        for discovery in (found, wider)
+    )
+    # The function may not see the difference, or make other calls then.
+    if jax.tree.structure(few) != jax.tree.structure(many) or few == many:
+        return found
+
+    def with_axes(own: FoundCalls, few: list, many: list) -> FoundCalls:
+        axes = tuple(map(_first_difference, few, many))
+        return own._replace(site=own.site._replace(axes=axes))
+
+    layers = {
+        anchor: layer._replace(
+            found=list(map(with_axes, layer.found, few[anchor], many[anchor]))
+        )
+        for anchor, layer in found.layers.items()
+    }
+    return found._replace(layers=layers)
+
+
+def _first_difference(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    sizes = enumerate(zip(one, other, strict=True))
+    return next((axis for axis, (a, b) in sizes if a != b), -1)
 
 
 def _params_by_role(
@@ -163,44 +177,7 @@ def _by_path(
         for inner, full in links[index].items():
             if inner[: len(path)] == path:
                 prefix = full[: len(full) - len(inner) + len(path)]
-                if prefix not in found or not visit.has_rows:
+                if prefix not in found or visit.problem is not None:
                     found[prefix] = visit
                 break
     return found
-
-
-def discover_wider(
-    function: Callable[..., PyTree], params: PyTree, *args: Any, found: Discovery
-) -> Discovery | None:
-    """Runs on a batch of another size, which tells the axes of examples apart.
-
-    Args:
-      function: As in `discover`.
-      params: As in `discover`.
-      *args: Shapes of the other arguments, with more examples.
-      found: What `discover` found with fewer.
-
-    Returns:
-      The `Discovery`; None where the function takes no other batch, or does not see
-      the difference, or makes other calls then.
-    """
-    try:
-        wider = discover(function, params, *args)
-    except Exception:
-        return None
-
-    def calls(discovery: Discovery) -> dict[Path, list[list[tuple[int, ...]]]]:
-        return {
-            anchor: [[shape for _, shape in source.calls] for source in layer.sources]
-            for anchor, layer in discovery.layers.items()
-        }
-
-    few, many = calls(found), calls(wider)
-
-    def ranks(sources: list[list[tuple[int, ...]]]) -> list[list[int]]:
-        return [[len(shape) for shape in shapes] for shapes in sources]
-
-    comparable = few.keys() == many.keys() and all(
-        ranks(few[anchor]) == ranks(many[anchor]) for anchor in few
-    )
-    return wider if comparable and few != many else None

@@ -1,13 +1,12 @@
-"""Capture in either framework, told apart by what holds the parameters."""
+"""Capture in either framework."""
 
 from collections.abc import Callable
 from typing import Any
 
-from flax import nnx
-
 from optax_cgfac.capture.call import Capture
 from optax_cgfac.capture.linen import tap as _linen
 from optax_cgfac.capture.nnx import tap as _nnx
+from optax_cgfac.capture.nnx.module import ModuleFunction
 from optax_cgfac.utils.types import PyTree
 
 
@@ -21,16 +20,15 @@ def run_captured(
     """Calls ``function(*args)`` with capture on.
 
     Args:
-      function: The user's function; it applies Linen modules, or, where the first
-        argument is an `nnx.State`, an NNX module.
+      function: A `ModuleFunction`, or the user's function, which applies Linen modules.
       args: Its arguments, the parameters first.
       probes: One pytree per outermost module call, from `probes_like`; None to
-        discover: outputs of tagged layers are then returned beside the inputs.
+        discover: the capture then holds outputs of tagged layers besides the inputs.
       lifted: Whether to look below Linen's lifted transforms too.
 
     Returns:
-      The `Capture`.
+      The outputs and all that was captured.
     """
-    if isinstance(args[0], nnx.State):
+    if isinstance(function, ModuleFunction):
         return _nnx.run_captured(function, args, probes)
     return _linen.run_captured(function, args, probes, lifted=lifted)

@@ -1,6 +1,5 @@
-"""`tag_layer`: how a module of the user's own makes a layer known."""
+"""`tag_layer` captures layers of the user's own modules."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,11 +7,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
-from optax_cgfac.capture.describe import describe_dense, describe_elementwise
+from optax_cgfac.capture.describe import dense_call, elementwise_call
 from optax_cgfac.capture.linen.tap import tag_linen
 from optax_cgfac.capture.nnx.tap import tag_nnx
 from optax_cgfac.utils.types import Array
-from optax_cgfac.utils.validate import summarize
 
 
 def tag_layer(
@@ -24,19 +22,19 @@ def tag_layer(
     scale: str | None = None,
     bias: str | None = None,
 ) -> Array:
-    r"""Makes parameters of a user's own module known as a layer.
+    r"""Captures parameters of your own module as a layer.
 
-    Either a matrix, ``y = x @ kernel + bias`` on the last axis, or elementwise,
-    ``y = scale * x + bias``, with scale and bias on the last axis (or scalars). Call it
-    where ``y`` is computed, once for each layer of the module, and go on with what it
-    returns: the same ``y``, which capture can see.
+    A layer is a matrix, ``y = x @ kernel + bias`` on the last axis, or elementwise,
+    ``y = scale * x + bias``, with scale and bias on the last axis (or a scalar scale).
+    Call it where ``y`` is computed, once for each layer of the module, and continue
+    with the ``y`` that it returns.
 
     Args:
       module: The Linen or NNX module, ``self``.
       x: The input that the parameters act on, shape ``(N, ..., n_in)``.
       y: The output, shape ``(N, ..., n_out)``.
-      kernel: Name of the matrix among the module's parameters, shape
-        ``(n_in, n_out)``.
+      kernel: Name of the matrix, shape ``(n_in, n_out)``, among the module's
+        parameters; in NNX, its attributes.
       scale: Name of the elementwise factor.
       bias: Name of the bias.
 
@@ -45,7 +43,6 @@ def tag_layer(
 
     Raises:
       ValueError: If the names or shapes do not fit.
-      TypeError: If ``module`` is no Flax module, or a name none.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax_cgfac
@@ -63,58 +60,14 @@ def tag_layer(
       ... )
       >>> [tag.kind for tag in estimator.init(params, x).tags]
       ['dense', 'custom']
-
-      In NNX the names are those of the module's attributes:
-
-      >>> from flax import nnx
-      >>> class Shift(nnx.Module):
-      ...     def __init__(self, features):
-      ...         self.shift = nnx.Param(jnp.zeros(features))
-      ...
-      ...     def __call__(self, x):
-      ...         return optax_cgfac.tag_layer(self, x, x + self.shift, bias="shift")
-      >>> estimator = optax_cgfac.fisher_estimator(
-      ...     lambda m, x: m(x), "squared_error", examples=4
-      ... )
-      >>> [tag.kind for tag in estimator.init(Shift(2), x).tags]
-      ['custom']
     """
     names = {"kernel": kernel, "scale": scale, "bias": bias}
-    for role, name in names.items():
-        if not isinstance(name, str | None):
-            raise TypeError(
-                f"tag_layer: {role}= must be the name of a parameter, got "
-                f"{summarize(name)}. Pass {role}='{role}', say, and not the parameter."
-            )
     if (kernel is None) == (scale is None) and (kernel is not None or bias is None):
         raise ValueError(
             "tag_layer takes kernel= (with or without bias=), or scale= and bias= or "
             f"one of them; got {names}. Call it once for each layer of the module."
         )
-    if not isinstance(module, (nn.Module, nnx.Module)):
-        raise TypeError(
-            "tag_layer takes a Flax module, usually self; got "
-            f"{type(module).__name__}. Call tag_layer(self, x, y, kernel='kernel') "
-            "inside its method."
-        )
-    if isinstance(module, nn.Module) and module.scope is None:
-        raise ValueError(
-            "tag_layer takes a module that is being applied, got an unbound "
-            f"{type(module).__name__}. Call tag_layer(self, x, y, kernel='kernel') "
-            "inside its method."
-        )
-    for argument, array in (("x", x), ("y", y)):
-        if not hasattr(array, "shape") or array.shape == ():
-            raise TypeError(
-                f"tag_layer: {argument} must be an array of shape (N, ..., features), "
-                f"got {summarize(array)}. Pass the layer's input and its output."
-            )
     params = _params_of(module)
-    shapes = {
-        role: jnp.shape(params[name])
-        for role, name in names.items()
-        if name is not None and name in params
-    }
     absent = [name for name in names.values() if name and name not in params]
     if absent:
         raise ValueError(
@@ -122,22 +75,15 @@ def tag_layer(
             f"{', '.join(params) or 'none'}. Pass the name that self.param or the "
             "attribute has."
         )
+    shapes = {role: jnp.shape(params[name]) for role, name in names.items() if name}
     _check_shapes(jnp.shape(x), jnp.shape(y), shapes)
     if kernel is not None:
-        described = describe_dense(x, bias=bias is not None)
+        call, a = dense_call(x, bias, kind="custom", kernel=kernel)
     else:
-        ndim = max(len(shape) for shape in shapes.values())
-        described = describe_elementwise(
-            jnp.broadcast_to(x, y.shape),
-            kind="custom",
-            scale=scale,
-            bias=bias,
-            param_ndim=ndim,
+        ndim = max(map(len, shapes.values()))
+        call, a = elementwise_call(
+            jnp.broadcast_to(x, y.shape), "custom", scale, bias, param_ndim=ndim
         )
-    if isinstance(described, str):
-        raise ValueError(described)
-    call, a = described
-    call = dataclasses.replace(call, kind="custom", kernel=kernel, bias=bias)
     if isinstance(module, nn.Module):
         return tag_linen(module, call, a, y)
     return tag_nnx(module, call, a, y)
@@ -162,11 +108,13 @@ def _check_shapes(
         if shape != expected[role] and not scalar:
             raise ValueError(
                 f"tag_layer: with x {x} and y {y} the {role} must have shape "
-                f"{expected[role]}, got {shape}. Pass the x and y between which this "
-                "parameter acts."
+                f"{expected[role]}, got {shape}. {_PASS}"
             )
     if x[:-1] != y[:-1]:
         raise ValueError(
-            f"tag_layer: x and y must agree on all axes but the last, got {x} and {y}. "
-            "Pass the x and y between which the parameters act."
+            "tag_layer: x and y must agree on all axes but the last, "
+            f"got {x} and {y}. {_PASS}"
         )
+
+
+_PASS = "Pass the x and y between which the parameters act."

@@ -17,7 +17,7 @@ from optax_cgfac.operators.kronecker import KroneckerOperator
 from optax_cgfac.operators.rows import as_dtype, num_bytes, num_rows
 from optax_cgfac.solve.choose import (
     DampingForm,
-    SolveConfig,
+    SolveSpec,
     Structure,
     default_damping_form,
 )
@@ -99,7 +99,7 @@ class Curvature:
           ValueError: If options are unknown or exclude each other.
         """
         form = damping_form or "tikhonov"
-        SolveConfig(structure=structure, damping_form=form)
+        SolveSpec(structure=structure, damping_form=form)
         if damping is not None:
             check_number("damping", damping, NOT_NEGATIVE, 0.1)
         elif damping_form is not None:
@@ -250,7 +250,7 @@ class Curvature:
           A text to print.
         """
         form = damping_form or default_damping_form(structure)
-        config = SolveConfig(structure=structure, damping_form=form, **options)
+        config = SolveSpec(structure=structure, damping_form=form, **options)
         ranks = {name: x.ranks for name, x in self.eigenpairs.items()}
         kept = num_bytes(self.model_inputs)
         return format_report(self.spec, self.layers, config, kept, ranks)

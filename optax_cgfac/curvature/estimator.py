@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
-from optax_cgfac.capture.discover import discover_wider
-from optax_cgfac.capture.nnx.module import bind, outputs_like
+from optax_cgfac.capture.discover import with_example_axes
+from optax_cgfac.capture.nnx.module import bind
 from optax_cgfac.curvature.curvature import Curvature, empty_curvature
 from optax_cgfac.curvature.spec import FEW_OUTPUTS, CaptureSpec
 from optax_cgfac.curvature.update import (
@@ -235,7 +235,7 @@ def _init(
     check_parameters(params)
     objective = options.objective
     assert objective is not None
-    outputs = objective.outputs(outputs_like(function, params, inputs))
+    outputs = objective.outputs(jax.eval_shape(function, params, inputs))
     batch_size = outputs[0].shape[0]
     check_enough(batch_size, options.examples)
     batched = batched_leaves(inputs, batch_size, input_axes)
@@ -249,6 +249,8 @@ def _init(
 
     captured, kept = options.captured, options.kept
     discovery = discover_few(function, params, shapes(captured), captured)
+    more = shapes(2 * captured)
+    discovery = with_example_axes(discovery, function, params, more)
     tags, uncovered = make_tags(
         discovery,
         params,
@@ -262,7 +264,6 @@ def _init(
         ),
         where=where,
         fallback=fallback,
-        wider=discover_wider(function, params, shapes(2 * captured), found=discovery),
     )
     spec = options.filled(
         tags=tags,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from optax_cgfac.curvature.spec import CaptureSpec
 from optax_cgfac.layers.layer import LayerTag
 from optax_cgfac.operators.rows import num_bytes, num_features, num_rows
-from optax_cgfac.solve.choose import Plan, SolveConfig, make_plan
+from optax_cgfac.solve.choose import Plan, SolveSpec, make_plan
 from optax_cgfac.solve.factored import sides_in_sample_space
 from optax_cgfac.utils.paths import text
 from optax_cgfac.utils.types import LayerRows
@@ -17,7 +17,7 @@ _HEADER = ("layer", "kind", "matrix", "rows/step", "window", "bytes", "solve", "
 def format_report(
     spec: CaptureSpec,
     layers: Mapping[str, LayerRows],
-    config: SolveConfig,
+    config: SolveSpec,
     model_bytes: int,
     ranks: Mapping[str, tuple[int, int]],
 ) -> str:
@@ -57,7 +57,7 @@ def human_bytes(num_bytes: int) -> str:
 
 
 def _space(
-    plan: Plan, config: SolveConfig, rows: LayerRows, ranks: tuple[int, int] | None
+    plan: Plan, config: SolveSpec, rows: LayerRows, ranks: tuple[int, int] | None
 ) -> str:
     """Returns the space of the solve, for each side where they separate."""
     if plan.solver == "eigenpairs" and ranks is not None:

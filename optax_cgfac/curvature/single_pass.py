@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from optax_cgfac.capture.call import probe_calls
-from optax_cgfac.capture.discover import Discovery, discover, discover_wider
-from optax_cgfac.capture.nnx.module import bind, explaining_states, update_module
+from optax_cgfac.capture.discover import Discovery, discover, with_example_axes
+from optax_cgfac.capture.nnx.module import bind
 from optax_cgfac.capture.run import run_captured
 from optax_cgfac.curvature.curvature import Curvature, empty_curvature
 from optax_cgfac.curvature.spec import CaptureSpec
@@ -86,15 +87,14 @@ def value_and_grad(
         module = params
         function, params, args = bind(loss_fn, params, *args)
         check_parameters(params)
-        with explaining_states("loss_fn", params, "Pass the nnx.Module itself."):
-            discovery = discover(function, params, *args)
+        discovery = discover(function, params, *args)
         _check_scalar(discovery.outputs, has_aux)
         count = num_examples or _count_examples(discovery, params, args)
-        doubled = _doubled(args, count)
-        wider = discover_wider(function, params, *doubled, found=discovery)
-        options = RowOptions(count, positions=None)
+        row_options = RowOptions(count, positions=None)
+        more = _doubled(args, count)
+        discovery = with_example_axes(discovery, function, params, *more)
         tags, uncovered = make_tags(
-            discovery, params, options, where=where, fallback=fallback, wider=wider
+            discovery, params, row_options, where=where, fallback=fallback
         )
 
         def tapped(params, probes):
@@ -107,7 +107,8 @@ def value_and_grad(
         (value, (aux, calls, state)), (grads, cotangents) = jax.value_and_grad(
             tapped, argnums=(0, 1), has_aux=True
         )(params, discovery.probes)
-        update_module(module, state)
+        if isinstance(module, nnx.Module):
+            nnx.update(module, state)
         scale = count if loss_reduction == "mean" else 1
         by_call = probe_calls(cotangents)
         rows = {tag.name: _rows(tag, calls, by_call, count, scale) for tag in tags}
@@ -160,12 +161,11 @@ def _count_examples(discovery: Discovery, params: PyTree, args: PyTree) -> int:
     positions = []
     for anchor, layer in discovery.layers.items():
         lifted = leaves[anchor].ndim - layer.call.param_ndim
-        for source in layer.sources:
-            for call, shape in source.calls:
-                first = max(lifted, len(shape) - call.input_ndim) + call.batch_ndim
-                positions.append(num_positions(call, shape, lifted + call.batch_ndim))
-                if len(shape) - call.inner_ndim > first:
-                    from_calls[shape[first]] += 1
+        for call, shape in layer.calls:
+            first = max(lifted, len(shape) - call.input_ndim) + call.batch_ndim
+            positions.append(num_positions(call, shape, lifted + call.batch_ndim))
+            if len(shape) - call.inner_ndim > first:
+                from_calls[shape[first]] += 1
     counts = from_args + from_calls
     # Running statistics among the arguments begin with an axis of features, so lengths
     # that occur in both arguments and layers come first.

@@ -1,4 +1,4 @@
-"""Call calls of a layer become rows, one form of call at a time.
+"""The calls of a layer become rows, one form of call at a time.
 
 Positions (of a sequence, of an image) that share weights become rows of their own, all
 of them or a few of each example ("expand"), or are averaged and summed into one row
@@ -6,8 +6,7 @@ of them or a few of each example ("expand"), or are averaged and summed into one
 Modern Neural Network Architectures", sections 3.1 and 3.2.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,30 +14,19 @@ import jax.numpy as jnp
 
 from optax_cgfac.capture.call import LayerCall
 from optax_cgfac.capture.conv import mean_patches, patches_at
-from optax_cgfac.layers.layer import (
-    LayerTag,
-    Use,
-)
+from optax_cgfac.layers.layer import LayerTag, Use
 from optax_cgfac.operators.rows import IndexRows, StackedRows, split_rows
 from optax_cgfac.utils.paths import Path
 from optax_cgfac.utils.types import Array, LayerRows
 
 
 class Call(NamedTuple):
-    """One call.
-
-    Attributes:
-      call: Its facts.
-      x: Its input.
-      y: Its output's cotangent.
-      axis: The axis of ``x`` along which examples lie, slowest if it holds positions
-        too; None to go by sizes.
-    """
+    """One captured call."""
 
     call: LayerCall
-    x: Array
-    y: Array
-    axis: int | None = None
+    x: Array  # the input
+    y: Array  # the output's cotangent
+    axis: int | None = None  # as in `CallSite`; examples are slowest along it
 
 
 class Draw(NamedTuple):
@@ -59,11 +47,11 @@ class Draw(NamedTuple):
     part: tuple[int, ...] = ()
 
     def of_part(self, number: int) -> "Draw":
-        """Returns the draw for a part of what it was for."""
+        """Returns the draw for one part of the whole."""
         return self._replace(part=(*self.part, number))
 
     def own(self, key: Array) -> Array:
-        """Returns a key's own descendant for this part."""
+        """Derives this part's own key."""
         for number in self.part:
             key = jax.random.fold_in(key, number)
         return key
@@ -78,9 +66,18 @@ class Draw(NamedTuple):
             return x
         return jnp.zeros_like(like).at[self.examples].set(x)
 
-    def count(self, num_examples: int) -> int:
-        """Returns how many of a batch's examples are chosen."""
-        return num_examples if self.examples is None else len(self.examples)
+
+class _Batch(NamedTuple):
+    """What all calls of a layer have in common."""
+
+    tag: LayerTag
+    num_examples: int
+    draw: Draw
+
+    @property
+    def num_chosen(self) -> int:
+        examples = self.draw.examples
+        return self.num_examples if examples is None else len(examples)
 
 
 def example_rows(
@@ -106,15 +103,13 @@ def example_rows(
         turn = None if draw.turn is None else draw.turn[:1]
         draw = draw._replace(turn=turn, examples=None)
         root = tag.sharing**-0.5
-        calls = [
-            call._replace(y=call.y * jnp.asarray(root, call.y.dtype)) for call in calls
-        ]
+        calls = [c._replace(y=c.y * jnp.asarray(root, c.y.dtype)) for c in calls]
     parts: list[LayerRows] = []
     total = sum(use.positions for use in tag.uses)
     for number, use in enumerate(tag.uses):
-        members = [captured for captured in calls if captured.call.form == use.form]
-        own = draw.of_part(number)
-        rows = _EXTRACT[use.form](tag, use, members, num_examples, own)
+        members = [c for c in calls if c.call.form == use.form]
+        batch = _Batch(tag, num_examples, draw.of_part(number))
+        rows = _EXTRACT[use.form](batch, use, members)
         if len(tag.uses) > 1 and use.kept < use.positions:
             # One form may stand for more positions than the other.
             share = use.positions / total * len(tag.uses)
@@ -132,62 +127,48 @@ def example_rows(
 
 
 def _weigh(rows: LayerRows, weight: float) -> LayerRows:
-    if isinstance(rows.a, IndexRows):
-        a = IndexRows(rows.a.indices, rows.a.weights * weight, rows.a.size)
+    a = rows.a
+    if isinstance(a, IndexRows):
+        a = IndexRows(a.indices, a.weights * weight, a.size)
     else:
-        a = rows.a * weight
+        a = a * weight
     return LayerRows(a, rows.g * weight)
 
 
-def _dense(
-    tag: LayerTag, use: Use, calls: Sequence[Call], num_examples: int, draw: Draw
-) -> LayerRows:
-    inputs = jnp.concatenate([_inputs(tag, c, num_examples, draw) for c in calls], -2)
-    cotangents = jnp.concatenate(
-        [_outputs(tag, c, num_examples, draw) for c in calls], -2
-    )
+def _dense(batch: _Batch, use: Use, calls: Sequence[Call]) -> LayerRows:
+    inputs = jnp.concatenate([_inputs(batch, c) for c in calls], -2)
+    cotangents = jnp.concatenate([_outputs(batch, c) for c in calls], -2)
     if use.reduce:
-        a = jnp.mean(inputs, -2)
-        return LayerRows(_with_ones(tag, a), jnp.sum(cotangents, -2))
-    chosen = _choose(use, draw.count(num_examples), draw)
-    a, g = _take(inputs, chosen), _take(cotangents, chosen)
-    return LayerRows(_with_ones(tag, a), g)
+        a, g = jnp.mean(inputs, -2), jnp.sum(cotangents, -2)
+    else:
+        chosen = _choose(batch, use)
+        a, g = _take(inputs, chosen), _take(cotangents, chosen)
+    return LayerRows(_with_ones(batch.tag, a), g)
 
 
-def _swapped(
-    tag: LayerTag, use: Use, calls: Sequence[Call], num_examples: int, draw: Draw
-) -> LayerRows:
-    rows = _dense(tag, use, calls, num_examples, draw)
+def _swapped(batch: _Batch, use: Use, calls: Sequence[Call]) -> LayerRows:
+    rows, draw = _dense(batch, use, calls), batch.draw
     if not use.sampled:
         return LayerRows(rows.g, rows.a)
     key = jax.random.key(0) if draw.entries is None else draw.entries
     squares = rows.g**2
     picked = jax.random.categorical(draw.own(key), jnp.log(squares)).astype(jnp.int32)
     weights = jnp.sqrt(jnp.sum(squares, -1))
-    return LayerRows(IndexRows(picked, weights, tag.n_in), rows.a)
+    return LayerRows(IndexRows(picked, weights, batch.tag.n_in), rows.a)
 
 
-def _index(
-    tag: LayerTag, use: Use, calls: Sequence[Call], num_examples: int, draw: Draw
-) -> LayerRows:
-    indices = jnp.concatenate(
-        [_inputs(tag, c, num_examples, draw)[..., None] for c in calls], -2
-    )
-    cotangents = jnp.concatenate(
-        [_outputs(tag, c, num_examples, draw) for c in calls], -2
-    )
-    chosen = _choose(use, draw.count(num_examples), draw)
+def _index(batch: _Batch, use: Use, calls: Sequence[Call]) -> LayerRows:
+    tag, chosen = batch.tag, _choose(batch, use)
+    indices = jnp.concatenate([_inputs(batch, c)[..., None] for c in calls], -2)
+    cotangents = jnp.concatenate([_outputs(batch, c) for c in calls], -2)
     picked = _take(indices, chosen)[..., 0]
     picked = jnp.where(picked < 0, picked + tag.n_in, picked).astype(jnp.int32)
     weights = jnp.ones(picked.shape, tag.dtype)
     return LayerRows(IndexRows(picked, weights, tag.n_in), _take(cotangents, chosen))
 
 
-def _patches(
-    tag: LayerTag, use: Use, calls: Sequence[Call], num_examples: int, draw: Draw
-) -> LayerRows:
-    lifted = len(tag.stack) - tag.batch_ndim
-    count = draw.count(num_examples)
+def _patches(batch: _Batch, use: Use, calls: Sequence[Call]) -> LayerRows:
+    tag, count = batch.tag, batch.num_chosen
 
     def extract(inputs: list[Array], cotangents: list[Array]) -> LayerRows:
         g = jnp.concatenate([x.reshape(count, -1, x.shape[-1]) for x in cotangents], 1)
@@ -200,7 +181,7 @@ def _patches(
             a = sum(w * mean for w, mean in zip(weights, means, strict=True))
             a, g = jnp.asarray(a)[:, None], jnp.sum(g, 1, keepdims=True)
         else:
-            chosen = _choose(use, count, draw)
+            chosen = _choose(batch, use)
             if chosen is None:
                 everything = jnp.arange(use.positions)
                 chosen = jnp.broadcast_to(everything, (count, use.positions))
@@ -208,9 +189,9 @@ def _patches(
             g = _take(g, chosen)
         return _split_groups(a, g, calls[0].call.groups)
 
-    inputs = [_inputs(tag, c, num_examples, draw) for c in calls]
-    cotangents = [_outputs(tag, c, num_examples, draw, flat=False) for c in calls]
-    for _ in range(lifted):
+    inputs = [_inputs(batch, c) for c in calls]
+    cotangents = [_outputs(batch, c, flat=False) for c in calls]
+    for _ in range(len(tag.stack) - tag.batch_ndim):
         extract = jax.vmap(extract)
     rows = extract(inputs, cotangents)
     return LayerRows(_with_ones(tag, rows.a), rows.g)
@@ -241,29 +222,23 @@ def _split_groups(a: Array, g: Array, groups: int) -> LayerRows:
     return LayerRows(a, jnp.moveaxis(g.reshape(g.shape[0], groups, -1), 1, 0))
 
 
-def _elementwise(
-    tag: LayerTag, use: Use, calls: Sequence[Call], num_examples: int, draw: Draw
-) -> LayerRows:
+def _elementwise(batch: _Batch, use: Use, calls: Sequence[Call]) -> LayerRows:
     """The gradient of every example, exact whatever the number of positions."""
     del use
-    parts = []
+    tag, parts = batch.tag, []
     if tag.scale is not None:
-        products = [
-            _inputs(tag, c, num_examples, draw) * _outputs(tag, c, num_examples, draw)
-            for c in calls
-        ]
+        products = [_inputs(batch, c) * _outputs(batch, c) for c in calls]
         gradient = sum(jnp.sum(product, -2) for product in products)
         if tag.width(tag.scale) == 1:  # one slope for all features
             gradient = jnp.sum(jnp.asarray(gradient), -1, keepdims=True)
         parts.append(gradient)
     if tag.bias is not None:
-        cotangents = [_outputs(tag, c, num_examples, draw) for c in calls]
-        parts.append(sum(jnp.sum(g, -2) for g in cotangents))
+        parts.append(sum(jnp.sum(_outputs(batch, c), -2) for c in calls))
     g = jnp.concatenate(parts, -1)
     return LayerRows(jnp.ones((*g.shape[:-1], 1), g.dtype), g)
 
 
-_EXTRACT = {
+_EXTRACT: dict[str, Callable[[_Batch, Use, Sequence[Call]], LayerRows]] = {
     "dense": _dense,
     "patches": _patches,
     "index": _index,
@@ -272,85 +247,51 @@ _EXTRACT = {
 }
 
 
-def _inputs(tag: LayerTag, captured: Call, num_examples: int, draw: Draw) -> Array:
-    """The captured input as ``(*stack, N, T, *inner)``, features flat."""
+def _inputs(batch: _Batch, captured: Call) -> Array:
     call, x = captured.call, captured.x
-    if call.form != "index":
-        x = x.astype(tag.dtype)
-    x = _examples_first(
-        tag, captured, x, call.input_ndim, call.inner_ndim, num_examples
-    )
-    stack_ndim = len(tag.stack) if call.groups == 1 else len(tag.stack) - 1
-    inner = x.shape[x.ndim - call.inner_ndim :]
-    if call.form == "elementwise":
-        inner = (math.prod(inner),)
-    x = x.reshape(*x.shape[:stack_ndim], num_examples, -1, *inner)
-    return draw.pick(x, stack_ndim)
+    x = x if call.form == "index" else x.astype(batch.tag.dtype)
+    return _by_example(batch, captured, x, x.ndim - call.input_ndim, call.inner_ndim)
 
 
-def _outputs(
-    tag: LayerTag,
-    captured: Call,
-    num_examples: int,
-    draw: Draw,
-    *,
-    flat: bool = True,
-) -> Array:
-    """The cotangent as ``(*stack, N, T, features)``, or with a convolution's space."""
-    call, y = captured.call, captured.y.astype(tag.dtype)
+def _outputs(batch: _Batch, captured: Call, *, flat: bool = True) -> Array:
+    call, y = captured.call, captured.y.astype(batch.tag.dtype)
+    added = y.ndim - call.output_ndim
     if call.output_axes:
-        added = y.ndim - call.output_ndim
-        order = (added + axis for axis in call.output_axes)
-        y = y.transpose(*range(added), *order)
-    y = _examples_first(
-        tag, captured, y, call.output_ndim, call.output_inner_ndim, num_examples
-    )
-    stack_ndim = len(tag.stack) if call.groups == 1 else len(tag.stack) - 1
-    inner = y.shape[y.ndim - call.output_inner_ndim :]
-    if flat:
-        inner = (math.prod(inner),)
-    y = y.reshape(*y.shape[:stack_ndim], num_examples, -1, *inner)
-    return draw.pick(y, stack_ndim)
+        y = y.transpose(*range(added), *(added + axis for axis in call.output_axes))
+    y = _by_example(batch, captured, y, added, call.output_inner_ndim)
+    return y.reshape(*y.shape[: y.ndim - call.output_inner_ndim], -1) if flat else y
 
 
-def _examples_first(
-    tag: LayerTag,
-    captured: Call,
-    x: Array,
-    inside_ndim: int,
-    inner_ndim: int,
-    num_examples: int,
+def _by_example(
+    batch: _Batch, captured: Call, x: Array, added: int, inner_ndim: int
 ) -> Array:
-    """Moves the examples in front of axes of positions: time-major, or of a scan."""
+    """Brings an input or cotangent to ``(*stack, N, T, *inner)``, chosen examples."""
+    # Examples may lie behind axes of positions: time-major, or those of a scan.
+    tag, num_examples, draw = batch
+    axis = captured.axis
     start = len(tag.stack) - (captured.call.groups > 1)
     end = x.ndim - inner_ndim
-    axis = captured.axis
-    if axis is None:
-        added = x.ndim - inside_ndim
-        axis = start
-        if added > len(tag.stack) - tag.batch_ndim:
-            axis = added  # the transform's own axes are positions
-        if axis < end and x.shape[axis] != num_examples:
-            sizes = x.shape[start:end]
-            axis = start + sizes.index(num_examples) if num_examples in sizes else axis
-    return jnp.moveaxis(x, axis, start) if start < axis < end else x
+    if axis is None or axis == -1:
+        # Axes of transforms that do not stack parameters are positions.
+        axis = added if added > len(tag.stack) - tag.batch_ndim else start
+        sizes = x.shape[start:end]
+        if axis < end and x.shape[axis] != num_examples and num_examples in sizes:
+            axis = start + sizes.index(num_examples)
+    x = jnp.moveaxis(x, axis, start) if start < axis < end else x
+    shape = (*x.shape[:start], num_examples, -1, *x.shape[end:])
+    return draw.pick(x.reshape(shape), start)
 
 
-def _choose(use: Use, num_examples: int, draw: Draw) -> Array | None:
-    """Positions of each example, shape ``(N, kept)``; None for all of them.
-
-    Evenly spread from a random one on, so that every position is as likely.
-
-    Returns:
-      Positions, or None.
-    """
+def _choose(batch: _Batch, use: Use) -> Array | None:
+    """Chooses positions of each example, shape ``(N, kept)``; None for all of them."""
     if use.kept == use.positions:
         return None
+    draw, count = batch.draw, batch.num_chosen
     if draw.rng is None:
-        start = draw.turn if draw.turn is not None else jnp.arange(num_examples)
+        start = draw.turn if draw.turn is not None else jnp.arange(count)
     else:
-        key = draw.own(draw.rng)
-        start = jax.random.randint(key, (num_examples,), 0, use.positions)
+        start = jax.random.randint(draw.own(draw.rng), (count,), 0, use.positions)
+    # Evenly spread from there on, so that every position is as likely.
     steps = jnp.arange(use.kept) * (use.positions // use.kept)
     return (start[:, None] + steps) % use.positions
 
@@ -372,12 +313,10 @@ def _with_ones(tag: LayerTag, a: Array) -> Array:
 def merge_columns(rows: LayerRows) -> LayerRows:
     """Puts the rows of several columns, stacked on a first axis, below each other."""
     if isinstance(rows.a, StackedRows):
-        halves = [
-            merge_columns(LayerRows(a, g))
-            for a, g in zip(
-                (rows.a.top, rows.a.bottom), split_rows(rows.a, rows.g), strict=True
-            )
-        ]
+        parts = zip(
+            (rows.a.top, rows.a.bottom), split_rows(rows.a, rows.g), strict=True
+        )
+        halves = [merge_columns(LayerRows(a, g)) for a, g in parts]
         a = StackedRows(*(half.a for half in halves))
         return LayerRows(a, jnp.concatenate([half.g for half in halves], -2))
 
@@ -398,22 +337,10 @@ def calls_of(
     captured: list[dict[Path, list[Any]]],
     cotangents: list[dict[Path, list[Array]]],
 ) -> list[Call]:
-    """Returns facts, input and output cotangent of every call of one layer.
-
-    Args:
-      tag: The layer.
-      captured: ``Root.calls`` of every root of a captured run.
-      cotangents: Of the same run's probes, from `probe_calls`.
-    """
+    """Returns a layer's calls from ``Root.calls`` and `probe_calls` of one run."""
     found = []
-    for site in tag.sources:
-        calls = captured[site.root][site.path]
-        own = [
-            (call, x, y)
-            for (call, (x,)), y in zip(
-                calls, cotangents[site.root][site.path], strict=True
-            )
-            if call.params[:1] == (site.name,)
-        ]
-        found += [Call(*call, axis) for call, axis in zip(own, site.axes, strict=True)]
+    for root, path, name, axes in tag.sites:
+        calls = zip(captured[root][path], cotangents[root][path], strict=True)
+        own = [(call, x, y) for (call, (x,)), y in calls if call.params[:1] == (name,)]
+        found += [Call(*call, axis) for call, axis in zip(own, axes, strict=True)]
     return found

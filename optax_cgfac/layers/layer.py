@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from optax_cgfac.capture.call import Form, LayerCall
+from optax_cgfac.capture.call import CallSite, Form, LayerCall
 from optax_cgfac.utils.paths import Path, text
 from optax_cgfac.utils.types import Array, LayerRows
 
@@ -16,21 +16,14 @@ LEFT_OUT = "left out by where"
 
 
 class Use(NamedTuple):
-    """All calls of a layer that have one form.
-
-    Attributes:
-      form: Their form.
-      positions: Positions at which an example passes them, together.
-      kept: Positions of each example that become rows.
-      reduce: Whether all positions of an example go into one row.
-      sampled: Whether a row keeps one entry of its long side, drawn in proportion to
-        the squares: of the factor on that side, the diagonal in the mean.
-    """
+    """All calls of a layer that have one form."""
 
     form: Form
-    positions: int
-    kept: int
-    reduce: bool = False
+    positions: int  # at which an example passes them, together
+    kept: int  # positions of each example that become rows
+    reduce: bool = False  # whether all positions of an example go into one row
+    # Whether a row keeps one entry of its long side, drawn in proportion to the
+    # squares: that side's factor is then diagonal, and right in the mean.
     sampled: bool = False
 
     @property
@@ -40,23 +33,6 @@ class Use(NamedTuple):
         return self.form == "elementwise" or whole
 
 
-class CallSite(NamedTuple):
-    """Where calls of a layer are captured.
-
-    Attributes:
-      root: The index of the outermost module call.
-      path: The module's path below it.
-      name: The layer's first parameter there.
-      axes: For every call the axis of its input along which examples lie, counted
-        from the left; None where only sizes can tell.
-    """
-
-    root: int
-    path: Path
-    name: str
-    axes: tuple[int | None, ...]
-
-
 @dataclasses.dataclass(frozen=True)
 class LayerTag:
     """A layer that is preconditioned: where it is and what its matrix looks like.
@@ -64,8 +40,8 @@ class LayerTag:
     Attributes:
       path: The layer's path in the parameter tree.
       kind: The kind of layer.
-      kernel: Path of the kernel leaf; None for an elementwise layer.
-      bias: Path of the bias leaf, or None.
+      kernel: Path of the kernel; None for an elementwise layer.
+      bias: Path of the bias, or None.
       scale: Path of an elementwise layer's scale, or None.
       stack: Sizes of leading axes that hold independent matrices (layers of an
         ``nn.scan``, batched kernels, groups of channels).
@@ -83,7 +59,7 @@ class LayerTag:
       axes: Transposition of ``view`` to batch, inputs, outputs.
       uses: The forms in which the layer is called.
       shapes: Shapes of the leaves, in the order of ``leaves``.
-      sources: Where the layer's calls are captured.
+      sites: Where the layer's calls are captured.
       sharing: Examples that share the layer's input, such as a table of positions;
         its rows are then those of a single example.
     """
@@ -105,7 +81,7 @@ class LayerTag:
     axes: tuple[int, ...]
     uses: tuple[Use, ...]
     shapes: tuple[tuple[int, ...], ...]
-    sources: tuple[CallSite, ...]
+    sites: tuple[CallSite, ...]
     sharing: int = 1
 
     @property
@@ -177,17 +153,13 @@ def num_positions(
 
 
 def matrix_from_leaves(tag: LayerTag, leaves: Mapping[Path, Array]) -> Array:
-    """Returns the layer's parameters as ``(*stack, n_in, n_out)`` in the tag's dtype.
-
-    Only the leaves that are present take part: a masked kernel or bias leaves
-    the rows of the other.
-    """
+    """Returns the parameters that are present as ``(*stack, n_in, n_out)``."""
     blocks = blocks_from_leaves(tag, leaves)
     return jnp.concatenate(blocks, -1 if tag.is_elementwise else -2)
 
 
 def blocks_from_leaves(tag: LayerTag, leaves: Mapping[Path, Array]) -> list[Array]:
-    """Returns the leaves that are present, in order, as parts of the layer's matrix."""
+    """Returns the leaves that are present as parts of the layer's matrix."""
     blocks = []
     for path in tag.leaves:
         if path not in leaves:
@@ -207,7 +179,7 @@ def blocks_from_leaves(tag: LayerTag, leaves: Mapping[Path, Array]) -> list[Arra
 def leaves_from_matrix(
     tag: LayerTag, matrix: Array, like: Mapping[Path, Array]
 ) -> dict[Path, Array]:
-    """Splits a matrix into leaves with the shapes and dtypes of those in ``like``."""
+    """Inverts `matrix_from_leaves`, with the shapes and dtypes of ``like``."""
     blocks = []
     if tag.is_elementwise:
         start = 0
@@ -227,7 +199,7 @@ def leaves_from_matrix(
 def leaves_from_blocks(
     tag: LayerTag, blocks: Sequence[Array], like: Mapping[Path, Array]
 ) -> dict[Path, Array]:
-    """Returns what `blocks_from_leaves` made blocks of; see `leaves_from_matrix`."""
+    """Inverts `blocks_from_leaves`, with the shapes and dtypes of ``like``."""
     leaves = {}
     present = (path for path in tag.leaves if path in like)
     for path, block in zip(present, blocks, strict=True):

@@ -1,6 +1,19 @@
-"""Damping and step control as pure functions: Levenberg-Marquardt, KL clip."""
+r"""The damping: where it starts, how it adapts, and the KL clip.
 
+A damping has the unit of the curvature: a loss that is ten times larger has ten times
+the Fisher matrix and needs ten times the damping. Measured in the mean curvature
+
+.. math:: \bar F = \frac{\sum_l \mathrm{tr} A_l \, \mathrm{tr} G_l}{\sum_l n_l},
+
+with ``n`` the entries of a layer's parameters, one number serves all losses and models
+but the smallest: of a few parameters all directions are about as curved as their mean,
+and are known from a few examples. These start lower, and end no lower: on small batches
+a damping far below the mean curvature lets their weights drift.
+"""
+
+import dataclasses
 import math
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -9,6 +22,13 @@ from optax_cgfac.problem.batch import num_kept
 from optax_cgfac.utils.arrays import safe_divide
 from optax_cgfac.utils.devices import axis_size
 from optax_cgfac.utils.types import Array
+from optax_cgfac.utils.validate import (
+    INSIDE_ONE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    check_number,
+    check_positive,
+)
 
 # Thresholds of the trust-region literature (Moré 1978; Nocedal & Wright 2006,
 # algorithm 4.1), used for K-FAC by Martens & Grosse (2015), section 6.5.
@@ -115,9 +135,6 @@ LOWEST_FRACTION = 1e-2
 def mean_curvature(curvature: Curvature) -> Array:
     """Returns the mean of the Fisher matrix's diagonal over all tagged parameters.
 
-    Args:
-      curvature: The curvature.
-
     Returns:
       A scalar, float32 or the layers' precision if higher; 0 without rows. A layer
       whose curvature is not finite counts as one without.
@@ -137,9 +154,6 @@ def mean_curvature(curvature: Curvature) -> Array:
 
 def typical_damping(curvature: Curvature) -> Array:
     """Returns the damping to start from with a thousand parameters and more.
-
-    Args:
-      curvature: The curvature.
 
     Returns:
       Ten times the mean curvature; 0 where that is no number of use, as without rows.
@@ -165,61 +179,94 @@ def typical_damping(curvature: Curvature) -> Array:
 
 
 def initial_fraction(curvature: Curvature) -> float:
-    """Returns the share of the typical damping to start from: 1 but for few parameters.
-
-    Args:
-      curvature: The curvature.
-
-    Returns:
-      A number in ``[LOWEST_FRACTION, 1]``, for fewer than a thousand parameters less in
-      proportion.
-    """
+    """Returns the part of the typical damping to start from, 1 but for small models."""
     size = sum(math.prod(shape) for tag in curvature.tags for shape in tag.shapes)
     return min(max(size / _FEW_PARAMETERS, LOWEST_FRACTION), 1.0)
 
 
-# Updates at the beginning, where step size and damping change most, that all fit the
-# model and look at the loss.
+# In the first updates step size and damping change most: all of them fit the model and
+# look at the loss.
 FIRST = 10
-
-
-# Below this many examples the loss is noisy, and a single look at it worth little.
+# Below this many examples the loss is noisy, and a single look at it says little.
 _MANY_EXAMPLES = 512
+# The damping is adapted within these multiples of the initial one.
+_BOUNDS = (LOWEST_FRACTION, 1e5)
 
 
-def damping_interval(given: int | None, curvature: Curvature) -> int:
-    """Returns the updates between two adaptations of the damping.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adaptation:
+    """The options of `cgfac` that concern the adapted damping; see there."""
 
-    Args:
-      given: What the user says, or None.
-      curvature: The curvature, which knows the size of the batch.
+    damping_decay: Any = None
+    damping_interval: Any = None
+    model_interval: Any = None
+    min_damping: Any = None
+    max_damping: Any = None
 
-    Returns:
-      Their number.
-    """
-    if given is not None:
-        return given
-    return 10 if curvature.spec.batch_size >= _MANY_EXAMPLES else 5
+    def __post_init__(self):
+        """Validates the numbers."""
+        numbers = {
+            "damping_decay": (INSIDE_ONE, 0.9),
+            "min_damping": (NOT_NEGATIVE, 1e-3),
+            "max_damping": (POSITIVE, 1e3),
+        }
+        for name, (allowed, example) in numbers.items():
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), allowed, example)
+        for name in ("damping_interval", "model_interval"):
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name), may_be_array=True)
 
+    @property
+    def decay(self) -> Any:
+        """The factor ``ω`` per update."""
+        return 0.9 if self.damping_decay is None else self.damping_decay
 
-def model_interval(given: int | None, curvature: Curvature) -> int:
-    """Returns the updates between two fits.
+    def is_early(self, count: Array) -> Any:
+        """Whether this update looks at the loss as one of the first."""
+        return count <= FIRST if self.damping_interval is None else False
 
-    Args:
-      given: What the user says, or None for as many as make them cost little beside
-        the gradient.
-      curvature: The curvature, which knows the examples and the size of the batch.
+    def interval(self, curvature: Curvature) -> Any:
+        """Updates between two adaptations of the damping."""
+        if self.damping_interval is not None:
+            return self.damping_interval
+        return 10 if curvature.spec.batch_size >= _MANY_EXAMPLES else 5
 
-    Returns:
-      Their number.
-    """
-    if given is not None:
-        return given
-    spec = curvature.spec
-    kept = num_kept(curvature.model_inputs, spec.batched) if spec.batched else 1
-    # A forward pass and two tangents are five products with every kernel, a gradient
-    # three.
-    axis_name = None if spec.objective is None else spec.objective.axis_name
-    share = 5 / 3 * kept * axis_size(axis_name) / spec.batch_size
-    most = 0.06 if spec.few_outputs else 0.12
-    return max(1, min(math.ceil(share / most), 10))
+    def fit_interval(self, curvature: Curvature) -> Any:
+        """Updates between two fits: by default their cost is small beside a gradient's.
+
+        A forward pass and two tangents are five products with every kernel, a gradient
+        is three.
+        """
+        if self.model_interval is not None:
+            return self.model_interval
+        spec = curvature.spec
+        kept = num_kept(curvature.model_inputs, spec.batched) if spec.batched else 1
+        axis_name = None if spec.objective is None else spec.objective.axis_name
+        fraction = 5 / 3 * kept * axis_size(axis_name) / spec.batch_size
+        most = 0.06 if spec.few_outputs else 0.12
+        return max(1, min(math.ceil(fraction / most), 10))
+
+    def bounds(self, initial: Array) -> tuple[Array | float, Array | float]:
+        """The ends between which a damping with this initial value is adapted."""
+        low, high = (factor * initial for factor in _BOUNDS)
+        high = jnp.where(initial > 0, high, jnp.inf)
+        high = high if self.max_damping is None else self.max_damping
+        low = low if self.min_damping is None else self.min_damping
+        return low, jnp.minimum(high, jnp.finfo(initial.dtype).max)
+
+    def adapted(
+        self, damping: Array, initial: Array, ratio: Array, steps: Array
+    ) -> Array:
+        """The damping after ``steps`` updates and a look with this reduction ratio."""
+        low, high = self.bounds(initial)
+        decay = self.decay**steps
+        bounds = {"minimum": low, "maximum": high}
+        return levenberg_marquardt(damping, ratio, decay=decay, **bounds)
+
+    def raised(self, damping: Array, initial: Array, curvature: Curvature) -> Array:
+        """The damping after a step that is taken back."""
+        # In the damping's precision: a long interval overflows to infinity in silence.
+        decay = jnp.asarray(self.decay, damping.dtype)
+        _, high = self.bounds(initial)
+        return jnp.minimum(damping * decay ** -self.interval(curvature), high)

@@ -3,37 +3,41 @@
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
-from optax_cgfac.optimize.adaptive import CGFACState
 from optax_cgfac.optimize.scale_by import ScaleByCGFACState
-from optax_cgfac.solve.info import StopReason
+from optax_cgfac.optimize.step import CGFACState
 from optax_cgfac.utils.paths import leaves_by_path, text
-from optax_cgfac.utils.types import Array, PyTree
+from optax_cgfac.utils.types import PyTree
 from optax_cgfac.utils.validate import summarize
 
 
-def diagnostics(opt_state: Any, params: PyTree = None) -> dict[str, Any]:
+def diagnostics(
+    opt_state: Any, params: PyTree = None, *, flat: bool = False
+) -> dict[str, Any]:
     """Returns what the optimizer did in its last update, as arrays.
 
-    Works under `jax.jit` and on states nested in `optax.chain` and the like.
+    Works under `jax.jit` and on states nested in `optax.chain` and the like. Nothing
+    waits for the device until the arrays are read.
 
     Args:
       opt_state: The state of an optimizer that contains `cgfac`, `scale_by_cgfac`
         or `scale_by_kfac`; of an `nnx.Optimizer` its ``opt_state``.
-      params: The parameters, for their names where the solves are direct and the
+      params: The parameters, for the layers' names where the solves are direct and the
         state holds none.
+      flat: Whether to return one flat dict for loggers, with names such as
+        ``"cgfac/damping"`` and ``"cgfac/layers/encoder/Dense_0/residual"``.
 
     Returns:
-      A dict with ``"layers"``, for every layer its ``"cg_steps"``, its true relative
-      ``"residual"`` (-1 where it was not computed), how often so far its solve was
-      replaced, ``"num_replaced"``, and a captured row left out, ``"num_dropped"``, for
-      a number that was not finite, and the ``"stop_reason"`` of its solve, a
-      `StopReason` as int32 (by the number of the parameter where the solves are direct
-      and the state holds no names); for `cgfac` also
-      ``"damping"``, ``"step_size"``, ``"momentum"``, ``"reduction_ratio"`` and
-      ``"num_rejected"``.
+      A dict. ``"layers"`` has for every layer (numbered where no names are known):
+
+      - ``"cg_steps"``, and the true relative ``"residual"``, -1 for direct solves;
+      - ``"stop_reason"``: why the solve ended, a `StopReason` as int32;
+      - ``"num_replaced"``: solves so far whose result was not finite and was replaced;
+      - ``"num_dropped"``: captured rows so far that were not finite and were left out.
+
+      With `cgfac` it also has ``"damping"``, ``"step_size"``, ``"momentum"``,
+      ``"reduction_ratio"`` and ``"num_rejected"``.
 
     Raises:
       ValueError: If the state contains none of them, or several.
@@ -44,6 +48,10 @@ def diagnostics(opt_state: Any, params: PyTree = None) -> dict[str, Any]:
       >>> state = tx.init({"Dense_0": {"kernel": jnp.ones((2, 3))}})
       >>> print(diagnostics(state)["damping"])
       0.1
+      >>> for name, value in sorted(diagnostics(state, flat=True).items())[:2]:
+      ...     print(name, value)
+      cgfac/damping 0.1
+      cgfac/layers/Dense_0/cg_steps 0
     """
     kinds = (CGFACState, ScaleByCGFACState)
     opt_state = _without_variables(opt_state)
@@ -68,91 +76,13 @@ def diagnostics(opt_state: Any, params: PyTree = None) -> dict[str, Any]:
             "reduction_ratio": state.reduction_ratio,
             "num_rejected": state.num_rejected,
         }
-    return result
-
-
-def scalars(
-    opt_state: Any, params: PyTree = None, *, prefix: str = "cgfac"
-) -> dict[str, Array]:
-    """Returns `diagnostics` as a flat dict, as loggers take it.
-
-    The values are arrays on the device: nothing waits for them until the logger, such
-    as those of ``clu.metric_writers`` or TensorBoard, reads them. Return them from the
-    compiled step and hand them on.
-
-    Args:
-      opt_state: As in `diagnostics`.
-      params: As in `diagnostics`.
-      prefix: The beginning of every name.
-
-    Returns:
-      Scalars by name, such as ``"cgfac/damping"`` and
-      ``"cgfac/layers/encoder/Dense_0/residual"``.
-
-    Raises:
-      ValueError: As `diagnostics`.
-      TypeError: If ``prefix`` is no text.
-
-    Example:
-      >>> import jax.numpy as jnp, optax_cgfac
-      >>> tx = optax_cgfac.cgfac(damping=0.1)
-      >>> state = tx.init({"Dense_0": {"kernel": jnp.ones((2, 3))}})
-      >>> for name, value in sorted(scalars(state).items())[:3]:
-      ...     print(name, value)
-      cgfac/damping 0.1
-      cgfac/layers/Dense_0/cg_steps 0
-      cgfac/layers/Dense_0/num_dropped 0
-    """
-    if not isinstance(prefix, str):
-        raise TypeError(
-            f"prefix must be a text, got {summarize(prefix)}. Pass prefix='cgfac', say."
-        )
-    result = diagnostics(opt_state, params)
+    if not flat:
+        return result
     layers = result.pop("layers")
-    flat = {f"{prefix}/{name}": value for name, value in result.items()}
+    flattened = {f"cgfac/{name}": value for name, value in result.items()}
     for layer, values in layers.items():
-        flat |= {f"{prefix}/layers/{layer}/{k}": v for k, v in values.items()}
-    return flat
-
-
-def stop_reasons(opt_state: Any, params: PyTree = None) -> dict[str, str]:
-    """Returns why the last solve of every layer ended, by name.
-
-    For people to read: it waits for the device, and is not for use under `jax.jit`,
-    where `diagnostics` has the same as numbers.
-
-    Args:
-      opt_state: As in `diagnostics`.
-      params: As in `diagnostics`.
-
-    Returns:
-      Names of `StopReason` by layer; of several states side by side, the worst.
-
-    Raises:
-      ValueError: As `diagnostics`.
-      TypeError: If the state is traced.
-
-    Example:
-      >>> import jax.numpy as jnp, optax_cgfac
-      >>> tx = optax_cgfac.cgfac(damping=0.1)
-      >>> state = tx.init({"Dense_0": {"kernel": jnp.ones((2, 3))}})
-      >>> stop_reasons(state)
-      {'Dense_0': 'UNSOLVED'}
-    """
-    layers = diagnostics(opt_state, params)["layers"]
-    try:
-        return {
-            name: StopReason(int(np.max(values["stop_reason"]))).name
-            for name, values in layers.items()
-        }
-    except (
-        jax.errors.ConcretizationTypeError,
-        jax.errors.TracerArrayConversionError,
-    ):
-        raise TypeError(
-            "stop_reasons must be given arrays, got traced ones: its result is a text. "
-            "Call it outside jax.jit, and diagnostics inside."
-        ) from None
+        flattened |= {f"cgfac/layers/{layer}/{k}": v for k, v in values.items()}
+    return flattened
 
 
 def _without_variables(opt_state: Any) -> Any:

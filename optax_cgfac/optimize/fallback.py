@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,6 @@ from optax_cgfac.curvature.curvature import Curvature
 from optax_cgfac.layers.layer import LEFT_OUT
 from optax_cgfac.utils.paths import leaves_by_path, map_with_path, text
 from optax_cgfac.utils.types import Array, PyTree
-
-
-def select(condition: Array, new: PyTree, old: PyTree) -> PyTree:
-    """Returns ``new`` where the condition holds, else ``old``."""
-    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +45,31 @@ class Fallback:
             lambda path, x, y: x if self.keeps(text(path)) else y, kept, others
         )
 
-    def check(self, curvature: Curvature, grads: PyTree, *, whole: bool) -> None:
-        """Checks that every leaf has a curvature, a fallback, or was left out.
+    def apply(
+        self, delta: PyTree, updates: PyTree, state: Any, finite: Array, **given: Any
+    ) -> tuple[PyTree, Any]:
+        """Lets the other optimizer update its parameters.
 
-        Raises:
-          ValueError: If one has not, or the ``whole`` model is needed and not there.
+        A number that is not finite anywhere rejects the whole step, the fallback's part
+        of it too. Those that the fallback makes itself (Adam's in float16) are zeroed.
+
+        Args:
+          delta: CG-FAC's update.
+          updates: The gradients.
+          state: The fallback's state.
+          finite: Whether all numbers of the step are finite.
+          **given: ``params`` and the other arguments of the fallback's ``update``.
         """
+        if self.fallback is None:
+            return delta, state
+        other = self.transformation(given["params"])
+        mixed, new = other.update(self.split(delta, updates), state, **given)
+        mixed = jax.tree.map(lambda u: jnp.where(finite & jnp.isfinite(u), u, 0), mixed)
+        new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
+        return self.split(delta, mixed), new
+
+    def check(self, curvature: Curvature, grads: PyTree, *, whole: bool) -> None:
+        """Checks that every leaf has a curvature, a fallback, or was left out."""
         paths = {text(path) for path in leaves_by_path(grads)}
         missing = {text(path) for tag in curvature.tags for path in tag.leaves} - paths
         if whole and missing and any(map(curvature.covers, paths)):

@@ -11,6 +11,7 @@ section 7). Computed from the captured rows instead, ``M`` is badly wrong: ``Δ`
 was fitted to them.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -39,10 +40,10 @@ class QuadraticModel(NamedTuple):
     undamped: Array
     slope: Array
 
-    def value(self, coefficients: Array, *, damped: bool = True) -> Array:
-        """Returns ``M`` at ``Σ cᵢ vᵢ``."""
-        matrix = self.curvature if damped else self.undamped
-        return self.slope @ coefficients + coefficients @ matrix @ coefficients / 2
+
+def model_value(slope: Array, matrix: Array, coefficients: Array) -> Array:
+    """Returns the quadratic with this slope and matrix at ``Σ cᵢ vᵢ``."""
+    return slope @ coefficients + coefficients @ matrix @ coefficients / 2
 
 
 class Step(NamedTuple):
@@ -127,7 +128,7 @@ def quadratic_model(
     return QuadraticModel(damped, undamped, slope.astype(dtype))
 
 
-def within_loss(model: QuadraticModel, step: Step, value: Array) -> Step:
+def within_loss(slope: Array, step: Step, value: Array) -> Step:
     """Shortens a step that promises to take away more than the whole loss.
 
     A loss that is never negative cannot fall by more than its value ``f``. Where a few
@@ -136,8 +137,8 @@ def within_loss(model: QuadraticModel, step: Step, value: Array) -> Step:
     the step is then limited to ``2 f``, which a quadratic that ends at zero would have.
 
     Args:
-      model: The model.
-      step: Its minimizer.
+      slope: ``∇hᵀ vᵢ``, shape ``(2,)``.
+      step: The minimizer of the model.
       value: ``f``; no limit where it is not positive.
 
     Returns:
@@ -145,15 +146,14 @@ def within_loss(model: QuadraticModel, step: Step, value: Array) -> Step:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> model = QuadraticModel(jnp.eye(2), jnp.eye(2), jnp.array([-1.0, 0.0]))
-      >>> step = Step(jnp.array(1.0), jnp.array(0.0))
-      >>> print(within_loss(model, step, jnp.array(0.1)).step_size)
+      >>> slope, step = jnp.array([-1.0, 0.0]), Step(jnp.array(1.0), jnp.array(0.0))
+      >>> print(within_loss(slope, step, jnp.array(0.1)).step_size)
       0.2
 
     References:
       Polyak (1969), "Minimization of unsmooth functionals".
     """
-    promised = -model.slope @ jnp.stack(step)
+    promised = -slope @ jnp.stack(step)
     limit = 2 * jnp.asarray(value, promised.dtype)
     is_too_long = (limit > 0) & (promised > limit)
     factor = jnp.where(is_too_long, limit / jnp.where(is_too_long, promised, 1), 1)
@@ -189,7 +189,6 @@ def within_promise(step_size: Array, descent: Array, most: Array) -> Array:
 def minimize_in_box(
     model: QuadraticModel,
     *,
-    max_step_size: float = 1.0,
     min_momentum: float = 0.0,
     max_momentum: float = 0.95,
 ) -> Step:
@@ -201,7 +200,6 @@ def minimize_in_box(
 
     Args:
       model: The model.
-      max_step_size: Upper end of ``α``; the lower end is 0.
       min_momentum: Lower end of ``μ``.
       max_momentum: Upper end of ``μ``.
 
@@ -224,7 +222,7 @@ def minimize_in_box(
     dtype = q11.dtype
 
     def best_step_size(momentum: Array) -> Array:
-        return jnp.clip(-safe_divide(s1 + q12 * momentum, q11), 0, max_step_size)
+        return jnp.clip(-safe_divide(s1 + q12 * momentum, q11), 0, 1)
 
     def best_momentum(step_size: Array) -> Array:
         best = -safe_divide(s2 + q12 * step_size, q22)
@@ -243,10 +241,11 @@ def minimize_in_box(
             jnp.asarray(max_momentum, dtype),
         )
     ]
-    ends = jnp.zeros((), dtype), jnp.asarray(max_step_size, dtype)
+    ends = jnp.zeros((), dtype), jnp.ones((), dtype)
     steps += [(step_size, best_momentum(step_size)) for step_size in ends]
     candidates = jnp.array(steps)
-    values = jax.vmap(model.value)(candidates)
+    value_of = functools.partial(model_value, model.slope, model.curvature)
+    values = jax.vmap(value_of)(candidates)
     # The first candidate, the one inside, wins ties.
     step_size, momentum = candidates[jnp.argmin(values)]
     return Step(jnp.where(finite, step_size, 0), jnp.where(finite, momentum, 0))

@@ -2,7 +2,7 @@
 
 The residual of the recurrence and the true one drift apart by rounding (Greenbaum 1997,
 "Estimating the attainable accuracy of recursively computed residual methods"). So every
-solve ends with one more product, which tells the true residual and whether the
+solve ends with one more product, which gives the true residual and shows whether the
 quadratic model ``½ xᵀFx - bᵀx`` fell on the way.
 """
 
@@ -59,16 +59,17 @@ def conjugate_gradient(
       ValueError: If ``x0`` does not have the structure, shapes and dtypes of
         ``b``, ``max_steps`` is not positive, a tolerance is negative, or an operator
         returns something of another shape.
-      TypeError: If ``b`` is not real floating point, a tolerance is no number, or an
-        operator none.
+      TypeError: If ``b`` is not real floating point, or an operator has no
+        ``matvec``.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from optax_cgfac import KroneckerOperator
-      >>> op = KroneckerOperator(jnp.diag(jnp.array([1.0, 2.0])), jnp.ones((1, 1)))
-      >>> x, info = conjugate_gradient(op, jnp.ones((2, 1)), max_steps=5)
-      >>> print(x[:, 0], int(info.num_steps), StopReason(int(info.reason)).name)
-      [1.   0.25] 2 CONVERGED
+      >>> from optax_cgfac import DampedOperator, KroneckerOperator
+      >>> kronecker = KroneckerOperator(jnp.array([[1.0, 0.0]]), jnp.array([[1.0]]))
+      >>> op, b = DampedOperator(kronecker, 1.0), jnp.array([[1.0], [1.0]])
+      >>> x, info = conjugate_gradient(op, b, max_steps=5)
+      >>> print(x.T, int(info.num_steps), StopReason(int(info.reason)).name)
+      [[0.5 1. ]] 2 CONVERGED
 
     References:
       Hestenes & Stiefel (1952), "Methods of conjugate gradients for solving
@@ -77,72 +78,55 @@ def conjugate_gradient(
     check_positive("max_steps", max_steps, may_be_array=True)
     for name, number, example in (("rtol", rtol, 1e-5), ("atol", atol, 0.0)):
         check_number(name, number, NOT_NEGATIVE, example)
-    check_system(operator, b, x0, preconditioner)
-    return solve_by_cg_in_parameters(
-        operator,
-        b,
-        x0,
-        max_steps=max_steps,
-        rtol=rtol,
-        atol=atol,
-        preconditioner=preconditioner,
-    )
+    _check_system(operator, b, x0, preconditioner)
+    precondition = None if preconditioner is None else preconditioner.matvec
+    space = Space(operator.matvec, tree_dot, precondition)
+    return _solve(space, b, x0, tolerances=(rtol, atol), max_steps=max_steps)
 
 
-def solve_by_cg_in_parameters(
+def solve_in_parameter_space(
     operator: LinearOperator,
     b: PyTree,
     x0: PyTree | None,
     *,
     max_steps: int | Array,
     rtol: float | Array,
-    atol: float | Array = 0.0,
-    preconditioner: LinearOperator | None = None,
+) -> tuple[PyTree, CGInfo]:
+    """`conjugate_gradient` of the optimizers: a start worse than zero is not used."""
+    space, limits = Space(operator.matvec, tree_dot), {"max_steps": max_steps}
+    return _solve(space, b, x0, tolerances=(rtol, 0.0), **limits, doubts_start=True)
+
+
+def _solve(
+    space: "Space",
+    b: PyTree,
+    x0: PyTree | None,
+    *,
+    tolerances: tuple[float | Array, float | Array],
+    max_steps: int | Array,
     doubts_start: bool = False,
 ) -> tuple[PyTree, CGInfo]:
-    """Does what `conjugate_gradient` promises, without its checks.
+    def residual_of(x: PyTree) -> PyTree:
+        return jax.tree.map(jnp.subtract, b, space.matvec(x))
 
-    Args:
-      operator: As there.
-      b: As there.
-      x0: As there.
-      max_steps: As there.
-      rtol: As there.
-      atol: As there.
-      preconditioner: As there.
-      doubts_start: Whether to start from zero where the quadratic model of ``x0`` is
-        larger than that of zero.
-
-    Returns:
-      The solution, like ``b``, and a `CGInfo`.
-    """
     if x0 is None:
         x0, residual = jax.tree.map(jnp.zeros_like, b), b
     else:
-        residual = jax.tree.map(jnp.subtract, b, operator.matvec(x0))
+        residual = residual_of(x0)
         if doubts_start:
-            x0, residual = no_worse_than_zero(x0, residual, b, tree_dot)
+            x0, residual = no_worse_than_zero(x0, residual, b, space.dot)
     # In the precision of the dot: half has no range for squares.
-    b_squared = tree_dot(b, b)
-    tolerance = jnp.maximum(
-        jnp.asarray(rtol) ** 2 * b_squared, jnp.asarray(atol) ** 2
-    ).astype(b_squared.dtype)
-    end = cg_loop(
-        operator.matvec,
-        residual,
+    b_squared = space.dot(b, b)
+    relative, absolute = (jnp.asarray(x) ** 2 for x in tolerances)
+    end = iterate(
+        space,
         x0,
-        dot=tree_dot,
-        squared_tolerance=tolerance,
+        residual,
+        lambda x: (x, residual_of(x)),
+        squared_tolerance=jnp.maximum(relative * b_squared, absolute).astype(
+            b_squared.dtype
+        ),
         max_steps=max_steps,
-        precondition=None if preconditioner is None else preconditioner.matvec,
-    )
-    end = certified(
-        end,
-        start=x0,
-        start_residual=residual,
-        residual=jax.tree.map(jnp.subtract, b, operator.matvec(end.x)),
-        dot=tree_dot,
-        squared_tolerance=tolerance,
     )
     return end.x, end.info()
 
@@ -155,17 +139,8 @@ def no_worse_than_zero(
 ) -> tuple[PyTree, PyTree]:
     """Returns the start and its residual, or zero's where the model is lower there.
 
-    The last solution is worse than nothing where gradients or damping have changed by
+    The last solution is worse than zero where gradients or damping have changed by
     much since. The model ``½ x₀ᵀFx₀ - bᵀx₀`` is ``-½ ⟨x₀, b + r₀⟩``, and 0 at zero.
-
-    Args:
-      x0: The start, or ``k`` columns of starts.
-      residual: ``b - F x₀``.
-      b: The right-hand side.
-      dot: As in `cg_loop`.
-
-    Returns:
-      The start and its residual.
     """
     # A number that is not finite compares false.
     helps = dot(x0, jax.tree.map(jnp.add, b, residual)) >= 0
@@ -173,6 +148,27 @@ def no_worse_than_zero(
         jax.tree.map(lambda x: jnp.where(helps, x, 0), x0),
         jax.tree.map(lambda r, b: jnp.where(helps, r, b), residual, b),
     )
+
+
+class Space(NamedTuple):
+    """The vectors that the iteration works on, and its operator on them.
+
+    ``dot`` may return an array of shape ``(k,)`` for vectors whose leaves have ``k``
+    columns: these are then ``k`` independent systems, each with its own step size and
+    its own stop.
+
+    Attributes:
+      matvec: The operator ``F``.
+      dot: The inner product in which ``F`` is symmetric.
+      precondition: The action of ``M⁻¹``; None for none.
+      rounding: The size of the rounding errors of ``dot``, where they matter: no step
+        is taken on a curvature or a residual below them.
+    """
+
+    matvec: Callable[[Any], Any]
+    dot: Callable[[Any, Any], Array]
+    precondition: Callable[[Any], Any] | None = None
+    rounding: Callable[[Any, Any], Array] | None = None
 
 
 class LoopEnd(NamedTuple):
@@ -197,6 +193,26 @@ class LoopEnd(NamedTuple):
         return CGInfo(self.num_steps, norm, converged, self.reason)
 
 
+def iterate(
+    space: Space,
+    x0: PyTree,
+    residual: PyTree,
+    recompute: Callable[[PyTree], tuple[PyTree, PyTree]],
+    *,
+    squared_tolerance: Array,
+    max_steps: int | Array,
+) -> LoopEnd:
+    """Runs CG from ``x0`` and judges its end by the true residual.
+
+    ``recompute(x)`` returns ``x`` and its residual ``b - F x``, computed anew.
+    """
+    tolerance = {"squared_tolerance": squared_tolerance}
+    end = cg_loop(space, residual, x0, **tolerance, max_steps=max_steps)
+    x, true = recompute(end.x)
+    start = x0, residual
+    return certified(space, end._replace(x=x), start=start, residual=true, **tolerance)
+
+
 class _LoopState(NamedTuple):
     step: Array
     x: PyTree
@@ -208,53 +224,22 @@ class _LoopState(NamedTuple):
 
 
 def cg_loop(
-    matvec: Callable[[PyTree], PyTree],
+    space: Space,
     residual: PyTree,
     x: PyTree,
     *,
-    dot: Callable[[PyTree, PyTree], Array],
     squared_tolerance: Array,
     max_steps: int | Array,
-    precondition: Callable[[PyTree], PyTree] | None = None,
-    rounding: Callable[[PyTree, PyTree], Array] | None = None,
 ) -> LoopEnd:
-    """The iteration itself, in the inner product ``dot``.
-
-    ``dot`` may return an array of shape ``(k,)`` for vectors whose leaves have
-    ``k`` columns: these are then ``k`` independent systems, each with its own
-    step size and its own stop.
-
-    Args:
-      matvec: The operator.
-      residual: ``b - F x``.
-      x: The first iterate.
-      dot: The inner product in which ``F`` is symmetric.
-      squared_tolerance: The squared residual norm at which a system is done.
-      max_steps: The largest number of iterations.
-      precondition: The action of ``M⁻¹``.
-      rounding: The size of the rounding errors of ``dot``, where they matter: a
-        curvature or a residual below them says nothing, and no step is taken on it.
-
-    Returns:
-      The `LoopEnd`, with the residual of the recurrence.
-    """
-    precondition = precondition or (lambda vector: vector)
-    rounding = rounding or (lambda u, v: jnp.zeros((), squared_tolerance.dtype))
+    """The iteration itself; the `LoopEnd` has the residual of the recurrence."""
+    dot = space.dot
+    precondition = space.precondition or (lambda vector: vector)
+    rounding = space.rounding or (lambda u, v: jnp.zeros((), squared_tolerance.dtype))
 
     def judged(residual: PyTree) -> tuple[Array, Array]:
-        """Returns the squared norm and what it says."""
-        rr, noise = dot(residual, residual), rounding(residual, residual)
-        certain = jnp.maximum(rr, noise)
-        reason = jnp.where(
-            certain <= squared_tolerance,
-            StopReason.CONVERGED.value,
-            jnp.where(
-                rr <= noise, StopReason.STAGNATED.value, StopReason.UNSOLVED.value
-            ),
+        return _judged(
+            dot(residual, residual), rounding(residual, residual), squared_tolerance
         )
-        finite = jnp.isfinite(certain) & jnp.isfinite(squared_tolerance)
-        reason = jnp.where(finite, reason, StopReason.NOT_FINITE.value)
-        return certain, reason.astype(jnp.int32)
 
     z = precondition(residual)
     rr, reason = judged(residual)
@@ -274,7 +259,7 @@ def cg_loop(
 
     def body(state: _LoopState) -> _LoopState:
         active = state.reason == StopReason.UNSOLVED.value
-        product = matvec(state.direction)
+        product = space.matvec(state.direction)
         curvature = dot(state.direction, product)
         noise = rounding(state.direction, product)
         usable = active & (curvature > noise) & (state.rz > 0)
@@ -285,23 +270,15 @@ def cg_loop(
         # A step whose residual overflows is not taken.
         taken = usable & jnp.isfinite(rr) & jnp.isfinite(rz)
         momentum = jnp.where(taken, rz / jnp.where(taken, state.rz, 1), 0)
-        refused = jnp.where(
-            (curvature + noise > 0) & (state.rz > 0),
-            StopReason.STAGNATED.value,
-            StopReason.INDEFINITE.value,
-        )
-        blown_up = usable | ~jnp.isfinite(curvature) | ~jnp.isfinite(state.rz)
-        refused = jnp.where(blown_up, StopReason.NOT_FINITE.value, refused)
+        refused = _refusal(state.rz, curvature, noise, usable)
         reason = jnp.where(taken, reason, refused).astype(jnp.int32)
-
-        def select(new: PyTree, old: PyTree) -> PyTree:
-            return jax.tree.map(lambda n, o: jnp.where(taken, n, o), new, old)
-
         return _LoopState(
             step=state.step + 1,
-            x=select(_axpy(step_size, state.direction, state.x), state.x),
-            residual=select(residual, state.residual),
-            direction=select(_axpy(momentum, state.direction, z), state.direction),
+            x=_select(taken, _axpy(step_size, state.direction, state.x), state.x),
+            residual=_select(taken, residual, state.residual),
+            direction=_select(
+                taken, _axpy(momentum, state.direction, z), state.direction
+            ),
             rz=jnp.where(taken, rz, state.rz),
             rr=jnp.where(taken, rr, state.rr),
             reason=jnp.where(active, reason, state.reason),
@@ -313,45 +290,52 @@ def cg_loop(
     return LoopEnd(state.x, state.rr, state.step, reason.astype(jnp.int32))
 
 
+def _judged(rr: Array, noise: Array, squared_tolerance: Array) -> tuple[Array, Array]:
+    """Returns a squared residual norm, at least its rounding error, and a reason."""
+    certain = jnp.maximum(rr, noise)
+    reason = jnp.where(
+        certain <= squared_tolerance,
+        StopReason.CONVERGED.value,
+        jnp.where(rr <= noise, StopReason.STAGNATED.value, StopReason.UNSOLVED.value),
+    )
+    finite = jnp.isfinite(certain) & jnp.isfinite(squared_tolerance)
+    reason = jnp.where(finite, reason, StopReason.NOT_FINITE.value)
+    return certain, reason.astype(jnp.int32)
+
+
+def _refusal(rz: Array, curvature: Array, noise: Array, usable: Array) -> Array:
+    """Returns why a step is not taken."""
+    refused = jnp.where(
+        (curvature + noise > 0) & (rz > 0),
+        StopReason.STAGNATED.value,
+        StopReason.INDEFINITE.value,
+    )
+    blown_up = usable | ~jnp.isfinite(curvature) | ~jnp.isfinite(rz)
+    return jnp.where(blown_up, StopReason.NOT_FINITE.value, refused)
+
+
 def certified(
+    space: Space,
     end: LoopEnd,
     *,
-    start: PyTree,
-    start_residual: PyTree,
+    start: tuple[PyTree, PyTree],
     residual: PyTree,
-    dot: Callable[[PyTree, PyTree], Array],
     squared_tolerance: Array,
-    rounding: Callable[[PyTree, PyTree], Array] | None = None,
 ) -> LoopEnd:
     """Judges the end of the iteration by its true residual.
 
     The fall of the quadratic model from ``x₀`` to ``x`` is
     ``½ ⟨x - x₀, r₀ + r⟩``, without a difference of large numbers. Where it is
     negative, by rounding or an operator that is not symmetric, the start is returned.
-
-    Args:
-      end: What `cg_loop` returned.
-      start: The first iterate.
-      start_residual: Its residual.
-      residual: That of ``end.x``, recomputed.
-      dot: As in `cg_loop`.
-      squared_tolerance: As in `cg_loop`.
-      rounding: As in `cg_loop`.
-
-    Returns:
-      The `LoopEnd` with the squared norm of the true residual.
     """
-    moved = jax.tree.map(jnp.subtract, end.x, start)
+    x0, r0 = start
+    moved = jax.tree.map(jnp.subtract, end.x, x0)
     # A number that is not finite compares false.
-    falls = dot(moved, jax.tree.map(jnp.add, start_residual, residual)) >= 0
-
-    def select(new: PyTree, old: PyTree) -> PyTree:
-        return jax.tree.map(lambda n, o: jnp.where(falls, n, o), new, old)
-
-    residual = select(residual, start_residual)
-    rr = dot(residual, residual)
-    if rounding is not None:
-        rr = jnp.maximum(rr, rounding(residual, residual))
+    falls = space.dot(moved, jax.tree.map(jnp.add, r0, residual)) >= 0
+    residual = _select(falls, residual, r0)
+    rr = space.dot(residual, residual)
+    if space.rounding is not None:
+        rr = jnp.maximum(rr, space.rounding(residual, residual))
     # Where the recurrence alone is within the tolerance, rounding has the last word.
     stagnates = ~falls | (
         (end.reason == StopReason.CONVERGED.value)
@@ -359,52 +343,36 @@ def certified(
     )
     worse = jnp.maximum(end.reason, StopReason.STAGNATED.value)
     reason = jnp.where(stagnates, worse, end.reason).astype(jnp.int32)
-    return LoopEnd(select(end.x, start), rr, end.num_steps, reason)
+    return LoopEnd(_select(falls, end.x, x0), rr, end.num_steps, reason)
+
+
+def _select(condition: Array, new: PyTree, old: PyTree) -> PyTree:
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
 
 
 def _axpy(scale: Array, x: PyTree, y: PyTree) -> PyTree:
     return jax.tree.map(lambda u, v: (scale * u + v).astype(v.dtype), x, y)
 
 
-def check_system(operator: Any, b: PyTree, x0: PyTree, preconditioner: Any) -> None:
-    """Checks that an operator maps vectors like ``b`` to vectors like ``b``.
-
-    Args:
-      operator: Anything.
-      b: The right-hand side.
-      x0: The warm start, or None.
-      preconditioner: Anything, None for none.
-
-    Raises:
-      ValueError: If a structure, a shape or the dtype of ``x0`` differs.
-      TypeError: If ``b`` is not real floating point, or an operator none.
-    """
-    _check_real(b)
-    if x0 is not None:
-        _check_like_b(x0, b)
-    _check_operator("operator", operator, b)
-    if preconditioner is not None:
-        _check_operator("preconditioner", preconditioner, b)
-
-
-def _check_real(b: PyTree) -> None:
+def _check_system(operator: Any, b: PyTree, x0: PyTree, preconditioner: Any) -> None:
+    """Checks that operators map vectors like ``b`` to vectors like ``b``."""
     leaves = jax.tree.leaves(b)
-    if not leaves:
-        raise TypeError(
-            f"b must hold real floating-point arrays, got {summarize(b)} without any. "
-            "Pass the right-hand side, an array or a tree of arrays."
-        )
-    for leaf in leaves:
-        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
+    for leaf in leaves or [b]:
+        is_array = isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+        if not is_array or not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
                 f"b must hold real floating-point arrays, got {summarize(leaf)}. "
                 "Convert with jnp.asarray(b, jnp.float32)."
             )
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise TypeError(
-                f"b must hold real floating-point arrays, got dtype {leaf.dtype}. "
-                "Convert with jnp.asarray(b, jnp.float32)."
-            )
+    if x0 is not None and _shapes(x0) != _shapes(b):
+        raise ValueError(
+            "The warm start x0 must have the structure, shapes and dtypes of b.\n"
+            f"  expected: {_shapes(b)}\n  got:      {_shapes(x0)}\n"
+            "Start from jax.tree.map(jnp.zeros_like, b) or omit x0."
+        )
+    _check_operator("operator", operator, b)
+    if preconditioner is not None:
+        _check_operator("preconditioner", preconditioner, b)
 
 
 def _check_operator(name: str, operator: Any, b: PyTree) -> None:
@@ -414,8 +382,9 @@ def _check_operator(name: str, operator: Any, b: PyTree) -> None:
             "operator of optax_cgfac, such as curvature.operator('hidden', "
             "damping=0.1), or an object with a method matvec of your own."
         )
-    image = jax.eval_shape(operator.matvec, b)
-    expected, got = _shapes(b), _shapes(image)
+    expected, got = (
+        jax.tree.map(jnp.shape, x) for x in (b, jax.eval_shape(operator.matvec, b))
+    )
     if expected != got:
         raise ValueError(
             f"{name}.matvec must return vectors like the one that it is given.\n"
@@ -424,20 +393,5 @@ def _check_operator(name: str, operator: Any, b: PyTree) -> None:
         )
 
 
-def _check_like_b(x0: PyTree, b: PyTree) -> None:
-    def dtypes(tree: PyTree) -> PyTree:
-        return jax.tree.map(
-            lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf).name), tree
-        )
-
-    expected, got = dtypes(b), dtypes(x0)
-    if expected != got:
-        raise ValueError(
-            "The warm start x0 must have the structure, shapes and dtypes of b.\n"
-            f"  expected: {expected}\n  got:      {got}\n"
-            "Start from jax.tree.map(jnp.zeros_like, b) or omit x0."
-        )
-
-
 def _shapes(tree: PyTree) -> PyTree:
-    return jax.tree.map(jnp.shape, tree)
+    return jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x).name), tree)

@@ -24,12 +24,6 @@ def solve_by_eigendecomposition(
       operator: A damped `KroneckerOperator` with rows ``(R, n_in)``, ``(R, n_out)``.
       b: The right-hand side, shape ``(n_in, n_out)``.
 
-    Returns:
-      The solution, like ``b``.
-
-    Raises:
-      TypeError: If the undamped operator is no `KroneckerOperator`.
-
     Example:
       >>> import jax.numpy as jnp
       >>> from optax_cgfac import DampedOperator, KroneckerOperator

@@ -74,18 +74,7 @@ class LayerEigenpairs(NamedTuple):
 def empty_eigenpairs(
     stack: tuple[int, ...], rows: int, n: int, rank: int, dtype: str
 ) -> Eigenpairs:
-    """Returns the spectrum of a factor of which nothing is known yet.
-
-    Args:
-      stack: Sizes of stacked layers.
-      rows: Rows ``R`` that the factor is made of.
-      n: Features.
-      rank: The largest number of eigenpairs.
-      dtype: That of the layer's solves.
-
-    Returns:
-      A `Eigenpairs` of zeros.
-    """
+    """Returns zeros in the shapes of a factor's eigenpairs."""
     r = min(rank, rows, n)
     return Eigenpairs(
         jnp.zeros((*stack, n, r), dtype),
@@ -108,13 +97,6 @@ def refresh(
     All Gram matrices of equally many rows are one batch, and so are all small factors
     of about the same size: a program of few large products compiles faster than one of
     many.
-
-    Args:
-      operators: The layers' ``A ⊗ G`` with dense rows.
-      old: The previous eigenpairs, which give shapes and a start.
-
-    Returns:
-      For each layer its new eigenpairs.
     """
     sides = [
         _Side(rows, jnp.asarray(scale, rows.dtype), spectrum)
@@ -157,15 +139,7 @@ def refresh(
 
 
 def _leading_pairs(rows: Sequence[Array], starts: Sequence[Array]) -> list[Eigenpairs]:
-    """Some of the eigenpairs of ``rᵀr`` from the Gram matrices ``r rᵀ``.
-
-    Args:
-      rows: Shapes ``(k, R, n)``, with any ``k`` and ``n``.
-      starts: About the eigenvectors, shapes ``(k, n, r)``.
-
-    Returns:
-      A `Eigenpairs` of ``k`` factors for each, eigenvalues ascending.
-    """
+    """Some of the eigenpairs of ``rᵀr`` from the Gram matrices ``r rᵀ``."""
     count, rank = rows[0].shape[1], starts[0].shape[2]
     matrices = jnp.concatenate([matmul(r, r.mT) for r in rows])
     start = None
@@ -187,15 +161,7 @@ def _leading_pairs(rows: Sequence[Array], starts: Sequence[Array]) -> list[Eigen
 
 
 def _all_pairs(rows: Sequence[Array], width: int) -> list[Eigenpairs]:
-    """All eigenpairs of ``rᵀr``, with features padded to ``width``.
-
-    Args:
-      rows: Shapes ``(k, R, n)``, with any ``k`` and ``n <= width``.
-      width: The common size.
-
-    Returns:
-      A `Eigenpairs` of ``k`` factors for each, eigenvalues ascending.
-    """
+    """All eigenpairs of ``rᵀr``, with features padded to ``width``."""
     padded = [jnp.pad(r, ((0, 0), (0, 0), (0, width - r.shape[-1]))) for r in rows]
     matrices = jnp.concatenate([matmul(r.mT, r) for r in padded])
     values, vectors = _leading_eigenpairs(matrices, None)
@@ -222,9 +188,6 @@ def _leading_eigenpairs(matrices: Array, start: Array | None) -> tuple[Array, Ar
     Args:
       matrices: Positive semidefinite.
       start: About the leading eigenvectors, ``(k, n, r)``; None for all of them.
-
-    Returns:
-      The eigenpairs, negative values of rounding replaced by zero.
     """
     trace = jnp.trace(matrices, axis1=-2, axis2=-1)[:, None, None]
     scaled_down = safe_divide(matrices, trace)
@@ -257,15 +220,7 @@ class SplitDamping(NamedTuple):
 def split_dampings(
     eigenpairs: Sequence[LayerEigenpairs], damping: Array
 ) -> list[SplitDamping]:
-    """Returns every layer's `SplitDamping`, all in one pass over short vectors.
-
-    Args:
-      eigenpairs: The layers' eigenpairs.
-      damping: The scalar ``γ``.
-
-    Returns:
-      One for each layer.
-    """
+    """Returns every layer's `SplitDamping`, all in one pass over short vectors."""
     if not eigenpairs:
         return []
     traces = [jnp.concatenate([x[i].trace.ravel() for x in eigenpairs]) for i in (0, 1)]
@@ -339,9 +294,6 @@ def _scattered(rows: int, columns: int) -> Array:
     """A fixed matrix of full rank with entries in ``(-1, 1)``.
 
     A generator of random numbers would do, and takes as long to compile as all else.
-
-    Returns:
-      Shape ``(rows, columns)``, float32.
     """
     i, j = jnp.arange(rows)[:, None], jnp.arange(columns)
     # Sines whose frequency and phase change from column to column.

@@ -27,7 +27,7 @@ from optax_cgfac.operators.rows import (
     to_dense,
     transpose_times,
 )
-from optax_cgfac.solve.cg import certified, cg_loop, no_worse_than_zero
+from optax_cgfac.solve.cg import Space, iterate, no_worse_than_zero
 from optax_cgfac.solve.info import CGInfo, StopReason
 from optax_cgfac.utils.arrays import power_of_two, safe_divide, scaled
 from optax_cgfac.utils.linalg import matmul, spd_inverses, tiny_shift
@@ -79,17 +79,7 @@ def split_damping(
     sizes: tuple[int, ...] | tuple[np.ndarray, ...],
     damping: Array | float,
 ) -> tuple[Array, Array]:
-    """Returns ``α`` and ``β`` from the factors' traces; see `factored_damping`.
-
-    Args:
-      a_trace: ``tr A``, shape ``stack``.
-      g_trace: ``tr G``, shape ``stack``.
-      sizes: ``n_A`` and ``n_G``, or arrays of them like the traces.
-      damping: The scalar ``γ``.
-
-    Returns:
-      The two dampings, shape ``stack``.
-    """
+    """Returns ``α`` and ``β`` from the factors' traces; see `factored_damping`."""
     a_mean, g_mean = a_trace / sizes[0], g_trace / sizes[1]
     both = (a_mean > 0) & (g_mean > 0)
     # Of the roots, since the ratio of two numbers of float32 may be none.
@@ -181,9 +171,6 @@ def solve_directly(
       operators: The damped operators, rows of shapes ``(*stack, R, n_in)`` and
         ``(*stack, R, n_out)``.
       bs: The right-hand sides, shapes ``(*stack, n_in, n_out)``.
-
-    Returns:
-      The solutions, like ``bs``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -283,21 +270,13 @@ def _cg_side(
             start, residual = no_worse_than_zero(start, residual, rhs, dot)
     rhs_squared = jnp.sum(rhs * rhs, 0)
     tolerance = jnp.asarray(rtol, b.dtype) ** 2 * rhs_squared
-    end = cg_loop(
-        lambda v: matmul(system, v),
-        residual,
+    end = iterate(
+        Space(lambda v: matmul(system, v), dot),
         start,
-        dot=dot,
+        residual,
+        lambda x: (x, rhs - matmul(system, x)),
         squared_tolerance=tolerance,
         max_steps=max_steps,
-    )
-    end = certified(
-        end,
-        start=start,
-        start_residual=residual,
-        residual=rhs - matmul(system, end.x),
-        dot=dot,
-        squared_tolerance=tolerance,
     )
     relative = safe_divide(jnp.sum(end.squared_norm), jnp.sum(rhs_squared))
     return side.lift(b, end.x), CGInfo(

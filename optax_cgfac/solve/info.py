@@ -75,23 +75,6 @@ def direct_info(dtype: Any, reason: StopReason = StopReason.DIRECT) -> CGInfo:
     )
 
 
-def with_residual(info: CGInfo, norm: Array, tolerance: Array) -> CGInfo:
-    """Returns the info of a solve whose residual was computed afterwards.
-
-    Args:
-      info: The info.
-      norm: The residual's norm.
-      tolerance: Within which it should be.
-
-    Returns:
-      The `CGInfo`.
-    """
-    within = norm <= AGREEMENT * tolerance
-    claims = info.reason == StopReason.CONVERGED.value
-    reason = jnp.where(claims & ~within, StopReason.STAGNATED.value, info.reason)
-    return CGInfo(info.num_steps, norm, within, reason)
-
-
 class SolveInfo(NamedTuple):
     """How the last solve of every layer went: vectors over the parameters' leaves.
 
@@ -102,7 +85,7 @@ class SolveInfo(NamedTuple):
     Attributes:
       num_steps: CG iterations, int32; 0 for direct solves.
       residual: Norm of the true residual relative to the gradient's; -1 where it was
-        not computed: a direct solve computes it with ``certify=True`` only.
+        not computed, as of direct solves.
       num_replaced: Solves so far whose result was not finite and was replaced.
       reason: Why the solve ended, a `StopReason` as int32.
       num_dropped: Captured rows so far that were not finite and were left out.

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from optax_cgfac.operators.exact_fisher import BlockFisherOperator, FullFisherOperator
 from optax_cgfac.operators.kronecker import KroneckerOperator
 from optax_cgfac.operators.rows import gram, times, transpose_times
-from optax_cgfac.solve.cg import certified, cg_loop
+from optax_cgfac.solve.cg import Space, iterate
 from optax_cgfac.solve.info import CGInfo, direct_info
 from optax_cgfac.utils.arrays import tree_dot, tree_dtype
 from optax_cgfac.utils.linalg import matmul, spd_inverses, tiny_shift
@@ -60,7 +60,6 @@ def cg_on_rows(
     *,
     max_steps: int | Array,
     rtol: float | Array = 1e-5,
-    atol: float | Array = 0.0,
     doubts_start: bool = False,
 ) -> tuple[Array, CGInfo]:
     """Solves ``(A ⊗ G + γI) x = b`` with the iterates of `conjugate_gradient`.
@@ -73,11 +72,7 @@ def cg_on_rows(
       x0: The warm start, like ``b``; zero if omitted.
       max_steps: The largest number of iterations.
       rtol: Tolerance relative to ``‖b‖``.
-      atol: Absolute tolerance.
       doubts_start: Whether to start from zero where that is better.
-
-    Returns:
-      The solution, like ``b``, and a `CGInfo`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -88,26 +83,14 @@ def cg_on_rows(
     """
     a, g = operator.a, operator.g
     a_gram, g_gram = gram(a), gram(g)
-
-    def project(matrix: Array) -> Array:
-        return matmul(times(a, matrix), g.mT)
-
-    def sandwich(theta: Array) -> Array:
-        return matmul(matmul(a_gram, theta), g_gram)
-
-    def lift(theta: Array) -> Array:
-        return transpose_times(a, matmul(theta, g))
-
-    return cg_in_sample_space(
-        SampleSpace(project, sandwich, lift, operator.a_scale * operator.g_scale),
-        damping,
-        b,
-        x0,
-        max_steps=max_steps,
-        rtol=rtol,
-        atol=atol,
-        doubts_start=doubts_start,
+    space = SampleSpace(
+        project=lambda matrix: matmul(times(a, matrix), g.mT),
+        gram=lambda theta: matmul(matmul(a_gram, theta), g_gram),
+        lift=lambda theta: transpose_times(a, matmul(theta, g)),
+        scale=operator.a_scale * operator.g_scale,
     )
+    limits = {"max_steps": max_steps, "rtol": rtol, "doubts_start": doubts_start}
+    return cg_in_sample_space(space, damping, b, x0, **limits)
 
 
 class SampleSpace(NamedTuple):
@@ -134,25 +117,9 @@ def cg_in_sample_space(
     *,
     max_steps: int | Array,
     rtol: float | Array = 1e-5,
-    atol: float | Array = 0.0,
     doubts_start: bool = False,
 ) -> tuple[PyTree, CGInfo]:
-    """Solves ``(F + γI) x = b`` on coefficients of the vectors that span ``F``.
-
-    Args:
-      space: The vectors.
-      damping: The scalar ``γ``.
-      b: The right-hand side.
-      x0: The warm start, like ``b``; zero if omitted.
-      max_steps: The largest number of iterations.
-      rtol: Tolerance relative to ``‖b‖``.
-      atol: Absolute tolerance.
-      doubts_start: Whether to start from zero where the quadratic model of ``x0`` is
-        larger than that of zero.
-
-    Returns:
-      The solution, like ``b``, and a `CGInfo`.
-    """
+    """Solves ``(F + γI) x = b`` on coefficients of the samples; see `cg_on_rows`."""
     dtype = tree_dtype(b)
     damping = jnp.asarray(damping, dtype)
     s = jnp.asarray(space.scale, dtype)
@@ -172,7 +139,6 @@ def cg_in_sample_space(
         d = jax.tree.map(lambda b, x: b - damping * x, b, x0)
         t = space.project(b) - damping * t0
         residual = _Coefficients(one, -s * t0, -s * space.gram(t0))
-    d_squared = tree_dot(d, d)
 
     def matvec(vector: _Coefficients) -> _Coefficients:
         image = vector.c * t + vector.q
@@ -181,6 +147,36 @@ def cg_in_sample_space(
             damping * vector.theta + s * image,
             damping * vector.q + s * space.gram(image),
         )
+
+    def recompute(x: _Coefficients) -> tuple[_Coefficients, _Coefficients]:
+        # The coefficients are the solution, and what travelled along is computed anew.
+        c, theta = x.c, x.theta
+        q = space.gram(theta)
+        left = residual.theta - damping * theta - s * (c * t + q)
+        return _Coefficients(c, theta, q), _Coefficients(
+            residual.c - damping * c, left, space.gram(left)
+        )
+
+    zeros = jnp.zeros_like(t)
+    end = iterate(
+        _inner_product(matvec, t, tree_dot(d, d)),
+        _Coefficients(jnp.zeros((), dtype), zeros, zeros),
+        residual,
+        recompute,
+        squared_tolerance=(jnp.asarray(rtol) ** 2 * tree_dot(b, b)).astype(dtype),
+        max_steps=max_steps,
+    )
+    back = space.lift(end.x.theta)
+    x = jax.tree.map(lambda d, back: end.x.c * d + back, d, back)
+    x = x if x0 is None else jax.tree.map(jnp.add, x0, x)
+    return x, end.info()
+
+
+def _inner_product(
+    matvec: Callable[[_Coefficients], _Coefficients], t: Array, d_squared: Array
+) -> Space:
+    """Returns the operator with the inner product of the coefficients."""
+    dtype = t.dtype
 
     def terms(x: _Coefficients, y: _Coefficients) -> tuple[Array, ...]:
         return (
@@ -197,37 +193,7 @@ def cg_in_sample_space(
         sizes = [jnp.abs(term) for term in terms(x, y)]
         return _ROUNDING * jnp.finfo(dtype).eps * sum(sizes, start=jnp.zeros((), dtype))
 
-    zeros = jnp.zeros_like(t)
-    start = _Coefficients(jnp.zeros((), dtype), zeros, zeros)
-    tolerance = jnp.maximum(
-        jnp.asarray(rtol) ** 2 * tree_dot(b, b), jnp.asarray(atol) ** 2
-    ).astype(dtype)
-    end = cg_loop(
-        matvec,
-        residual,
-        start,
-        dot=dot,
-        squared_tolerance=tolerance,
-        max_steps=max_steps,
-        rounding=rounding,
-    )
-    # The coefficients are the solution, and what travelled along is computed anew.
-    c, theta = end.x.c, end.x.theta
-    q = space.gram(theta)
-    left = residual.theta - damping * theta - s * (c * t + q)
-    end = certified(
-        end._replace(x=_Coefficients(c, theta, q)),
-        start=start,
-        start_residual=residual,
-        residual=_Coefficients(residual.c - damping * c, left, space.gram(left)),
-        dot=dot,
-        squared_tolerance=tolerance,
-        rounding=rounding,
-    )
-    back = space.lift(end.x.theta)
-    x = jax.tree.map(lambda d, back: end.x.c * d + back, d, back)
-    x = x if x0 is None else jax.tree.map(jnp.add, x0, x)
-    return x, end.info()
+    return Space(matvec, dot, rounding=rounding)
 
 
 def solve_among_samples(
@@ -239,7 +205,6 @@ def solve_among_samples(
     direct: bool,
     max_steps: int | Array,
     rtol: float | Array,
-    doubts_start: bool = False,
 ) -> tuple[PyTree, CGInfo]:
     """Solves ``(s DᵀD + γI) x = b`` for the gradients ``D`` of the examples.
 
@@ -247,14 +212,10 @@ def solve_among_samples(
       operator: The exact Fisher of one layer or of several.
       damping: The scalar ``γ``.
       b: The right-hand side: a matrix, or one for each layer.
-      x0: The warm start, like ``b``, or None.
+      x0: The warm start, like ``b``, or None; zero is taken where it is better.
       direct: Whether to factorise the ``M x M`` matrix instead of iterating.
       max_steps: The largest number of CG iterations, of ``M²`` operations each.
       rtol: Tolerance relative to ``‖b‖``.
-      doubts_start: Whether to start from zero where that is better.
-
-    Returns:
-      The solution, like ``b``, and a `CGInfo`.
     """
     k = operator.gram()
     if not direct:
@@ -264,15 +225,8 @@ def solve_among_samples(
             operator.lift,
             operator.scale,
         )
-        return cg_in_sample_space(
-            space,
-            damping,
-            b,
-            x0,
-            max_steps=max_steps,
-            rtol=rtol,
-            doubts_start=doubts_start,
-        )
+        limits = {"max_steps": max_steps, "rtol": rtol, "doubts_start": True}
+        return cg_in_sample_space(space, damping, b, x0, **limits)
     scaled = k * jnp.asarray(operator.scale, k.dtype)
     damping = jnp.maximum(damping, tiny_shift(jnp.trace(scaled)))
     system = scaled + damping * jnp.eye(len(k), dtype=k.dtype)

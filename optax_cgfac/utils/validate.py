@@ -78,9 +78,8 @@ def check_number(name: str, value: Any, allowed: Range, example: Any) -> None:
         )
     if not is_real_scalar(value):
         raise TypeError(f"{name} must be a number, got {summarize(value)}. {way_out}.")
-    number: Any = value
-    is_known = is_number(number) or isinstance(number, np.ndarray)
-    if is_known and not allowed.holds(float(number)):
+    is_known = is_number(value) or isinstance(value, np.ndarray)
+    if is_known and not allowed.holds(float(np.asarray(value))):
         raise ValueError(f"{name} must {allowed.text}, got {value}. {way_out}.")
 
 
@@ -92,11 +91,6 @@ def check_number_or_schedule(
         check_function(name, value, ["count"], f"lambda count: {example}")
     else:
         check_number(name, value, allowed, example)
-
-
-def check_damping(damping: Any) -> None:
-    """Checks a damping: a number, a traced one, or a schedule."""
-    check_number_or_schedule("damping", damping, NOT_NEGATIVE, 0.1)
 
 
 def check_scheduled(name: str, value: Any) -> None:

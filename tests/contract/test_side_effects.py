@@ -1,4 +1,4 @@
-"""Nothing loads pickles, runs code out of data, or writes a file."""
+"""Nothing changes Flax or a user's module, loads pickles, runs data, or writes."""
 
 import ast
 import os
@@ -6,10 +6,97 @@ import pathlib
 import subprocess
 import sys
 import textwrap
+import threading
 
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import linen as nn
+from flax import nnx
 
 import optax_cgfac
+
+X = jnp.ones((4, 3, 5))
+
+
+class Looking:
+    """What another thread sees of Flax and of some modules, at every call."""
+
+    def __init__(self):
+        self.modules, self.seen = [], []
+
+    def __call__(self):
+        thread = threading.Thread(target=self._look)
+        thread.start()
+        thread.join()
+
+    def _look(self):
+        classes = [
+            value
+            for library in (nnx, nn)
+            for value in vars(library).values()
+            if isinstance(value, type)
+        ]
+        held = [dict(vars(x)) for x in (nnx, nn, *classes, *self.modules)]
+        linear = nnx.merge(*nnx.split(nnx.Linear(5, 2, rngs=nnx.Rngs(0))))
+        dense, state = nn.Dense(2).init_with_output(jax.random.key(0), X)
+        state |= nn.Dense(2).apply(state, X, mutable=True)[1]
+        numbers = [float(jnp.sum(y)) for y in (linear(X), dense)]
+        kinds = [type(x) for x in (linear, *self.modules)]
+        self.seen.append((held, sorted(vars(linear)), sorted(state), numbers, kinds))
+
+
+def in_nnx(look):
+    class Model(nnx.Module):
+        def __init__(self):
+            self.linear = nnx.Linear(5, 4, rngs=nnx.Rngs(0))
+            self.rnn = nnx.RNN(nnx.SimpleCell(4, 3, rngs=nnx.Rngs(1)))
+
+        def __call__(self, x):
+            x = self.linear(x)
+            look()
+            y = self.rnn(x).mean(1)
+            look()
+            return y
+
+    module = Model()
+    look.modules += [m for _, m in nnx.iter_modules(module)]
+    return lambda module, x: module(x), module
+
+
+def in_linen(look):
+    class Model(nn.Module):
+        dense: nn.Dense
+
+        @nn.compact
+        def __call__(self, x):
+            x = self.dense(x)
+            look()
+            y = nn.RNN(nn.SimpleCell(3))(x).mean(1)
+            look()
+            return y
+
+    model = Model(nn.Dense(4))
+    params = model.init(jax.random.key(0), X)["params"]
+    look.modules += [model, model.dense]
+    look.seen.clear()
+    return lambda params, x: model.apply({"params": params}, x), params
+
+
+@pytest.mark.parametrize("make", [in_nnx, in_linen])
+def test_another_thread_sees_nothing_of_a_capture(make):
+    look = Looking()
+    model_fn, params = make(look)
+    look()
+    (before,) = look.seen
+    estimator = optax_cgfac.fisher_estimator(model_fn, "squared_error", examples=2)
+    curvature = estimator.init(params, X)
+    jax.jit(estimator.update)(curvature, params, X, rng=jax.random.key(0))
+    optax_cgfac.value_and_grad(lambda p, x: jnp.mean(model_fn(p, x) ** 2))(params, X)
+    look()
+    assert len(look.seen) > 8
+    assert all(seen == before for seen in look.seen)
+
 
 SOURCES = sorted(pathlib.Path(optax_cgfac.__file__).parent.rglob("*.py"))
 # What could run code that came as data, or reach files, processes and the network.
@@ -113,12 +200,10 @@ SCRIPT = """
 
 def test_training_writes_nothing(tmp_path):
     """Python reports every file that is opened, process started and pickle loaded."""
+    package = optax_cgfac.__file__
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(
-            [
-                str(pathlib.Path(__file__).parents[1]),
-                str(pathlib.Path(optax_cgfac.__file__).parents[1]),
-            ]
+            str(pathlib.Path(path).parents[1]) for path in (__file__, package)
         ),
         "PYTHONDONTWRITEBYTECODE": "1",
         "JAX_ENABLE_COMPILATION_CACHE": "false",

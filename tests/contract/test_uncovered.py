@@ -1,7 +1,5 @@
 """Parameters that no tag covers: found, explained, and three ways out."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +8,8 @@ import pytest
 from flax import linen as nn
 
 import optax_cgfac
-from linen_reported import HIDDEN, UNCOVERED, WithScale, X
 from models import NUM_EXAMPLES, Compact, JitMethod, init, normal
+from models.reported import HIDDEN, UNCOVERED, WithScale, X
 
 
 def estimator_of(model, **options):
@@ -29,7 +27,7 @@ def estimate(model, inputs=X, params=None, **options):
 
 
 @pytest.mark.parametrize("name", UNCOVERED)
-def test_init_raises_with_the_list_the_reasons_and_three_ways_out(name):
+def test_init_lists_them_with_reasons_and_three_ways_out_of_which_fallback_works(name):
     model, inputs, paths, reason = UNCOVERED[name]
     with pytest.raises(ValueError, match=reason) as error:
         estimate(model, inputs)
@@ -41,11 +39,6 @@ def test_init_raises_with_the_list_the_reasons_and_three_ways_out(name):
     assert "last/kernel: " not in message
     for way_out in ("1. where", "2. fallback", "3. another layer", "tag_layer"):
         assert way_out in message
-
-
-@pytest.mark.parametrize("name", UNCOVERED)
-def test_fallback_covers_the_rest_and_reports_the_list(name):
-    model, inputs, paths, _ = UNCOVERED[name]
     curvature = estimate(model, inputs, fallback=True)
     assert sorted("/".join(path) for path, _ in curvature.spec.uncovered) == paths
     assert curvature.covers("last/kernel")
@@ -93,11 +86,7 @@ def test_an_outermost_lifted_class_is_captured_or_refused_by_init(model):
     try:
         curvature = estimator.init(params, X)
     except ValueError as error:
-        message = str(error)
-    else:
-        message = None
-    if message is not None:
-        assert re.search("no curvature|could not be captured", message)
+        assert "no curvature" in str(error)  # noqa: PT017
         return
     curvature = jax.jit(estimator.update)(curvature, params, X, rng=jax.random.key(0))
     assert all(np.any(rows.g) for rows in curvature.layers.values())

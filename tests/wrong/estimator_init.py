@@ -55,20 +55,12 @@ wrong(
 )
 _CALL = {"fn": lambda module, x: module(x)}
 wrong(
-    "the state of an `nnx.Module` that has more than parameters",
-    TypeError,
-    init(lambda g: nnx.state(Modes()), **_CALL),
-    "parameters must be real floating-point arrays",
-    "'dropout/rngs/count' has dtype uint32",
-    r"Pass the nnx\.Module itself, or nnx\.state",
-)
-wrong(
-    "the state of an `nnx.Module` for a `model_fn` that calls a module",
+    "the state of an `nnx.Module`",
     TypeError,
     init(lambda g: nnx.state(Modes(), nnx.Param), **_CALL),
-    "model_fn must take what it is given",
-    "got an nnx.State, with which it fails",
-    r"Pass the nnx\.Module itself",
+    r"params must be the nnx\.Module itself",
+    r"got its nnx\.State",
+    "Pass the module",
 )
 for _leaf in (0.5, "relu"):
     wrong(

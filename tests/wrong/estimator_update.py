@@ -188,11 +188,11 @@ def of_module(at_init, at_update):
 
 wrong(
     "the state of the `nnx.Module` that `init` was given",
-    ValueError,
+    TypeError,
     of_module(lambda module: module, lambda module: nnx.state(module, nnx.Param)),
-    "must be given what estimator.init was, an nnx.Module",
-    "got a tree of parameters",
-    "Pass the module, or its parameters, to both",
+    r"params must be the nnx\.Module itself",
+    r"got its nnx\.State",
+    "Pass the module",
     mode="trace",
 )
 

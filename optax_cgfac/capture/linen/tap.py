@@ -1,44 +1,38 @@
 """Capture in Flax Linen: inputs of tagged layers and probes on their outputs.
 
-A method interceptor sows the input of every tagged layer into one variable
-collection and adds a zero, the *probe*, read from another, to its output. The
-gradient with respect to the probe is the output's cotangent, in the same
-backward pass. Both collections are put into the root scope when the outermost
-module call begins, so the user's model and ``apply`` call stay as they are, and
-Flax's lifted transforms carry them like any other variables.
+A method interceptor sows the input of every tagged layer into one variable collection
+and adds a zero, the *probe*, read from another, to its output. The gradient with
+respect to the probe is the output's cotangent, in the same backward pass. Both
+collections are put into the root scope when the outermost module call begins: the
+user's model and ``apply`` call stay as they are, and Flax's lifted transforms carry the
+collections like any other.
 
-What it relies on in `flax.core.Scope` is hardly documented there:
-``tests/contract/test_flax_hooks.py`` says by name what Flax has changed.
+Flax hardly documents what is used of `flax.core.Scope`; when Flax changes it,
+``tests/contract/test_flax_hooks.py`` names the change.
 """
 
 import contextlib
 import contextvars
-import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from flax import linen as nn
 from flax.core.scope import Scope, subtract_filters, union_filters
 
 from optax_cgfac.capture.call import Capture, LayerCall, Root, Visit, encode, entries
 from optax_cgfac.capture.describe import mixes_examples
-from optax_cgfac.capture.linen.layers import LAYERS
+from optax_cgfac.capture.linen.layers import INPUTS, LAYERS, PROBES
 from optax_cgfac.utils.paths import Path, leaves_by_path
 from optax_cgfac.utils.types import Array, PyTree
-
-INPUTS = "cgfac_inputs"
-
-
-PROBES = "cgfac_probes"
 
 
 def capture_axes() -> dict[str, int]:
     """Returns the ``variable_axes`` that let `nn.scan` and `nn.vmap` be captured.
 
-    The axes of a user's own `nn.scan` or `nn.vmap` are fixed where it is called,
-    so a stacked layer is covered only if the capture's collections are among
-    them. Rows are stacked along axis 0, and the parameters must be, too.
+    The axes of your own `nn.scan` or `nn.vmap` are fixed where you call it, so a
+    stacked layer is covered only if they include the collections of capture. Rows are
+    stacked along axis 0, and so must the parameters be.
 
     Returns:
       A mapping to merge into ``variable_axes``.
@@ -62,19 +56,7 @@ def run_captured(
     *,
     lifted: bool = True,
 ) -> Capture:
-    """Calls ``function(*args)`` with capture on.
-
-    Args:
-      function: The user's function; it applies Linen modules.
-      args: Its arguments.
-      probes: One pytree per outermost module call, from `probes_like`; None to
-        discover: outputs of tagged layers are then returned beside the inputs.
-      lifted: Whether to look below lifted transforms too. The branches of an
-        `nn.cond` may not leave different collections behind.
-
-    Returns:
-      The `Capture`.
-    """
+    """Calls ``function(*args)`` with capture on; see `capture.run.run_captured`."""
     tap = _Tap(probes, lifted)
     token = _CURRENT.set(tap)
     try:
@@ -88,7 +70,7 @@ def run_captured(
 def tag_linen(module: nn.Module, call: LayerCall, x: Array, outputs: Array) -> Array:
     """Taps a layer that its own module describes; see `tag_layer`."""
     tap, scope = _CURRENT.get(), module.scope
-    if tap is None or scope is None or not tap.reaches(scope):
+    if tap is None or scope is None or tap.problem_of(scope):
         return outputs
     return tap.tap(scope, call, x, outputs)
 
@@ -103,12 +85,23 @@ _MAPPED = (
     "nn.SpectralNorm), so that the layer's rows are not those of the parameter"
 )
 
+_HIDDEN = (
+    "its {} runs below a transform of JAX's own (jax.jit, checkpoint, vmap, cond, "
+    "scan), or an outermost nn.jit or nn.remat, inside model_fn, out of which no rows "
+    "can be taken; use nn.remat, nn.vmap or nn.scan inside the model, and jit the "
+    "whole training step"
+)
+
+_UNLIFTED = (
+    "its {} runs below a transform that does not carry the capture's variables: add "
+    "optax_cgfac.capture_axes() to the variable_axes of nn.scan or nn.vmap; no other "
+    "(nn.while_loop, say) can carry them"
+)
+
 
 def _below(root: Scope, path: Path) -> Mapping[str, Any]:
-    """Returns the parameters of a module, empty if it has none.
-
-    The root scope inside a lifted transform begins at the lifted module's path.
-    """
+    """Returns the parameters of a module, empty if it has none."""
+    # The root scope inside a lifted transform begins at the lifted module's path.
     tree: Any = root.variables().get("params", {})
     for name in path[len(root.path) :]:
         tree = tree.get(name, {}) if isinstance(tree, Mapping) else {}
@@ -157,8 +150,8 @@ class _Tap:
         self._root_scope = root
         self._bases, self._mapped = [root], set()
         try:
-            # Entered only now, so inside every interceptor the user has entered:
-            # layers are tapped where they compute, as their parameters see it.
+            # Entered only now, so inside every interceptor of the user's: layers are
+            # tapped where they compute.
             with nn.intercept_methods(self.intercept_layer):
                 outputs = self.intercept_layer(next_function, args, kwargs, context)
         finally:
@@ -184,24 +177,27 @@ class _Tap:
             # transform the transform alone decides: a collection it does not
             # carry would be lost on the way out.
             scope.mutable = union_filters(scope.mutable, INPUTS)
-        liftable = scope.is_mutable_collection(INPUTS)
-        liftable = liftable and (self.lifted or scope.root is self._root_scope)
-        hidden = self._is_hidden(scope)
         key = (len(self.roots), tuple(scope.path))
-        problem = _MAPPED if self._is_mapped(scope) else None
-        describe = _layer_of(context)
-        mixes = isinstance(module, nn.BatchNorm) and describe is not None
-        mixes = mixes and mixes_examples(module, *args, **kwargs)
-        visit = Visit(type(module).__name__, liftable, hidden, problem, mixes)
-        if key not in self.visits or not visit.has_rows:
+        problem = self.problem_of(scope)
+        function = inspect.unwrap(getattr(context.orig_method, "func", _no_layer))
+        describe = LAYERS.get(function)
+        is_batch_norm = isinstance(module, nn.BatchNorm) and describe is not None
+        mixes = is_batch_norm and mixes_examples(module, *args, **kwargs)
+        name = type(module).__name__
+        visit = Visit(name, problem and problem.format(name), mixes)
+        if key not in self.visits or problem:
             # One use without rows would leave the others' sum incomplete.
             self.visits[key] = visit
-        if not visit.has_rows:
+        if problem:
             return next_function(*args, **kwargs)
+        if function is _OPTIMIZED_LSTM:
+            # It multiplies with all its kernels at once, outside of any layer; the
+            # plain cell has the same parameters.
+            return nn.LSTMCell.__call__(cast(Any, module), *args, **kwargs)
         if describe is None:
-            with _time_captured(context) if self.lifted else contextlib.nullcontext():
-                function = _separate_gates(context, next_function)
-                return function(*args, **kwargs)
+            is_rnn = function is _RNN and self.lifted
+            with _time_captured(module) if is_rnn else contextlib.nullcontext():
+                return next_function(*args, **kwargs)
         outputs = next_function(*args, **kwargs)
         self._quiet = True  # describing a norm runs it once more
         try:
@@ -215,14 +211,9 @@ class _Tap:
         return self.tap(scope, call, a, outputs)
 
     def _is_mapped(self, scope: Scope) -> bool:
-        """Whether the user's parameters are transformed on their way into a scope.
-
-        Root scopes of one trace share their leaves unless `nn.map_variables`, which
-        weight and spectral norm use too, has put others into their place.
-
-        Returns:
-          Whether other parameters were seen, here or in a module around it.
-        """
+        """Whether the parameters are transformed on their way into a scope."""
+        # Root scopes of one trace share their leaves unless `nn.map_variables`, which
+        # weight and spectral norm use too, has replaced them, here or further out.
         path, level = tuple(scope.path), scope.trace_level
         base = next((x for x in self._bases if x.trace_level == level), None)
         if base is None:
@@ -234,17 +225,14 @@ class _Tap:
                 self._mapped.add(path)
         return any(path[: len(above)] == above for above in self._mapped)
 
-    def reaches(self, scope: Scope) -> bool:
-        """Whether rows can be taken from a layer with this scope."""
+    def problem_of(self, scope: Scope) -> str | None:
+        """Returns why no rows can be taken from a layer with this scope, if so."""
         if self._is_mapped(scope):
-            return False
-        liftable = scope.is_mutable_collection(INPUTS)
-        liftable = liftable and (self.lifted or scope.root is self._root_scope)
-        return liftable and not self._is_hidden(scope)
-
-    def _is_hidden(self, scope: Scope) -> bool:
-        """Whether values of the trace could not be returned from here."""
-        return self._hidden or scope.trace_level != Scope({}).trace_level
+            return _MAPPED
+        if self._hidden or scope.trace_level != Scope({}).trace_level:
+            return _HIDDEN
+        is_lifted = self.lifted or scope.root is self._root_scope
+        return None if is_lifted and scope.is_mutable_collection(INPUTS) else _UNLIFTED
 
     def _open(self, scope: Scope) -> tuple[Scope, Any]:
         """Makes the inputs' collection mutable; returns the root and its own filter."""
@@ -287,42 +275,19 @@ class _Tap:
 
 
 @contextlib.contextmanager
-def _time_captured(context: nn.module.InterceptorContext) -> Iterator[None]:
-    """Lets the scan of an `nn.RNN` carry the collections of capture along time."""
-    module = context.module
-    if not isinstance(module, nn.RNN) or context.method_name != "__call__":
-        yield
-        return
-    axes = module.variable_axes
-    # Linen modules are frozen for their users, who see it as it was.
-    object.__setattr__(module, "variable_axes", {**axes, **capture_axes()})
+def _time_captured(rnn: Any) -> Iterator[None]:
+    """Makes the scan of an `nn.RNN` carry the collections of capture along time."""
+    axes = rnn.variable_axes
+    # Linen modules are frozen; this one is Flax's bound copy, not the user's module.
+    object.__setattr__(rnn, "variable_axes", {**axes, **capture_axes()})
     try:
         yield
     finally:
-        object.__setattr__(module, "variable_axes", axes)
+        object.__setattr__(rnn, "variable_axes", axes)
 
 
-def _separate_gates(
-    context: nn.module.InterceptorContext, next_function: Callable[..., Any]
-) -> Callable[..., Any]:
-    """Runs an `nn.OptimizedLSTMCell` as the `nn.LSTMCell` with the same parameters.
-
-    The optimized cell multiplies with all its kernels at once, outside of any layer;
-    Flax keeps the parameters of the two compatible.
-
-    Returns:
-      The function to call with the layer's arguments.
-    """
-    function = getattr(context.orig_method, "func", None)
-    if function is None or inspect.unwrap(function) is not _OPTIMIZED_LSTM:
-        return next_function
-    cell: Any = context.module
-    return functools.partial(nn.LSTMCell.__call__, cell)
+def _no_layer() -> None: ...
 
 
+_RNN = inspect.unwrap(nn.RNN.__call__)
 _OPTIMIZED_LSTM = inspect.unwrap(nn.OptimizedLSTMCell.__call__)
-
-
-def _layer_of(context: nn.module.InterceptorContext) -> Callable[..., Any] | None:
-    function = getattr(context.orig_method, "func", None)
-    return LAYERS.get(inspect.unwrap(function)) if function else None

@@ -1,25 +1,12 @@
-"""The NNX layers that can be tagged, and how each describes a call of itself."""
+"""The NNX layers that capture covers."""
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 
-from optax_cgfac.capture.describe import (
-    Described,
-    describe_attend,
-    describe_conv,
-    describe_conv_transpose,
-    describe_dense,
-    describe_dense_general,
-    describe_einsum,
-    describe_elementwise,
-    describe_embed,
-)
+from optax_cgfac.capture import describe
 from optax_cgfac.utils.types import Array
-
-Describe = Callable[..., Described]
 
 
 class CaptureVariable(nnx.Variable):
@@ -33,124 +20,50 @@ class CaptureVariable(nnx.Variable):
     """
 
 
-def _linear(module: nnx.Linear, inputs: Array, **options: Any) -> Described:
-    del options
-    return describe_dense(inputs, bias=module.bias is not None)
+def _param(module: Any, name: str) -> str | None:
+    return None if getattr(module, name, None) is None else name
 
 
-def _linear_general(
-    module: nnx.LinearGeneral, inputs: Array, **options: Any
-) -> Described:
-    del options
-    return describe_dense_general(
-        inputs,
-        axis=module.axis,
-        batch_axes=tuple(module.batch_axis),
-        num_features=len(module.out_features),
-        bias=module.bias is not None,
-    )
-
-
-def _einsum(
-    module: nnx.Einsum, inputs: Array, einsum_str: str | None = None, **options: Any
-) -> Described:
-    del options
-    return describe_einsum(
-        inputs,
-        equation=einsum_str or module.einsum_str or "",
-        kernel_ndim=len(module.kernel_shape),
-        bias=module.bias is not None,
-    )
-
-
-def _conv(module: nnx.Conv, inputs: Array, **options: Any) -> Described:
-    del options
-    if module.mask is not None:
-        return "its kernel is masked: mask the gradient instead"
-    return describe_conv(
-        inputs,
-        kernel_size=module.kernel_size,
-        strides=module.strides,
-        padding=module.padding,
-        input_dilation=module.input_dilation,
-        kernel_dilation=module.kernel_dilation,
-        groups=module.feature_group_count,
-        bias=module.bias is not None,
-    )
-
-
-def _conv_transpose(
-    module: nnx.ConvTranspose, inputs: Array, **options: Any
-) -> Described:
-    del options
-    if module.mask is not None:
-        return "its kernel is masked: mask the gradient instead"
-    return describe_conv_transpose(
-        inputs,
-        kernel_size=module.kernel_size,
-        strides=module.strides,
-        padding=module.padding,
-        kernel_dilation=module.kernel_dilation,
-        transpose_kernel=module.transpose_kernel,
-        bias=module.bias is not None,
-    )
-
-
-def _embed(module: nnx.Embed, inputs: Array, **options: Any) -> Described:
-    del module, options
-    return describe_embed(inputs)
-
-
-def _attend(module: nnx.Embed, query: Array, **options: Any) -> Described:
-    del module, options
-    return describe_attend(query)
-
-
-def _norm(module: Any, x: Array, *args: Any, **kwargs: Any) -> Described:
-    """The normalized input: what the layer returns without its parameters."""
-    axis = getattr(module, "axis", getattr(module, "feature_axes", -1))
-    if axis not in (-1, x.ndim - 1, (-1,), (x.ndim - 1,)):
-        return "its features are not on the last axis"
+def _normalize(module: Any, x: Array, *args: Any, **kwargs: Any) -> Array:
     # A copy, so that the running statistics are not updated once more.
     bare = nnx.clone(module)
     for name in [n for n, v in vars(bare).items() if isinstance(v, CaptureVariable)]:
         delattr(bare, name)
     bare.scale = bare.bias = nnx.data(None)
-    return describe_elementwise(
-        bare(x, *args, **kwargs),
-        kind="norm",
-        scale=_name(module, "scale"),
-        bias=_name(module, "bias"),
-    )
+    return bare(x, *args, **kwargs)
 
 
-def _prelu(module: nnx.PReLU, inputs: Array) -> Described:
-    del module
-    negative = jnp.where(inputs >= 0, 0, inputs)
-    return describe_elementwise(
-        negative, kind="prelu", scale="negative_slope", bias=None, param_ndim=0
-    )
+_READER = describe.Reader(
+    param=_param,
+    batch_axes=lambda module: tuple(module.batch_axis),
+    num_features=lambda module: len(module.out_features),
+    kernel_ndim=lambda module: len(module.kernel_shape),
+    normalize=_normalize,
+)
 
 
-def _name(module: nnx.Module, name: str) -> str | None:
-    return None if getattr(module, name, None) is None else name
+def _methods(**describers: describe.Describe) -> dict[str, describe.Describe]:
+    return {
+        name: functools.partial(describer, _READER)
+        for name, describer in describers.items()
+    }
 
 
-LAYERS: dict[type[nnx.Module], dict[str, Describe]] = {
-    nnx.Linear: {"__call__": _linear},
-    nnx.LinearGeneral: {"__call__": _linear_general},
-    nnx.Einsum: {"__call__": _einsum},
-    nnx.Conv: {"__call__": _conv},
-    nnx.ConvTranspose: {"__call__": _conv_transpose},
-    nnx.Embed: {"__call__": _embed, "attend": _attend},
-    nnx.LayerNorm: {"__call__": _norm},
-    nnx.RMSNorm: {"__call__": _norm},
-    nnx.GroupNorm: {"__call__": _norm},
-    nnx.BatchNorm: {"__call__": _norm},
-    nnx.InstanceNorm: {"__call__": _norm},
-    nnx.PReLU: {"__call__": _prelu},
+LAYERS: dict[type[nnx.Module], dict[str, describe.Describe]] = {
+    nnx.Linear: _methods(__call__=describe.dense),
+    nnx.LinearGeneral: _methods(__call__=describe.dense_general),
+    nnx.Einsum: _methods(__call__=describe.einsum),
+    nnx.Conv: _methods(__call__=describe.conv),
+    nnx.ConvTranspose: _methods(__call__=describe.conv_transpose),
+    nnx.Embed: _methods(__call__=describe.embed, attend=describe.attend),
+    nnx.LayerNorm: _methods(__call__=describe.norm),
+    nnx.RMSNorm: _methods(__call__=describe.norm),
+    nnx.GroupNorm: _methods(__call__=describe.norm),
+    nnx.BatchNorm: _methods(__call__=describe.norm),
+    nnx.InstanceNorm: _methods(__call__=describe.norm),
+    nnx.PReLU: _methods(__call__=describe.prelu),
 }
-"""The methods of every known class, by the class that defines them."""
+"""The describers of every known class's methods."""
 
 
 REPARAMETRIZED = (nnx.WeightNorm, nnx.SpectralNorm)

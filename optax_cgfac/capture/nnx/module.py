@@ -2,102 +2,62 @@
 
 import contextlib
 import dataclasses
-import functools
-import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from flax import nnx
 
-from optax_cgfac.capture.nnx.tap import open_module
 from optax_cgfac.utils.types import ModuleInputs, PyTree
 
 MERGE_STATE = (
     "Merge the module from it: value_fn=lambda p: loss_fn(nnx.merge(graphdef, p, rest, "
     "copy=True)), with graphdef, _, rest = nnx.split(module, nnx.Param, ...)."
 )
-"""What to do with the state that ``value_fn`` is given of an `nnx.Module`."""
+"""How ``value_fn`` gets the module back from the state it is given."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModuleFunction:
     """``function(module, *args)`` as a pure function of the module's state.
 
-    Two of the same function and module are equal, so that compiled steps are found
-    again.
-
-    Attributes:
-      function: The user's function, of a module.
-      graphdef: The module without its state.
+    Two of the same function and module are equal, so that JAX finds compiled steps.
     """
 
     function: Callable[..., Any]
     graphdef: nnx.GraphDef[Any]
 
-    def __call__(self, params: PyTree, inputs: ModuleInputs) -> PyTree:
-        """Calls the function with a copy of the module.
-
-        Args:
-          params: The state of the module's parameters, variables or arrays.
-          inputs: The rest of its state and the other arguments.
-
-        Returns:
-          What the function returns.
-        """
+    def merged(self, params: PyTree, inputs: ModuleInputs) -> Any:
+        """Returns a copy of the module with these parameters."""
         # Arrays and not variables: those would be the caller's, shared with the copy.
-        module = nnx.merge(self.graphdef, pure(params), inputs.rest)
-        open_module(module, is_whole=True)
-        return self.function(module, *inputs.args)
+        return nnx.merge(self.graphdef, pure(params), inputs.rest)
+
+    def __call__(self, params: PyTree, inputs: ModuleInputs) -> PyTree:
+        """Calls the function with a copy of the module."""
+        return self.function(self.merged(params, inputs), *inputs.args)
 
 
-class Bound(NamedTuple):
-    """A function of parameters in whatever form, as one of a pytree.
-
-    Attributes:
-      function: The pure function.
-      params: Its first argument.
-      args: Its other arguments.
-    """
-
-    function: Callable[..., Any]
-    params: PyTree
-    args: tuple[Any, ...]
-
-
-def bind(function: Callable[..., Any], params: PyTree, *args: Any) -> Bound:
-    """Makes the first argument of ``function`` a pytree of parameters.
-
-    Args:
-      function: The user's function.
-      params: An `nnx.Module`, which is split, or a pytree, which is kept.
-      *args: The other arguments.
-
-    Returns:
-      The `Bound`.
-    """
+def bind(
+    function: Callable[..., Any], params: PyTree, *args: Any
+) -> tuple[Callable[..., Any], PyTree, tuple[Any, ...]]:
+    """Makes the first argument of the user's function a pytree: splits a module."""
     if isinstance(params, nnx.Module):
         graphdef, state, rest = nnx.split(params, nnx.Param, ...)
         inputs = ModuleInputs(pure(rest), args)
-        return Bound(ModuleFunction(function, graphdef), state, (inputs,))
+        return ModuleFunction(function, graphdef), state, (inputs,)
     if isinstance(params, nnx.State):
-        _open_what_users_merge()
-    return Bound(function, params, args)
+        # A module that the function merges exists in there alone, out of reach.
+        raise TypeError(
+            "params must be the nnx.Module itself, got its nnx.State. Pass the module, "
+            "to a function of the module, lambda module, x: module(x). Inside jax.jit, "
+            "pass nnx.merge(graphdef, state)."
+        )
+    return function, params, args
 
 
 @contextlib.contextmanager
 def explaining_states(name: str, params: PyTree, way_out: str) -> Iterator[None]:
-    """Says what went wrong where a function of a module is given the module's state.
-
-    Args:
-      name: The function, for the message.
-      params: Its first argument.
-      way_out: What to do.
-
-    Raises:
-      TypeError: If a function fails with a state as one that takes a module does.
-      AttributeError: Another one, as it came.
-    """
+    """Explains the error of a function of a module that is given the module's state."""
     try:
         yield
     except (AttributeError, TypeError) as error:
@@ -109,41 +69,10 @@ def explaining_states(name: str, params: PyTree, way_out: str) -> Iterator[None]
         ) from error
 
 
-def outputs_like(function: Callable[..., Any], params: PyTree, inputs: PyTree) -> Any:
-    """Returns the shapes of what ``model_fn`` returns."""
-    way_out = (
-        "Pass the nnx.Module itself, here and to estimator.update, or merge it inside "
-        "model_fn: lambda state, x: nnx.merge(graphdef, state)(x)."
-    )
-    with explaining_states("model_fn", params, way_out):
-        return jax.eval_shape(function, params, inputs)
-
-
-def update_module(module: Any, state: PyTree) -> None:
-    """Hands what a call did to the copy of a module on to the module itself."""
-    if isinstance(module, nnx.Module):
-        nnx.update(module, state)
-
-
 def check_same_module(expected: Any, got: Any) -> None:
-    """Tells a module that changed from another estimator's curvature.
-
-    Raises:
-      ValueError: If both are of one function of a module.
-    """
-    functions = [getattr(f, "function", f) for f in (expected, got)]
-    if functions[0] is None or functions[0] != functions[1]:
-        return
-    names = [
-        "an nnx.Module" if isinstance(f, ModuleFunction) else "a tree of parameters"
-        for f in (expected, got)
-    ]
-    if names[0] != names[1]:
-        raise ValueError(
-            f"estimator.update must be given what estimator.init was, {names[0]}; got "
-            f"{names[1]}. Pass the module, or its parameters, to both."
-        )
-    if not isinstance(expected, ModuleFunction):
+    """Raises where both are of one function, and the module has changed."""
+    both = isinstance(expected, ModuleFunction) and isinstance(got, ModuleFunction)
+    if not both or expected.function != got.function:
         return
     raise ValueError(
         "The module has another structure than the one given to estimator.init: a "
@@ -173,28 +102,3 @@ def pure(state: PyTree) -> PyTree:
         state,
         is_leaf=lambda x: isinstance(x, nnx.Variable),
     )
-
-
-def _open_what_users_merge() -> None:
-    """Lets capture see the modules that a function of an `nnx.State` merges.
-
-    Such a function makes its module where nothing else can reach it. The replacement
-    only adds a look at a thread-local variable while nothing is captured.
-    """
-    with _LOCK:
-        if not hasattr(nnx.merge, "opens_modules"):
-            nnx.merge = _opening(nnx.merge)
-
-
-def _opening(merge: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(merge)
-    def merge_and_open(*args: Any, **kwargs: Any) -> Any:
-        module = merge(*args, **kwargs)
-        open_module(module)
-        return module
-
-    merge_and_open.opens_modules = True  # type: ignore[attr-defined]
-    return merge_and_open
-
-
-_LOCK = threading.Lock()
