@@ -18,12 +18,12 @@ from optax_cgfac.utils.types import Array, PyTree
 
 @dataclasses.dataclass(frozen=True)
 class GradientCheck:
-    """Differences between gradients rebuilt from rows and the real ones.
+    """Relative errors of gradients rebuilt from rows; larger ones are mismatches.
 
     Attributes:
       errors: By parameter, the norm of the difference over that of the gradient.
       uncovered: Parameters without rows, with the reason.
-      rtol: Larger errors are mismatches.
+      rtol: The largest error that is no mismatch.
     """
 
     errors: Mapping[str, float]
@@ -63,7 +63,7 @@ def check_gradients(
       loss_fn: As in `value_and_grad`.
       params: The parameters.
       *args: Further arguments of ``loss_fn``.
-      rtol: Larger relative errors are mismatches; use more in half precision.
+      rtol: Larger errors are mismatches; use more in half precision.
       **options: As in `value_and_grad`.
 
     Returns:

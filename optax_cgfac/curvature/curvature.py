@@ -110,8 +110,7 @@ class Curvature:
         if (path is None) != (structure == "full"):
             raise ValueError(
                 "structure='full' takes path=None, the others take one layer; got "
-                f"path={path!r}, structure={structure!r}. Pass operator('hidden'), "
-                "say, or operator(None, structure='full')."
+                f"path={path!r}, structure={structure!r}. Pass operator('hidden'), say."
             )
         if path is None:
             blocks = (self.block_operator(t, self.layers[t.name]) for t in self.tags)
@@ -158,11 +157,10 @@ class Curvature:
         return KroneckerOperator(*rows, 1 / active, g_scale)
 
     def push(self, other: "Curvature") -> "Curvature":
-        """Adds the rows of ``other``, one update's worth, dropping the oldest.
+        """Adds the rows of ``other``, a curvature of one update, dropping the oldest.
 
         Args:
-          other: A curvature of the same layers with a window of 1, as of
-            `value_and_grad`.
+          other: With the same layers and a window of 1, as of `value_and_grad`.
 
         Returns:
           The curvature with the rows added.

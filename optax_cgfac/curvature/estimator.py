@@ -1,7 +1,6 @@
 """Public entry point: estimates curvature from captured rows."""
 
 import dataclasses
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -31,13 +30,16 @@ from optax_cgfac.problem.batch import (
 )
 from optax_cgfac.problem.loss import Loss
 from optax_cgfac.problem.objective import Kind, Reduction, make_objective
-from optax_cgfac.utils.devices import with_auto_axes, without_shardings
+from optax_cgfac.utils.devices import (
+    warn_of_hanging_lapack,
+    with_auto_axes,
+    without_shardings,
+)
 from optax_cgfac.utils.types import Array, PyTree
 from optax_cgfac.utils.validate import (
     check_function,
     check_parameters,
     summarize,
-    wrong_signature,
 )
 
 
@@ -86,10 +88,9 @@ def fisher_estimator(
 
     For the loss :math:`\frac1N\sum_n L(f(θ, x_n), y_n)` the Fisher (or generalised
     Gauss-Newton) matrix is :math:`F = \frac1N\sum_n J_nᵀ H_n J_n`, with ``J_n`` the
-    Jacobian of the model's outputs for one example and ``H_n`` the loss Hessian. Every
-    update runs the model forward and backward on ``examples`` of the batch and keeps
-    the input ``a`` and the output cotangent ``g`` of every layer; the last ``window``
-    updates count.
+    Jacobian of the outputs for one example and ``H_n`` the loss Hessian. Every update
+    runs the model forward and backward on ``examples`` of the batch and keeps the input
+    ``a`` and the output cotangent ``g`` of every layer, for ``window`` updates.
 
     The options concern, in this order, the objective (``reduction``, ``weights``), what
     is captured (``kind`` to ``input_axes``), how many rows (``examples`` to
@@ -133,11 +134,10 @@ def fisher_estimator(
         the structures ``"block"`` and ``"full"`` need. Unless it is None, rows of the
         transposed use of a long table (``attend``, more than 2,048 entries) keep one
         entry of the vocabulary's side.
-      weight_sharing: Positions at which a layer has the same weights become rows of
-        their own, ``"expand"``, or together one row, ``"reduce"``: the mean of inputs
-        and the sum of cotangents (Eschenhagen et al. 2023). Look-ups are always
-        expanded. If a model flattens examples and positions into one axis, examples
-        must be the slowest.
+      weight_sharing: Positions become rows of their own, ``"expand"``, or together one
+        row, ``"reduce"``: the mean of inputs and the sum of cotangents (Eschenhagen et
+        al. 2023). Look-ups are always expanded. If a model flattens examples and
+        positions into one axis, examples must be the slowest.
       rank: Eigenpairs kept of each larger Kronecker factor, with which `cgfac` solves.
         ``"auto"`` for a quarter of the batch, or an eighth for at most 32 outputs,
         between 16 and 64. None to solve with all rows.
@@ -145,12 +145,12 @@ def fisher_estimator(
         window is full; None for 8.
       rows_dtype: The dtype in which rows are kept. None for bfloat16 where there are
         eigenpairs of them, float32 parameters and ``positions=1``, otherwise for the
-        parameters' own, at least float32. Set it if `scale_by_cgfac` or another
-        structure solves with the rows themselves.
+        parameters' own, at least float32. Set it to solve with the rows themselves, by
+        `scale_by_cgfac` or another structure.
       axis_name: The mesh axis over which `jax.shard_map` splits the batch. ``update``
-        takes a device's own examples and gathers the new rows; counts are of all
-        devices. Call ``init`` outside, on a whole batch; `Curvature.partition_specs`
-        are its specs. Under `jax.jit` alone leave it out.
+        takes a device's own examples and gathers the rows; counts are of all devices.
+        Call ``init`` outside, on a whole batch; `Curvature.partition_specs` are its
+        specs. Under `jax.jit` alone leave it out.
 
     Returns:
       A `CurvatureEstimator`.
@@ -178,7 +178,14 @@ def fisher_estimator(
     References:
       Martens & Grosse (2015), sections 2 and 5; Chen (2021).
     """
-    _check_model_fn(model_fn)
+    if isinstance(model_fn, (nn.Module, nnx.Module)):
+        raise TypeError(
+            "model_fn must be a function (params, inputs) -> outputs, got "
+            f"{summarize(model_fn)}. Write lambda params, x: model.apply({{'params': "
+            "params}, x), or with NNX lambda module, x: module(x)."
+        )
+    example = "lambda params, x: model.apply({'params': params}, x)"
+    check_function("model_fn", model_fn, ["params", "inputs"], example)
     check_input_axes(input_axes)
     if where is not None:
         check_function("where", where, ["path"], "lambda path: 'Dense' in path")
@@ -249,67 +256,32 @@ def _init(
 
     captured, kept = options.captured, options.kept
     discovery = discover_few(function, params, shapes(captured), captured)
-    more = shapes(2 * captured)
-    discovery = with_example_axes(discovery, function, params, more)
-    tags, uncovered = make_tags(
-        discovery,
-        params,
-        RowOptions(
-            captured,
-            options.examples,
-            objective.num_columns(outputs, options.kind),
-            options.positions,
-            options.weight_sharing == "reduce",
-            shares=True,
-        ),
-        where=where,
-        fallback=fallback,
+    discovery = with_example_axes(discovery, function, params, shapes(2 * captured))
+    rows = RowOptions(
+        num_examples=captured,
+        examples=options.examples,
+        columns=objective.num_columns(outputs, options.kind),
+        positions=options.positions,
+        reduce=options.weight_sharing == "reduce",
+        shares=True,
     )
+    tags, uncovered = make_tags(discovery, params, rows, where=where, fallback=fallback)
+    few_outputs = sum(output.shape[-1] for output in outputs) <= FEW_OUTPUTS
     spec = options.filled(
-        tags=tags,
-        uncovered=uncovered,
-        model_fn=function,
-        few_outputs=sum(output.shape[-1] for output in outputs) <= FEW_OUTPUTS,
+        tags=tags, uncovered=uncovered, model_fn=function, few_outputs=few_outputs
     )
-    _warn_of_hanging_lapack()
+    warn_of_hanging_lapack()
     _warn_of_mixing(discovery.mixing, min(captured, kept), batch_size)
     few = with_auto_axes(lambda x: slice_examples(x, batched, jnp.arange(kept)), inputs)
     return empty_curvature(spec, few)
 
 
-def _check_model_fn(model_fn: Any) -> None:
-    is_module = isinstance(model_fn, (nn.Module, nnx.Module, type))
-    is_function = callable(model_fn) and not is_module
-    signature = wrong_signature(model_fn, 2) if is_function else None
-    if not is_function or signature is not None:
-        got = summarize(model_fn) if signature is None else f"one of {signature}"
-        raise TypeError(
-            f"model_fn must be a function (params, inputs) -> outputs, got {got}. Put "
-            "all inputs into one tree. For a module write lambda params, x: "
-            "model.apply({'params': params}, x), or of NNX lambda module, x: module(x)."
-        )
-
-
 def _warn_of_mixing(layers: Sequence[str], taken: int, whole: int) -> None:
-    """Warns where layers compare the examples of a batch, but see only some of them."""
     if layers and taken < whole:
         warnings.warn(
             f"BatchNorm in training mode ({', '.join(layers)}) compares the examples "
             f"of a batch, but the estimator runs the model on {taken} of its {whole}. "
             "Pass fisher_estimator(..., whole_batch=True), or run in inference mode.",
             UserWarning,
-            stacklevel=4,
-        )
-
-
-# OpenBLAS threads may wait for each other for ever if several devices call it at once
-# (seen with 8 devices on 2 cores, jaxlib 0.10.2, `jnp.linalg.eigh`).
-def _warn_of_hanging_lapack() -> None:
-    is_cpu = jax.default_backend() == "cpu" and jax.local_device_count() > 1
-    if is_cpu and os.environ.get("OPENBLAS_NUM_THREADS") != "1":
-        warnings.warn(
-            "Several CPU devices of one process call LAPACK at once, and OpenBLAS may "
-            "then hang. Set OPENBLAS_NUM_THREADS=1 before Python starts.",
-            RuntimeWarning,
             stacklevel=4,
         )

@@ -24,8 +24,6 @@ from optax_cgfac.utils.validate import (
     check_function,
     check_parameters,
     check_positive,
-    is_real_scalar,
-    summarize,
 )
 
 
@@ -88,7 +86,6 @@ def value_and_grad(
         function, params, args = bind(loss_fn, params, *args)
         check_parameters(params)
         discovery = discover(function, params, *args)
-        _check_scalar(discovery.outputs, has_aux)
         count = num_examples or _count_examples(discovery, params, args)
         row_options = RowOptions(count, positions=None)
         more = _doubled(args, count)
@@ -126,18 +123,6 @@ def _rows(tag: LayerTag, calls: Any, by_call: Any, count: int, scale: int) -> La
     # The cotangents of a transposed use stand on the other side.
     found = [c._replace(y=c.y * jnp.asarray(scale, c.y.dtype)) for c in found]
     return example_rows(tag, found, count, Draw())
-
-
-def _check_scalar(outputs: Any, has_aux: bool) -> None:
-    is_pair = isinstance(outputs, tuple) and len(outputs) == 2
-    value: Any = outputs[0] if has_aux and is_pair else outputs
-    is_loss = is_real_scalar(value) and jnp.issubdtype(value.dtype, jnp.floating)
-    if not is_loss or has_aux != is_pair:
-        raise ValueError(
-            f"loss_fn must return {'(scalar, aux)' if has_aux else 'a scalar'}, the "
-            f"loss a real number; got {jax.tree.map(summarize, outputs)}. Set "
-            "has_aux=True if it returns (loss, aux), and take the mean over examples."
-        )
 
 
 def _doubled(args: PyTree, count: int) -> PyTree:

@@ -8,14 +8,9 @@ import jax.numpy as jnp
 
 from optax_cgfac.layers.layer import LayerTag
 from optax_cgfac.problem.objective import Kind, Objective
-from optax_cgfac.utils.paths import Path, text
+from optax_cgfac.utils.paths import Path, leaves_by_path, text
 from optax_cgfac.utils.types import PyTree
-from optax_cgfac.utils.validate import (
-    check_alike,
-    check_choice,
-    check_positive,
-    leaf_types,
-)
+from optax_cgfac.utils.validate import check_alike, check_choice, check_positive
 
 # With at most this many outputs half the eigenpairs suffice, and rows may be captured,
 # and quadratic models built, half as often.
@@ -124,22 +119,18 @@ class CaptureSpec:
 
     def check_parameters(self, params: PyTree) -> None:
         """Checks that parameters are those of ``init`` in name, shape and precision."""
-        got = leaf_types(params)
-        # The dtypes of uncovered parameters and biases are free.
+        # Half precision is solved in float32. The other dtypes of a layer are free.
+        dtypes = {tag.leaves[0]: tag.dtype for tag in self.tags}
+        got = {}
+        for path, leaf in leaves_by_path(params).items():
+            dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+            got[text(path)] = f"{dtype if path in dtypes else ''} {leaf.shape}"
         expected = {text(p): got.get(text(p), "an array") for p, _ in self.uncovered}
         for tag in self.tags:
             for path, shape in zip(tag.leaves, tag.shapes, strict=True):
-                dtype = got.get(text(path), tag.dtype).split()[0]
-                # Half precision is solved in float32.
-                fits = jnp.promote_types(dtype, jnp.float32) == tag.dtype
-                dtype = dtype if fits or path != tag.leaves[0] else tag.dtype
-                expected[text(path)] = f"{dtype} {shape}"
-        check_alike(
-            "A parameter must be as at estimator.init",
-            expected,
-            got,
-            "Call estimator.init(params, inputs) again if the model has changed.",
-        )
+                expected[text(path)] = f"{dtypes.get(path, '')} {shape}"
+        again = "Call estimator.init(params, inputs) again if the model has changed."
+        check_alike("A parameter must be as at estimator.init", expected, got, again)
 
     @property
     def captured(self) -> int:

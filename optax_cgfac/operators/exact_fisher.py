@@ -5,11 +5,12 @@ products, :math:`d_m = \sum_p a_{mp} g_{mp}ᵀ`. With these ``M`` gradients as t
 a matrix ``D``, the Fisher is ``F = s DᵀD``, and a solve needs only the ``M x M`` matrix
 ``K = DDᵀ``; with one row per example, ``K = (a aᵀ) ∘ (g gᵀ)``.
 
-Ren & Goldfarb (2019), "Efficient subsampled Gauss-Newton and natural gradient methods
-for training neural networks", section 3.
+See Ren & Goldfarb (2019), "Efficient subsampled Gauss-Newton and natural gradient
+methods for training neural networks", section 3.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 
@@ -108,13 +109,11 @@ class BlockFisherOperator:
 
     def sample_gradients(self) -> Array:
         """Returns the gradients ``d_m``, shape ``(*stack, M, n_in, n_out)``."""
+        outer = functools.partial(
+            jnp.einsum, "...pi,...po->...io", precision=jax.lax.Precision.HIGHEST
+        )
         return sum(
-            jnp.einsum(
-                "...pi,...po->...io",
-                per_example(to_dense(a), count),
-                per_example(g, count),
-                precision=jax.lax.Precision.HIGHEST,
-            )
+            outer(per_example(to_dense(a), count), per_example(g, count))
             for a, g, count in self._parts()
         )  # pyright: ignore[reportReturnType]
 

@@ -115,14 +115,10 @@ def check_targets(
             "kind='empirical' needs targets, and other kinds take none; got "
             f"targets={summarize(targets)}. Pass targets=batch_targets with it only."
         )
-    if isinstance(targets, (tuple, list)):
-        given = f"a tuple of {len(targets)}"
-    else:
-        given = summarize(targets)
-    if is_needed and num_outputs and given != f"a tuple of {num_outputs}":
+    if is_needed and num_outputs and len(targets) != num_outputs:
         raise ValueError(
-            f"targets must be a tuple of {num_outputs}, as the losses are; got {given}."
-            " Pass targets=(targets_of_first, ...)."
+            f"targets must be a tuple of {num_outputs}, as the losses are; got "
+            f"{summarize(targets)}. Pass targets=(targets_of_first, ...)."
         )
     for leaf in jax.tree.leaves(targets):
         if jnp.shape(leaf)[:1] != (num_examples,):

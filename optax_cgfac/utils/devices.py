@@ -1,5 +1,7 @@
 """Explicitly sharded meshes, and batches that `jax.shard_map` splits over an axis."""
 
+import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -76,3 +78,17 @@ def own_key(rng: Array, axis_name: str | None) -> Array:
 def mean_over(x: Array, axis_name: str | None) -> Array:
     """Returns the mean over the devices; ``x`` without an axis."""
     return x if axis_name is None else jax.lax.pmean(x, axis_name)
+
+
+def warn_of_hanging_lapack() -> None:
+    """Warns where several CPU devices of this process would call OpenBLAS at once."""
+    # Its threads may then wait for each other for ever (seen with 8 devices on 2 cores,
+    # jaxlib 0.10.2, `jnp.linalg.eigh`).
+    is_cpu = jax.default_backend() == "cpu" and jax.local_device_count() > 1
+    if is_cpu and os.environ.get("OPENBLAS_NUM_THREADS") != "1":
+        warnings.warn(
+            "Several CPU devices of one process call LAPACK at once, and OpenBLAS may "
+            "then hang. Set OPENBLAS_NUM_THREADS=1 before Python starts.",
+            RuntimeWarning,
+            stacklevel=4,
+        )

@@ -69,18 +69,15 @@ def summarize(value: Any) -> str:
 
 def check_number(name: str, value: Any, allowed: Range, example: Any) -> None:
     """Checks an option that is one real number, plain or traced."""
-    schedule = ", or let optax.inject_hyperparams take the schedule"
-    hint = schedule if callable(value) else ""
-    way_out = f"Pass a number such as {name}={example}{hint}"
+    hint = ", or let optax.inject_hyperparams take the schedule" * callable(value)
+    way_out = f"got {summarize(value)}. Pass a number such as {name}={example}{hint}."
     if getattr(value, "shape", ()) != ():
-        raise ValueError(
-            f"{name} must be one number, got {summarize(value)}. {way_out}."
-        )
+        raise ValueError(f"{name} must be one number, {way_out}")
     if not is_real_scalar(value):
-        raise TypeError(f"{name} must be a number, got {summarize(value)}. {way_out}.")
+        raise TypeError(f"{name} must be a number, {way_out}")
     is_known = is_number(value) or isinstance(value, np.ndarray)
     if is_known and not allowed.holds(float(np.asarray(value))):
-        raise ValueError(f"{name} must {allowed.text}, got {value}. {way_out}.")
+        raise ValueError(f"{name} must {allowed.text}, {way_out}")
 
 
 def check_number_or_schedule(
