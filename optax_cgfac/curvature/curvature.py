@@ -133,9 +133,9 @@ class Curvature:
         """Returns the exact Fisher block over ``rows`` of the layer ``tag``."""
         if any(not use.is_exact for use in tag.uses):
             raise ValueError(
-                f"The exact Fisher block of layer {tag.name!r} needs all positions of "
-                "an example, got some of them or their mean. Pass fisher_estimator("
-                "..., positions=None, weight_sharing='expand')."
+                f"Layer {tag.name!r} keeps some of an example's positions, or their "
+                "mean, but an exact Fisher block needs all. Pass fisher_estimator(..., "
+                "positions=None, weight_sharing='expand')."
             )
         per_sample = sum(use.kept for use in tag.uses)
         num_samples = num_rows(rows.a) // per_sample

@@ -190,7 +190,7 @@ def sampled_update(**options):
 
 def test_no_key_is_used_twice():
     """By JAX's own account, which follows keys through the program."""
-    run = sampled_update(samples=2)
+    run = sampled_update()
     twice = jax.jit(lambda key: (jax.random.normal(key), jax.random.normal(key)))
     with jax.debug_key_reuse(True):
         run(jax.random.key(0))

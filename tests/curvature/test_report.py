@@ -41,11 +41,9 @@ def estimate(model, inputs, **options):
 def test_the_table_names_layers_kinds_shapes_and_rows():
     rows = table(problem().curvature().report())
     assert list(rows) == ["hidden", "out"]
-    assert rows["hidden"]["kind"] == "dense"
-    assert rows["hidden"]["matrix"] == "(5+1)x4"
+    expected = {"kind": "dense", "matrix": "(5+1)x4", "rows/step": "4"}
+    assert rows["hidden"].items() >= (expected | {"window": "2 x 4"}).items()
     assert rows["out"]["matrix"] == "4x3"
-    assert rows["hidden"]["rows/step"] == "4"
-    assert rows["hidden"]["window"] == "2 x 4"
 
 
 def test_stacked_layers_show_their_stack():
@@ -86,16 +84,15 @@ def test_the_solve_column_follows_the_options_and_says_why(options, solve):
     assert row["why"].startswith("asked for") == ("space" in options)
 
 
-def test_tikhonov_takes_the_space_that_costs_less():
-    model_examples = {"window": 8}
-    few = estimate(Heads(), normal(0, NUM_EXAMPLES, 2, 5), **model_examples)
-    row = table(few.report(damping_form="tikhonov"))["heads"]
-    assert row["solve"] == "parameter, cg"
-    assert ">" in row["why"]
-    wide = estimate(Heads(), normal(0, NUM_EXAMPLES, 2, 500), window=1)
-    row = table(wide.report(damping_form="tikhonov"))["heads"]
-    assert row["solve"] == "sample, cg"
-    assert "≤" in row["why"]
+@pytest.mark.parametrize(
+    ("width", "window", "solve", "sign"),
+    [(5, 8, "parameter, cg", ">"), (500, 1, "sample, cg", "≤")],
+)
+def test_tikhonov_takes_the_space_that_costs_less(width, window, solve, sign):
+    curvature = estimate(Heads(), normal(0, NUM_EXAMPLES, 2, width), window=window)
+    row = table(curvature.report(damping_form="tikhonov"))["heads"]
+    assert row["solve"] == solve
+    assert sign in row["why"]
 
 
 def test_uncovered_parameters_are_listed_with_the_reason():
@@ -113,10 +110,6 @@ def test_uncovered_parameters_are_listed_with_the_reason():
     assert "blocks/Dense_0" not in table(report)
 
 
-def test_full_coverage_is_said():
-    assert problem().curvature().report().endswith("Every parameter is covered.")
-
-
 def test_a_report_is_static_and_works_under_jit():
     reports = []
 
@@ -127,3 +120,4 @@ def test_a_report_is_static_and_works_under_jit():
 
     traced(problem().curvature())
     assert reports == [problem().curvature().report()]
+    assert reports[0].endswith("Every parameter is covered.")
