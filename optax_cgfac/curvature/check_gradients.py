@@ -23,7 +23,7 @@ class GradientCheck:
     Attributes:
       errors: By parameter, the norm of the difference over that of the gradient.
       uncovered: Parameters without rows, with the reason.
-      rtol: The largest error that is no mismatch.
+      rtol: Larger errors are mismatches.
     """
 
     errors: Mapping[str, float]

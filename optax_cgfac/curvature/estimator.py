@@ -126,7 +126,7 @@ def fisher_estimator(
       model_examples: Examples kept for the quadratic model of `cgfac`, at most those
         given to ``init``; None for 32, or all with ``whole_batch``.
       window: Number of updates whose rows are kept.
-      capture_every: Once the window is full, rows are captured every so many updates;
+      capture_every: Once the window is full, the interval of updates that capture rows;
         None for at most 8 such that they cost about a sixteenth of the gradients, or
         half of that for at most 32 outputs.
       positions: Positions of each example (of a sequence, of an image) that become
