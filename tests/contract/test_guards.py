@@ -56,16 +56,6 @@ def test_time_major_layers_get_the_rows_of_every_example(time):
     assert oracles.relative_error(kernel, grads["first"]["kernel"]) < 1e-5
 
 
-<<<<<<< HEAD
-def test_the_batch_is_found_where_time_comes_first():
-    model, x = TimeMajor(), normal(0, 3, 6, 5)
-    batch = {"x": x, "y": jnp.zeros(6), "w": jnp.ones(6)}
-    run = value_and_grad(lambda p, batch: loss_of(model)(p, batch["x"]))
-    assert run(init(model, x), batch)[2].spec.examples == 6
-
-
-=======
->>>>>>> origin/HEAD
 class WithPositions(nn.Module):
     """A table of positions that all examples share."""
 
