@@ -72,8 +72,8 @@ class CaptureSpec:
             )
         if self.whole_batch and self.model_examples is not None:
             raise ValueError(
-                "whole_batch=True keeps all examples, got model_examples="
-                f"{self.model_examples}. Leave one of the two out."
+                "whole_batch=True keeps all examples and takes no model_examples, got "
+                f"model_examples={self.model_examples}. Leave one of the two out."
             )
         dtype = self.rows_dtype
         if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):

@@ -284,9 +284,8 @@ def _check_returned(loss: Loss, field: str, got: Any, expected: tuple) -> None:
     """Checks the shape of the result of a function of the user's loss."""
     if jnp.shape(got) != expected:
         raise ValueError(
-            f"Loss {loss.name!r}: {field} returned shape {jnp.shape(got)}; expected "
-            f"{expected}. Return an array of that shape, as optax_cgfac.Loss "
-            "describes it."
+            f"Loss {loss.name!r}: {field} must return shape {expected}, got "
+            f"{jnp.shape(got)}. Return an array as optax_cgfac.Loss describes it."
         )
 
 

@@ -128,5 +128,5 @@ def test_a_smaller_batch_than_at_init_is_refused():
     options = {"examples": ROWS, "whole_batch": True}
     estimator = fisher_estimator(model_fn, "squared_error", **options)
     curvature = estimator.init(params, X)
-    with pytest.raises(ValueError, match="The batch has 4 examples"):
+    with pytest.raises(ValueError, match="got 4"):
         estimator.update(curvature, params, X[:4], rng=jax.random.key(0))
