@@ -16,20 +16,15 @@ def loss_fn(params, penalty):
     return jnp.mean(jnp.sum(outputs**2, -1)) + penalty
 
 
-@pytest.mark.parametrize(
-    ("penalty", "wrong"),
-    [(0.0, ()), (1.0, ("Dense_1/kernel",)), (jnp.nan, ("Dense_1/kernel",))],
-)
-def test_a_penalty_on_a_kernel_is_found(penalty, wrong):
+@pytest.mark.parametrize("penalty", [0.0, 1.0, jnp.nan])
+def test_a_penalty_on_a_kernel_is_found(penalty):
     check = optax_cgfac.check_gradients(loss_fn, PARAMS, penalty)
     names = {f"{n}/{p}" for n in COMPACT for p in ("kernel", "bias")}
     assert set(check.errors) == names
-    if penalty == penalty:
-        assert check.mismatches == wrong
-    assert set(wrong) <= set(check.mismatches)
+    wrong = ("Dense_1/kernel",) if penalty else ()
+    assert check.mismatches == wrong
     for name in names:
-        word = "MISMATCH" if name in check.mismatches else "ok"
-        assert f"{name}: {word}" in str(check)
+        assert f"{name}: {'MISMATCH' if name in wrong else 'ok'}" in str(check)
 
 
 def test_a_sum_is_no_mean():

@@ -50,16 +50,13 @@ def test_the_oldest_rows_are_dropped():
 
 def test_a_partly_filled_window_averages_over_what_it_holds():
     """The same rows once or three times are the same curvature."""
+    assert not np.any(empty().operator("hidden").to_dense())
     once = empty(window=3).push_rows(rows_of(2.0))
     full = once.push_rows(rows_of(2.0)).push_rows(rows_of(2.0))
     expected = np.full((12, 12), 2.0**4)  # the mean of a aᵀ is 4, that of g gᵀ too
     for curvature in (once, full):
         dense = curvature.operator("out").to_dense()
         np.testing.assert_allclose(dense, expected, rtol=1e-6)
-
-
-def test_before_the_first_update_the_curvature_is_zero():
-    assert not np.any(empty().operator("hidden").to_dense())
 
 
 @pytest.mark.parametrize("side", ["a", "g"])

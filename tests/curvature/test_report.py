@@ -1,5 +1,7 @@
 """The printed report: what is covered, how it is solved, and what is left."""
 
+import re
+
 import jax
 import pytest
 
@@ -10,22 +12,17 @@ from steps import problem
 
 def table(report):
     """The rows of the table by layer name, cells by column name."""
-    lines = report.splitlines()
-    marks = lines[1]
-    starts = [i for i, c in enumerate(marks) if c == "-" and marks[i - 1 : i] != "-"]
-    ends = [*starts[1:], None]
+    lines = report.split(" layers, ")[0].splitlines()[:-1]
+    ends = [m.end() for m in re.finditer(r"-+ *", lines[1])]
+    starts = [0, *ends[:-1]]
 
     def cells(line):
-        return [line[i:j].strip() for i, j in zip(starts, ends, strict=True)]
+        return [
+            line[i:j].strip() for i, j in zip(starts, [*ends[:-1], None], strict=True)
+        ]
 
-    header = cells(lines[0])
-    rows = {}
-    for line in lines[2:]:
-        if "preconditioned" in line:
-            break
-        row = dict(zip(header, cells(line), strict=True))
-        rows[row["layer"]] = row
-    return rows
+    rows = [dict(zip(cells(lines[0]), cells(line), strict=True)) for line in lines[2:]]
+    return {row["layer"]: row for row in rows}
 
 
 def estimate(model, inputs, **options):
