@@ -222,11 +222,6 @@ def test_the_only_traffic_of_the_curvature_are_the_new_rows():
 def test_examples_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="=12 examples cannot be split over the 8"):
         train_in_a_map("cgfac", kind="mc", examples=12)
-    est = estimator(axis_name="data", model_examples=12)
-    curvature = est.init(params_at_start(), data()["x"])
-    message = "model has 12 examples that cannot be split"
-    with jax.set_mesh(mesh_of()), pytest.raises(ValueError, match=message):
-        curvature.partition_specs("data")
 
 
 def test_an_axis_that_is_not_there_is_named():
