@@ -38,7 +38,6 @@ OPTIONS = {
     "`window=0`": estimating(window=0),
     "`kind='exact'`, no `hessian_columns`": estimating(own_loss(), kind="exact"),
     "a text as `where`": estimating(where="Dense"),
-    "an optimizer as the estimator's `fallback`": estimating(fallback=optax.adam(1e-3)),
     "`1` in `input_axes`": estimating(input_axes={"x": 1}),
     "`rows_dtype='int32'`": estimating(rows_dtype="int32"),
     "`weights` of two arguments": estimating(weights=lambda params, inputs: inputs),
@@ -70,7 +69,6 @@ INIT = {
     "the state of an `nnx.Module` for a `model_fn` that calls a module": calling(
         lambda module: nnx.state(module, nnx.Param)
     ),
-    "a text among the inputs": init(inputs=lambda g: {"x": g.x, "mode": "train"}),
     "fewer examples than `examples`": init(inputs=lambda g: g.x[:3]),
     "a `model_fn` that returns the loss": outputs(lambda z: z.sum()),
     "a `model_fn` that returns a number for each example": outputs(lambda z: z[:, 0]),
@@ -143,10 +141,6 @@ UPDATE_TRACED = {
 
 KEYS = {
     "no key for `kind='mc'`": update(rng=lambda g: None),
-    "a seed instead of a key": update(rng=lambda g: 0),
-    "an `nnx.Rngs` instead of a key": update(rng=lambda g: nnx.Rngs(0)),
-    "an old key as int32": update(rng=lambda g: np.zeros(2, np.int32)),
-    "several keys": update(rng=lambda g: jax.random.split(g.key, 3)),
     "the key of the inputs": update(inputs=lambda g: {"x": g.x, "dropout": g.key}),
 }
 
@@ -172,9 +166,7 @@ BATCHES_TRACED = {
     "no `targets` for `kind='empirical'`": new_update(kind="empirical"),
     "targets of fewer examples": empirical(lambda g: g.y[:7], "squared_error"),
     "targets of another rank": empirical(lambda g: g.y[:, :1].astype(int)),
-    "classes as floating-point numbers": empirical(lambda g: g.y[:, 0]),
     "a list of numbers as targets": empirical(lambda g: [0] * 8),
-    "a tuple of targets for one output": empirical(lambda g: (g.y[:, 0] > 0,)),
     "one array of targets for two outputs": empirical(lambda g: g.y, TWO, two),
     "weights that do not fit the outputs": new_update(weights=lambda x: x[:7, 0]),
     "`weights` that return nothing": new_update(weights=lambda x: None),

@@ -9,7 +9,6 @@ from flax import nnx
 from optax_cgfac import (
     TrainState,
     cgfac,
-    check_gradients,
     conjugate_gradient,
     diagnostics,
     tag_layer,
@@ -28,14 +27,9 @@ def one_pass(loss_fn, **options):
 
 
 SINGLE_PASS = {
-    "a module as `loss_fn`": lambda g: value_and_grad(MLP()),
     "`loss_reduction='max'`": one_pass(loss_of, loss_reduction="max"),
     "a `loss_fn` that returns losses of examples": one_pass(lambda p, x, y: y[:, 0]),
     "a `loss_fn` that returns `(loss, aux)`": one_pass(lambda p, x, y: (y[0, 0], x)),
-    "arguments of the loss by name": lambda g: value_and_grad(loss_of)(
-        g.params, x=g.x, y=g.y
-    ),
-    "an argument of the loss too few": lambda g: value_and_grad(loss_of)(g.params, g.x),
     "the state of an `nnx.Module` for a loss that calls a module": lambda g: (
         value_and_grad(lambda m, x: m(x).mean())(nnx.state(Modes(), nnx.Param), g.x)
     ),
@@ -43,9 +37,6 @@ SINGLE_PASS = {
     "a loss whose `model.apply` is jitted": lambda g: one_pass(
         jax.jit(lambda p, x, y: jnp.mean(MLP().apply({"params": p}, x)))
     )(g),
-    "`check_gradients` under `jax.jit`": lambda g: check_gradients(
-        loss_of, g.params, g.x, g.y
-    ),
 }
 
 
@@ -58,10 +49,7 @@ class Tagged(nn.Module):
     @nn.compact
     def __call__(self, x):
         w = self.param("w", nn.initializers.ones, (x.shape[-1], 4))
-        names = {
-            role: w if name == "itself" else name for role, name in self.names.items()
-        }
-        return tag_layer(self, x[self.cut :], x @ w, **names)
+        return tag_layer(self, x[self.cut :], x @ w, **self.names)
 
 
 def tagged(cut=0, **names):
@@ -72,21 +60,15 @@ TAGS = {
     "no name": tagged(),
     "a kernel and a scale": tagged(kernel="w", scale="w"),
     "a name that the module does not have": tagged(kernel="v"),
-    "the parameter itself instead of its name": tagged(kernel="itself"),
     "a matrix as the scale": tagged(scale="w"),
     "inputs and outputs of other lengths": tagged(kernel="w", cut=1),
     "a number as the input": lambda g: tag_layer(Modes(), 1.0, g.x, bias="b"),
-    "a Linen module that is not being applied": lambda g: tag_layer(
-        MLP(), g.x, g.x, bias="b"
-    ),
 }
 
 METHODS = {
-    "a path as a tuple in `covers`": lambda g: g.curvature.covers(("out", "kernel")),
     "an unknown layer in `operator`": lambda g: g.curvature.operator("Dense_7"),
     "a negative damping": lambda g: g.curvature.operator("out", damping=-1.0),
     "all layers in one factored operator": lambda g: g.curvature.operator(None),
-    "something else in `push`": lambda g: g.curvature.push(g.curvature.layers),
     "the rows of several updates in `push`": lambda g: g.curvature.push(g.curvature),
     "the rows of a smaller batch in `push`": lambda g: (
         of_one_pass(g).with_window(2).push(of_one_pass(g, 4))
