@@ -29,11 +29,11 @@ page from the errors that they raise.
 # What was expected and what came, as far as words tell.
 EXPECTED = re.compile(
     r"(?i)must|expected|needs?\b|takes|agree|fit|acts on|names|tagged|works in|adapts"
-    r"|initialised|at estimator.init|captured|belong|have \d|\bno\b"
+    r"|initialised|at estimator.init|captur|belong|have \d|\bno\b"
 )
 GOT = re.compile(
-    r"(?i)\bgot\b|\bha(?:s|d|ve)\b|\bis\b|without|hold|absent|found|unknown|keeps|="
-    r"|\bnot?\b"
+    r"(?i)\bgot\b|\bha(?:s|d|ve)\b|\bis\b|returned|without|hold|absent|found|unknown"
+    r"|keeps|=|\bnot?\b"
 )
 # The last part of a message: a sentence, what follows a colon, or code.
 _REMEDY = re.compile(

@@ -172,7 +172,6 @@ BATCHES_TRACED = {
     "targets of fewer examples": empirical(lambda g: g.y[:7], "squared_error"),
     "targets of another rank": empirical(lambda g: g.y[:, :1].astype(int)),
     "a list of numbers as targets": empirical(lambda g: [0] * 8),
-    "a tuple of targets for one output": empirical(lambda g: (g.y[:, 0] > 0,)),
     "one array of targets for two outputs": empirical(lambda g: g.y, TWO, two),
     "weights that do not fit the outputs": new_update(weights=lambda x: x[:7, 0]),
     "`weights` that return nothing": new_update(weights=lambda x: None),

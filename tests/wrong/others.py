@@ -47,10 +47,7 @@ class Tagged(nn.Module):
     @nn.compact
     def __call__(self, x):
         w = self.param("w", nn.initializers.ones, (x.shape[-1], 4))
-        names = {
-            role: w if name == "itself" else name for role, name in self.names.items()
-        }
-        return tag_layer(self, x[self.cut :], x @ w, **names)
+        return tag_layer(self, x[self.cut :], x @ w, **self.names)
 
 
 def tagged(cut=0, **names):
@@ -61,13 +58,9 @@ TAGS = {
     "no name": tagged(),
     "a kernel and a scale": tagged(kernel="w", scale="w"),
     "a name that the module does not have": tagged(kernel="v"),
-    "the parameter itself instead of its name": tagged(kernel="itself"),
     "a matrix as the scale": tagged(scale="w"),
     "inputs and outputs of other lengths": tagged(kernel="w", cut=1),
     "a number as the input": lambda g: tag_layer(Modes(), 1.0, g.x, bias="b"),
-    "a Linen module that is not being applied": lambda g: tag_layer(
-        MLP(), g.x, g.x, bias="b"
-    ),
 }
 
 METHODS = {
@@ -77,7 +70,6 @@ METHODS = {
         "out", damping_form="factored"
     ),
     "all layers in one factored operator": lambda g: g.curvature.operator(None),
-    "something else in `push`": lambda g: g.curvature.push(g.curvature.layers),
     "the rows of several updates in `push`": lambda g: g.curvature.push(g.curvature),
     "the rows of a smaller batch in `push`": lambda g: (
         of_one_pass(g).with_window(2).push(of_one_pass(g, 4))
