@@ -10,21 +10,22 @@ From a clone:
 
 import argparse
 import dataclasses
-import functools
 import pathlib
 import sys
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-import linen_reported
-import nnx_models
 import oracles
-from layer_models import LAYER_CASES
-from linen_reported import X
-from models import CASES, NUM_EXAMPLES, Compact, init
+from models import Compact, init
+from models.common import NUM_EXAMPLES, loss_of
+from models.nnx_modules import shifted
+from models.reported import HIDDEN, REPORTED, UNCOVERED, X
+from models.table import CASES, LAYER_CASES, NNX_CASES
 from optax_cgfac import scale_by_cgfac, value_and_grad
 from optax_cgfac.curvature.check_gradients import gradient_errors
 from optax_cgfac.layers.layer import matrix_from_leaves
@@ -32,17 +33,8 @@ from optax_cgfac.operators.rows import to_dense
 from optax_cgfac.utils.paths import leaves_by_path
 
 
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """One line of the table.
-
-    Attributes:
-      covered: Kinds of the covered layers.
-      reported: Reported parameters.
-      gradient_errors: By parameter, the relative error of the rebuilt gradient.
-      update_error: Largest relative error of a layer's update; None if nothing is
-        covered.
-    """
+class Line(NamedTuple):
+    """One line of the table; ``update_error`` is None if nothing is covered."""
 
     covered: tuple[str, ...]
     reported: tuple[str, ...]
@@ -50,73 +42,43 @@ class Line:
     update_error: float | None
 
 
-def rows_of_linen():
-    """Returns ``{name: (is covered, function that makes the problem)}``."""
-
-    def reported(model, inputs):
-        def model_fn(params, x):
-            return model.apply({"params": params}, x)
-
-        return loss_of(model_fn), init(model, inputs), inputs
-
-    table = {
-        name: (True, functools.partial(linen_problem, make))
-        for name, make in (CASES | LAYER_CASES).items()
-    }
-    table |= {
-        name: (False, functools.partial(reported, model, inputs))
-        for name, (model, inputs, _, _) in linen_reported.UNCOVERED.items()
-        if name != "while_loop"  # has no gradient
-    }
-    return table | {
-        f"whole model {name}": (
-            False,
-            lambda make=make: (loss_of(make()), init(Compact(), X), X),
-        )
-        for name, make in linen_reported.HIDDEN.items()
-    }
-
-
-def linen_problem(make):
+def covered(make):
     case = make()
     return case.loss, case.params, case.inputs
 
 
-def rows_of_nnx():
-    """Returns ``{name: (is covered, function that makes the problem)}``."""
+def reported(make, framework):
+    """A problem whose model is not covered whole."""
+    if framework == "nnx":
+        module, inputs, *_ = make()
+        return loss_of(lambda m, x: m(x)), shifted(module), inputs
+    model, inputs, *_ = make
+    loss = loss_of(lambda params, x: model.apply({"params": params}, x))
+    return loss, init(model, inputs), inputs
 
-    def covered(make):
-        case = make()
-        return case.loss, case.model, case.inputs
 
-    def reported(make):
-        model, inputs, *_ = make()
-        return loss_of(lambda m, x: m(x)), nnx_models.shifted(model), inputs
+def hidden(make):
+    return loss_of(make()), init(Compact(), X), X
 
-    table = {
-        name: (True, functools.partial(covered, make))
-        for name, make in nnx_models.CASES.items()
+
+def tables():
+    """Returns ``{framework: {name: (is covered, what makes the problem)}}``."""
+    found = {
+        framework: {
+            name: (True, partial(covered, make)) for name, make in cases.items()
+        }
+        for framework, cases in (("linen", CASES | LAYER_CASES), ("nnx", NNX_CASES))
     }
-    return table | {
-        name: (False, functools.partial(reported, make))
-        for name, make in nnx_models.REPORTED.items()
-    }
+    for framework, cases in (("linen", UNCOVERED), ("nnx", REPORTED)):
+        for name, make in cases.items():
+            if name != "while_loop":  # has no gradient
+                found[framework][name] = False, partial(reported, make, framework)
+    for name, make in HIDDEN.items():
+        found["linen"][f"whole model {name}"] = False, partial(hidden, make)
+    return found
 
 
-def loss_of(model_fn):
-    """A loss under which no gradient vanishes (a norm's squares add to a constant)."""
-
-    def loss(params, inputs):
-        outputs = model_fn(params, inputs)
-        outputs = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
-        outputs = outputs.reshape(NUM_EXAMPLES, -1)
-        weights = jnp.linspace(0.5, 1.5, outputs.shape[-1], dtype=outputs.dtype)
-        return jnp.mean(jnp.sum(weights * (outputs - 0.3) ** 2, -1))
-
-    return loss
-
-
-TABLE = {"linen": rows_of_linen(), "nnx": rows_of_nnx()}
+TABLE = tables()
 
 
 def examine(framework, name):
@@ -156,31 +118,30 @@ def solve(grads, curvature, damping):
 
 def update_error(grads, curvature):
     """The largest relative error of a layer's update against the dense solution."""
-    leaves = leaves_by_path(grads)
-    worst = None
+    leaves, errors = leaves_by_path(grads), []
     for tag in curvature.tags:
         rows = curvature.layers[tag.name]
         b = matrix_from_leaves(tag, {path: leaves[path] for path in tag.leaves})
-        a, g = oracles.float64(to_dense(rows.a)), oracles.float64(rows.g)
-        used = np.any(g != 0, -1)
         stack = b.shape[:-2]
-        flat = [x.reshape(-1, *x.shape[len(stack) :]) for x in (a, g, used, b)]
-        solved, dampings = [], []
-        factors = []
-        for one_a, one_g, one_used, _ in zip(*flat, strict=True):
-            a_factor = one_a.T @ one_a / max(one_used.sum(), 1)
-            g_factor = one_g.T @ one_g * tag.positions * tag.columns / len(one_g)
-            factors.append((a_factor, g_factor))
-            dampings.append(np.linalg.norm(a_factor, 2) * np.linalg.norm(g_factor, 2))
-        damping = 0.03 * max(dampings)
-        for (a_factor, g_factor), one_b in zip(factors, flat[3], strict=True):
-            dense = np.kron(a_factor, g_factor) + damping * np.eye(one_b.size)
-            solved.append(oracles.solve(dense, one_b))
+        a, g = oracles.float64(to_dense(rows.a)), oracles.float64(rows.g)
+        a, g, flat_b = (x.reshape(-1, *x.shape[len(stack) :]) for x in (a, g, b))
+        factors = [
+            (
+                oracles.moment(one_a, 1 / max(np.any(one_g != 0, -1).sum(), 1)),
+                oracles.moment(one_g, tag.positions * tag.columns / len(one_g)),
+            )
+            for one_a, one_g in zip(a, g, strict=True)
+        ]
+        norms = [np.linalg.norm(x, 2) * np.linalg.norm(y, 2) for x, y in factors]
+        damping = 0.03 * max(norms)
+        solved = [
+            oracles.solve(np.kron(*pair) + damping * np.eye(one_b.size), one_b)
+            for pair, one_b in zip(factors, flat_b, strict=True)
+        ]
         updated = leaves_by_path(solve(grads, curvature, damping))
         x = matrix_from_leaves(tag, {path: updated[path] for path in tag.leaves})
-        error = oracles.relative_error(x, np.reshape(solved, b.shape))
-        worst = error if worst is None else max(worst, error)
-    return worst
+        errors.append(oracles.relative_error(x, np.reshape(solved, b.shape)))
+    return max(errors, default=None)
 
 
 def show(error):

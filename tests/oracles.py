@@ -94,28 +94,26 @@ def cg_iterates(dense, b, x0, num_steps, preconditioner=None):
     return iterates
 
 
-def gauss_newton(function, x, inputs, loss):
-    """The mean over predictions of ``Jᵀ H J``, by `jax.jacrev` and `jax.hessian`.
+def gauss_newton(outputs, x, loss, factors=None):
+    """``Σ factor Jᵀ H J`` over predictions, by default their mean.
 
-    ``function(x, inputs)`` has examples on its first axis and one prediction on its
-    last; ``loss`` takes one prediction.
+    ``outputs(x)`` has a prediction on its last axis, and ``loss`` takes one.
     """
 
-    def of_one(example):
-        def predictions(x):
-            outputs = function(x, example[None])
-            return outputs.reshape(-1, outputs.shape[-1])
+    def predictions(x):
+        found = outputs(x)
+        return found.reshape(-1, found.shape[-1])
 
-        jacobian = jax.jacrev(predictions)(x)
-        jacobian = jacobian.reshape(*jacobian.shape[:2], -1)
-        hessians = jax.vmap(jax.hessian(loss))(predictions(x))
-        return jnp.einsum("mcp,mcd,mdq->pq", jacobian, hessians, jacobian)
+    @jax.jit
+    def total(x, factors):
+        found = predictions(x)
+        jacobian = jax.jacfwd(predictions)(x).reshape(*found.shape, -1)
+        weighted = factors[:, None, None] * jax.vmap(jax.hessian(loss))(found)
+        return jnp.einsum("mcp,mcd,mdq->pq", jacobian, weighted, jacobian)
 
-    def mean(inputs):
-        num_predictions = function(x, inputs[:1])[..., 0].size
-        return jnp.mean(jax.vmap(of_one)(inputs), 0) / num_predictions
-
-    return float64(jax.jit(mean)(inputs))
+    count = outputs(x)[..., 0].size
+    factors = np.full(count, 1 / count) if factors is None else np.ravel(factors)
+    return float64(total(x, factors))
 
 
 def quadratic(matrix, slope, x):

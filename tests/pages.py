@@ -43,3 +43,8 @@ def anchors(page):
     text = _FENCE.sub("", page.read_text("utf-8"))
     plain = (re.sub(r"[^\w\- ]", "", x.lower()) for x in _HEADING.findall(text))
     return {x.strip().replace(" ", "-") for x in plain}
+
+
+def leads(target, anchor):
+    """Returns whether a link leads to a file, and to a heading of it."""
+    return target.exists() and (not anchor or anchor in anchors(target))

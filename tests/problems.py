@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -31,6 +32,23 @@ def layer_problem(num_rows, n_in, n_out, *, bias=False, seed=0, dtype="float64")
 
 def stack_problems(problems):
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *problems)
+
+
+class Diagonal(NamedTuple):
+    """An operator, as a preconditioner of one's own."""
+
+    entries: jax.Array
+
+    def matvec(self, vector):
+        return self.entries * vector
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+def ravel(tree):
+    return np.asarray(jax.flatten_util.ravel_pytree(tree)[0])
 
 
 class MLP(nn.Module):

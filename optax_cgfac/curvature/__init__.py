@@ -1,4 +1,4 @@
 """Estimates the curvature of a model and keeps it from step to step.
 
-Imports every folder above. Start with `curvature`, then `estimator`.
+Imports all folders above, not `optimize`. Start with `estimator`, then `curvature`.
 """

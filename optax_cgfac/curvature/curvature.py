@@ -1,4 +1,4 @@
-"""The curvature: a pytree of tagged layers and a window of their rows."""
+"""The curvature: a pytree of the tagged layers and the last captured rows."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from optax_cgfac.curvature.history import empty_rows, put_into_slot, without_bad_rows
 from optax_cgfac.curvature.report import format_report
-from optax_cgfac.curvature.spec import CurvatureSpec
+from optax_cgfac.curvature.spec import CaptureSpec
 from optax_cgfac.layers.layer import LayerTag
 from optax_cgfac.operators.exact_fisher import BlockFisherOperator, FullFisherOperator
 from optax_cgfac.operators.kronecker import (
@@ -18,10 +18,7 @@ from optax_cgfac.operators.kronecker import (
     FactoredDampedOperator,
     KroneckerOperator,
 )
-from optax_cgfac.operators.rows import (
-    as_dtype,
-    num_rows,
-)
+from optax_cgfac.operators.rows import as_dtype, num_rows
 from optax_cgfac.problem.batch import num_kept
 from optax_cgfac.solve.choose import (
     DampingForm,
@@ -33,12 +30,7 @@ from optax_cgfac.solve.eigenpairs import LayerEigenpairs, empty_eigenpairs, refr
 from optax_cgfac.solve.solver import damped_operator
 from optax_cgfac.utils.paths import leaves_by_path, text
 from optax_cgfac.utils.types import Array, LayerRows, PyTree
-from optax_cgfac.utils.validate import (
-    NOT_NEGATIVE,
-    check_number,
-    check_positive,
-    summarize,
-)
+from optax_cgfac.utils.validate import NOT_NEGATIVE, check_number
 
 AnyOperator = (
     KroneckerOperator
@@ -54,16 +46,16 @@ AnyOperator = (
 class Curvature:
     """Captured rows of every tagged layer, a ring buffer over the last updates.
 
-    A pytree: the tags are static, the rows are arrays. Pass it through `jax.jit`,
-    `jax.lax.scan` and checkpoints like any other state.
+    A pytree with a static ``spec``: pass it through `jax.jit`, `jax.lax.scan` and
+    checkpoints like any other state.
 
     Attributes:
-      spec: The static part.
+      spec: What is captured, and how rows are kept.
       layers: Rows by layer name, all slots of the window one after the other.
       num_updates: How often rows were added, int32.
       num_calls: How often the estimator was called, int32.
-      dropped: Rows so far that were not finite and did not enter the window, int32 in
-        the order of ``tags``.
+      dropped: Number of rows left out so far because they were not finite, int32 in the
+        order of ``tags``.
       model_inputs: A slice of the last inputs, for Gauss-Newton products.
       eigenpairs: Leading eigenpairs of the factors, by layer name, where they are kept.
 
@@ -82,7 +74,7 @@ class Curvature:
       4
     """
 
-    spec: CurvatureSpec = dataclasses.field(metadata={"static": True})
+    spec: CaptureSpec = dataclasses.field(metadata={"static": True})
     layers: dict[str, LayerRows]
     num_updates: Array
     num_calls: Array
@@ -97,15 +89,10 @@ class Curvature:
 
     def covers(self, path: str) -> bool:
         """Whether a parameter, such as ``"encoder/Dense_0/kernel"``, is tagged."""
-        if not isinstance(path, str):
-            raise TypeError(
-                "covers() takes a parameter's path as a text, got "
-                f"{summarize(path)}. Write curvature.covers('hidden/kernel')."
-            )
         return path in {text(leaf) for tag in self.tags for leaf in tag.leaves}
 
     def num_rows(self, name: str) -> Array:
-        """Returns the rows of a layer that count: those seen, at most the window's."""
+        """Returns the number of a layer's rows in the window so far."""
         seen = jnp.minimum(self.num_updates, self.spec.window)
         return seen * self._tag(name).rows_per_step
 
@@ -114,7 +101,7 @@ class Curvature:
         path: str | None,
         damping: Array | float | None = None,
         structure: Structure = "kronecker",
-        damping_form: DampingForm = "tikhonov",
+        damping_form: DampingForm | None = None,
     ) -> AnyOperator:
         """Returns the curvature of one layer as a linear operator.
 
@@ -124,18 +111,25 @@ class Curvature:
           damping: The scalar ``γ``; None for the undamped operator.
           structure: ``"kronecker"``, ``"block"`` (the layer's exact Fisher block) or
             ``"full"`` (all layers, with the blocks between them).
-          damping_form: ``"tikhonov"``, or for ``"kronecker"`` also ``"factored"``.
+          damping_form: ``"tikhonov"``, the default, or for ``"kronecker"`` also
+            ``"factored"``.
 
         Returns:
           An operator on matrices of shape ``(*stack, n_in, n_out)``; for ``"full"``
           on a list of them in the order of ``tags``.
 
         Raises:
-          ValueError: If the layer or an option is unknown.
+          ValueError: If the layer or an option is unknown, or two exclude each other.
         """
-        SolveSpec(structure=structure, damping_form=damping_form)
+        form = damping_form or "tikhonov"
+        SolveSpec(structure=structure, damping_form=form)
         if damping is not None:
             check_number("damping", damping, NOT_NEGATIVE, 0.1)
+        elif damping_form is not None:
+            raise ValueError(
+                f"damping_form={damping_form!r} needs a damping, got None. Pass "
+                "operator('hidden', damping=0.1, damping_form=...)."
+            )
         if (path is None) != (structure == "full"):
             raise ValueError(
                 "structure='full' takes path=None, all layers together; the others "
@@ -149,9 +143,7 @@ class Curvature:
         else:
             tag = self._tag(path)
             operator = self.layer_operator(tag, self.layers[tag.name], structure)
-        if damping is None:
-            return operator
-        return damped_operator(operator, damping, damping_form)
+        return operator if damping is None else damped_operator(operator, damping, form)
 
     def layer_operator(
         self, tag: LayerTag, rows: LayerRows, structure: Structure
@@ -162,11 +154,7 @@ class Curvature:
         return self.block_operator(tag, rows)
 
     def block_operator(self, tag: LayerTag, rows: LayerRows) -> BlockFisherOperator:
-        """Returns the exact Fisher block over ``rows`` of the layer ``tag``.
-
-        Raises:
-          ValueError: If an example's gradient cannot be had from its rows.
-        """
+        """Returns the exact Fisher block over ``rows`` of the layer ``tag``."""
         if any(not use.is_exact for use in tag.uses):
             raise ValueError(
                 f"Layer {tag.name!r} keeps some of an example's positions, or their "
@@ -174,22 +162,21 @@ class Curvature:
                 "fisher_estimator(..., positions=None, weight_sharing='expand')."
             )
         per_sample = sum(use.kept for use in tag.uses)
-        units = num_rows(rows.a) // per_sample
+        num_samples = num_rows(rows.a) // per_sample
         rows = LayerRows(as_dtype(rows.a, tag.dtype), rows.g.astype(tag.dtype))
         seen = jnp.maximum(self.num_rows(tag.name) // (per_sample * tag.columns), 1)
-        return BlockFisherOperator(*rows, units, 1 / seen.astype(tag.dtype))
+        return BlockFisherOperator(*rows, num_samples, 1 / seen.astype(tag.dtype))
 
     def kronecker_operator(self, tag: LayerTag, rows: LayerRows) -> KroneckerOperator:
-        """Returns ``A ⊗ G`` over ``rows`` of the layer ``tag``, seen ones averaged."""
+        """Returns ``A ⊗ G`` over ``rows`` of the layer ``tag``, a mean of the seen."""
         rows = LayerRows(as_dtype(rows.a, tag.dtype), rows.g.astype(tag.dtype))
         # Before the first update every row is zero, and so is the operator.
         count = jnp.maximum(self.num_rows(tag.name), 1).astype(tag.dtype)
-        # Inputs whose cotangent is zero, as those of padding, do not count in A.
+        # Inputs whose cotangent is zero (padding, dead units) do not count in A.
         active = jnp.sum(jnp.any(rows.g != 0, -1), -1)
         active = jnp.maximum(active, 1).astype(tag.dtype)
-        # Rows of an example with T positions sum to its gradient, so that the
-        # mean of g gᵀ over rows is 1/T of the mean over examples; so do the rows
-        # of the C columns of kind="exact".
+        # The rows of an example with T positions and C columns sum to its gradient:
+        # the mean of g gᵀ over rows is 1/(TC) of the mean over examples.
         g_scale = tag.positions * tag.columns / count
         return KroneckerOperator(*rows, 1 / active, g_scale)
 
@@ -205,18 +192,16 @@ class Curvature:
 
         Raises:
           ValueError: If the layers or their numbers of rows differ.
-          TypeError: If ``other`` is no curvature.
         """
-        if not isinstance(other, Curvature):
-            raise TypeError(
-                f"push() takes a Curvature, got {summarize(other)}. Pass the third "
-                "result of value_and_grad(loss_fn)(params, batch)."
-            )
         if other.tags != self.tags or other.spec.window != 1:
+            expected, got = (
+                ", ".join(f"{tag.name} ({tag.rows_per_step} rows)" for tag in tags)
+                for tags in (self.tags, other.tags)
+            )
             raise ValueError(
                 "push() takes a curvature of the same layers with window 1.\n"
-                f"  expected: {_describe(self)}, window 1\n"
-                f"  got:      {_describe(other)}, window {other.spec.window}\n"
+                f"  expected: {expected}, window 1\n"
+                f"  got:      {got}, window {other.spec.window}\n"
                 "Start the window with curvature.with_window(8) of a first curvature."
             )
         pushed = self.push_rows(other.layers)
@@ -238,11 +223,11 @@ class Curvature:
         )
         if not self.eigenpairs:
             return pushed
-        # While the window fills, whenever it holds twice as much as before.
+        # While the window fills, refresh whenever it holds twice as much as before.
         count = pushed.num_updates
         due = (count & (count - 1) == 0) | (count == self.spec.window)
         due &= count <= self.spec.window
-        due |= count % self.spec.refresh_every == 0
+        due |= count % (self.spec.refresh_every or 1) == 0
         eigenpairs = jax.lax.cond(due, pushed._new_eigenpairs, lambda: self.eigenpairs)
         return dataclasses.replace(pushed, eigenpairs=eigenpairs)
 
@@ -253,18 +238,14 @@ class Curvature:
         return {tag.name: x for tag, x in zip(tags, eigenpairs, strict=True)}
 
     def with_window(self, window: int) -> "Curvature":
-        """Returns an empty curvature of the same layers with another window.
+        """Returns an empty curvature of the same layers that keeps ``window`` updates.
 
         Args:
           window: Number of updates to keep.
 
         Returns:
           A curvature without rows, to `push` others onto.
-
-        Raises:
-          ValueError: If ``window`` is not positive.
         """
-        check_positive("window", window)
         spec = dataclasses.replace(self.spec, window=window)
         return empty_curvature(spec, self.model_inputs)
 
@@ -279,71 +260,52 @@ class Curvature:
           examples of the quadratic model, of which every device has its own.
 
         Raises:
-          ValueError: If those do not divide by the devices of the axis, as far as the
-            mesh is set (`jax.set_mesh`).
-          TypeError: If ``axis_name`` is no name.
+          ValueError: If these cannot be split over the devices of the mesh that
+            `jax.set_mesh` has set.
         """
-        if not isinstance(axis_name, str):
-            raise TypeError(
-                "partition_specs() takes the name of a mesh axis, got "
-                f"{summarize(axis_name)}. Write curvature.partition_specs('batch')."
-            )
         devices = jax.sharding.get_abstract_mesh().shape.get(axis_name, 1)
-        if any(self.spec.batched):
-            kept = num_kept(self.model_inputs, self.spec.batched)
-            if kept % devices:
-                raise ValueError(
-                    f"The quadratic model has {kept} examples that cannot be split "
-                    f"over the {devices} devices of the axis {axis_name!r}: "
-                    "pass fisher_estimator(..., model_examples=...) a multiple of "
-                    f"{devices}."
-                )
+        # A curvature of value_and_grad has no inputs.
+        batched = self.spec.batched
+        kept = num_kept(self.model_inputs, batched) if batched else 0
+        if kept % devices:
+            raise ValueError(
+                f"The quadratic model has {kept} examples that cannot be split over "
+                f"the {devices} devices of the axis {axis_name!r}: pass "
+                f"fisher_estimator(..., model_examples=...) a multiple of {devices}."
+            )
         specs = jax.tree.map(lambda _: PartitionSpec(), self)
         leaves, structure = jax.tree.flatten(self.model_inputs)
-        # Without an estimator there are no examples, and nothing in `batched`.
         of_inputs = [
             PartitionSpec(axis_name) if is_batched else PartitionSpec()
-            for _, is_batched in zip(leaves, self.spec.batched, strict=True)
+            for _, is_batched in zip(leaves, batched, strict=True)
         ]
         return dataclasses.replace(
             specs, model_inputs=jax.tree.unflatten(structure, of_inputs)
         )
 
-    def report(self, damping_form: DampingForm | None = None, **options: Any) -> str:
+    def report(
+        self,
+        structure: Structure = "kronecker",
+        damping_form: DampingForm | None = None,
+        **options: Any,
+    ) -> str:
         """Returns a table of what is preconditioned, how, and what is not.
 
         Args:
-          damping_form: The damping form of the transformation that will use this
-            curvature; None for the default of `cgfac`.
+          structure: As in `cgfac`.
+          damping_form: As in `cgfac`; None for its default.
           **options: Further options of the solve, as in `scale_by_cgfac`.
 
         Returns:
           A text to print.
-
-        Raises:
-          ValueError: If an option is out of range.
-          TypeError: If one is unknown.
         """
-        known = {field.name for field in dataclasses.fields(SolveSpec)}
-        if options.keys() - known:
-            raise TypeError(
-                "report() takes the options of the solve, "
-                f"{', '.join(sorted(known))}; got {', '.join(options.keys() - known)}. "
-                "Leave out what scale_by_cgfac does not take."
-            )
-        structure = options.get("structure", "kronecker")
         form = damping_form or default_damping_form(structure)
-        config = SolveSpec(damping_form=form, **options)
-        spec = self.spec
-        return format_report(
-            spec.tags,
-            spec.uncovered,
-            spec.window,
-            self.layers,
-            config,
-            sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.model_inputs)),
-            {name: x.ranks for name, x in self.eigenpairs.items()},
+        config = SolveSpec(structure=structure, damping_form=form, **options)
+        num_bytes = sum(
+            x.size * x.dtype.itemsize for x in jax.tree.leaves(self.model_inputs)
         )
+        ranks = {name: x.ranks for name, x in self.eigenpairs.items()}
+        return format_report(self.spec, self.layers, config, num_bytes, ranks)
 
     def _tag(self, name: str) -> LayerTag:
         for tag in self.tags:
@@ -356,79 +318,54 @@ class Curvature:
         )
 
 
-def empty_curvature(spec: CurvatureSpec, model_inputs: PyTree = None) -> Curvature:
+def empty_curvature(spec: CaptureSpec, model_inputs: PyTree = None) -> Curvature:
     """Returns a curvature whose window holds no rows yet."""
-    layers = {
-        tag.name: empty_rows(tag, spec.window, spec.rows_dtype_of(tag))
-        for tag in spec.tags
-    }
-    eigenpairs = {}
+    layers, eigenpairs = {}, {}
     for tag in spec.tags:
-        if spec.rank is not None and spec.keeps_eigenpairs(tag):
+        layers[tag.name] = empty_rows(tag, spec.window, spec.rows_dtype_of(tag))
+        if isinstance(spec.rank, int) and spec.keeps_eigenpairs(tag):
             count = spec.window * tag.rows_per_step
             a, g = (
                 empty_eigenpairs(tag.stack, count, n, spec.rank, tag.dtype)
                 for n in (tag.n_in, tag.n_out)
             )
             eigenpairs[tag.name] = LayerEigenpairs(a, g)
-    zero = jnp.zeros((), jnp.int32)
     # Two arrays, so that the curvature can be donated.
+    num_updates, num_calls = (jnp.array(0, jnp.int32) for _ in range(2))
+    dropped = jnp.zeros(len(spec.tags), jnp.int32)
     return Curvature(
-        spec,
-        layers,
-        zero,
-        jnp.zeros_like(zero),
-        jnp.zeros(len(spec.tags), jnp.int32),
-        model_inputs,
-        eigenpairs,
+        spec, layers, num_updates, num_calls, dropped, model_inputs, eigenpairs
     )
-
-
-def _describe(curvature: Curvature) -> str:
-    return ", ".join(f"{tag.name} ({tag.rows_per_step} rows)" for tag in curvature.tags)
 
 
 def check_rows(curvature: Curvature) -> None:
-    """Checks shapes and dtypes of rows and eigenpairs.
-
-    A curvature that was restored into another one's place, or of which several are
-    stacked, would otherwise fail deep inside a solve, or not at all.
-
-    Args:
-      curvature: The curvature.
-
-    Raises:
-      ValueError: If an array is another than the layers ask for.
-    """
+    """Checks shapes and dtypes of rows and eigenpairs."""
+    # A restored or stacked curvature would otherwise fail deep inside a solve, or not
+    # at all.
     like = jax.eval_shape(lambda: empty_curvature(curvature.spec))
-    expected = leaves_by_path({"layers": like.layers, "eigenpairs": like.eigenpairs})
-    got = leaves_by_path(
-        {"layers": curvature.layers, "eigenpairs": curvature.eigenpairs}
+    expected, got = (
+        {
+            path: f"{leaf.dtype} {leaf.shape}"
+            for path, leaf in leaves_by_path([c.layers, c.eigenpairs]).items()
+        }
+        for c in (like, curvature)
     )
     for path in sorted(expected.keys() | got.keys()):
-        texts = [
-            f"{leaves[path].dtype} {leaves[path].shape}" if path in leaves else "none"
-            for leaves in (expected, got)
-        ]
-        if texts[0] != texts[1]:
+        if expected.get(path) != got.get(path):
             raise ValueError(
-                f"The array {text(path)!r} of the curvature does not fit its layers.\n"
-                f"  expected: {texts[0]}\n  got:      {texts[1]}\n"
-                "It is of another window, number of rows or dtype, or several "
-                "curvatures are stacked. Pass what estimator.init or estimator.update "
-                "returned, restore checkpoints into the former, and use stacked ones "
-                "inside jax.vmap."
+                f"The array {text(path[1:])!r} of the curvature does not fit its "
+                f"layers.\n  expected: {expected.get(path, 'none')}\n"
+                f"  got:      {got.get(path, 'none')}\n"
+                "Pass what estimator.init or estimator.update returned, restore "
+                "checkpoints into the former, and use stacked curvatures inside "
+                "jax.vmap."
             )
 
 
 def check_samples_match(
     blocks: Sequence[BlockFisherOperator], tags: Sequence[LayerTag]
 ) -> None:
-    """Checks that the layers have gradients of the same examples.
-
-    Raises:
-      ValueError: If one has not.
-    """
+    """Checks that the layers have gradients of the same examples."""
     for tag, block in zip(tags, blocks, strict=True):
         if tag.sharing > 1 or block.num_samples != blocks[0].num_samples:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The window of one layer: empty, with an update's rows in a slot, without bad rows."""
+"""The window of one layer: empty, with new rows in a slot, gathered from devices."""
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +20,9 @@ from optax_cgfac.utils.types import Array, LayerRows
 
 
 def without_bad_rows(new: LayerRows) -> tuple[LayerRows, Array]:
-    """Returns rows with zeros for those that are not finite or have no cotangent.
-
-    A row with a NaN or an infinity, or whose squares are infinite, would poison the
-    layer for a whole window: it is dropped, in both factors. Those that are left stand
-    for the dropped ones in the mean of ``g gᵀ``.
-
-    Returns:
-      Rows of the same shapes, and the number of those that were dropped, int32.
-    """
+    """Zeroes rows that are non-finite or have a zero cotangent; counts the former."""
+    # A row with a NaN, or with infinite squares, would poison the layer for a whole
+    # window. The others are scaled to stand for it in the mean of g gᵀ.
     finite = squares_are_finite(new.a) & squares_are_finite(new.g)
     good = finite & jnp.any(new.g != 0, -1)
     g = keep_where(new.g, good)
@@ -65,21 +59,12 @@ def put_into_slot(buffer: LayerRows, new: LayerRows, slot: Array) -> LayerRows:
     return LayerRows(a, g[0] if len(g) == 1 else jnp.concatenate(g, -2))
 
 
-# The oldest version of JAX seen to gather what it knows to be the same on all devices.
+# From this version on `all_gather` can mark its result as equal on all devices.
 _GATHERS_INVARIANTLY = (0, 10, 2)
 
 
 def gathered(rows: LayerRows, dtype: str, axis_name: str | None) -> LayerRows:
-    """Returns the rows of all devices, device by device.
-
-    Args:
-      rows: This device's rows of one layer.
-      dtype: The dtype in which they are kept, and sent.
-      axis_name: The axis; None to return ``rows``.
-
-    Returns:
-      The rows, the same on every device.
-    """
+    """Returns one layer's rows of all devices of the axis, sent in ``dtype``."""
     if axis_name is None:
         return rows
 
@@ -89,7 +74,7 @@ def gathered(rows: LayerRows, dtype: str, axis_name: str | None) -> LayerRows:
             return jax.lax.all_gather(
                 x, axis_name, axis=axis, tiled=True, to="invarying"
             )
-        # A sum in which every device has its own part, zeros elsewhere: more is sent.
+        # Sums arrays that are zero outside a device's own part, which sends more.
         size, index = axis_size(axis_name), jax.lax.axis_index(axis_name)
         shape = (*x.shape[:axis], size * x.shape[axis], *x.shape[axis + 1 :])
         whole = jax.lax.dynamic_update_slice_in_dim(

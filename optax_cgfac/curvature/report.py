@@ -1,48 +1,34 @@
 """The coverage report: a table of tagged layers, then the parameters left out."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
+from optax_cgfac.curvature.spec import CaptureSpec
 from optax_cgfac.layers.layer import LayerTag
 from optax_cgfac.operators.rows import num_bytes, num_features, num_rows
 from optax_cgfac.solve.choose import Plan, SolveSpec, make_plan
 from optax_cgfac.solve.factored import sides_in_sample_space
-from optax_cgfac.utils.paths import Path, text
+from optax_cgfac.utils.paths import text
 from optax_cgfac.utils.types import LayerRows
 
 _HEADER = ("layer", "kind", "matrix", "rows/step", "window", "bytes", "solve", "why")
 
 
 def format_report(
-    tags: Sequence[LayerTag],
-    uncovered: Sequence[tuple[Path, str]],
-    window: int,
+    spec: CaptureSpec,
     layers: Mapping[str, LayerRows],
     config: SolveSpec,
-    model_bytes: int = 0,
-    ranks: Mapping[str, tuple[int, int]] | None = None,
+    model_bytes: int,
+    ranks: Mapping[str, tuple[int, int]],
 ) -> str:
-    """Formats the report of `Curvature.report`.
-
-    Args:
-      tags: The tagged layers.
-      uncovered: Parameters without a tag, with the reason.
-      window: Number of updates that are kept.
-      layers: The rows, of which the sizes are read.
-      config: The options of the solve.
-      model_bytes: Bytes of the examples kept for the quadratic model.
-      ranks: Eigenpairs kept of the factors, by layer.
-
-    Returns:
-      The text.
-    """
+    """Formats `Curvature.report`; ``ranks`` counts the eigenpairs kept by layer."""
     table: list[tuple[str, ...]] = [_HEADER]
     total = 0
-    for tag in tags:
+    for tag in spec.tags:
         rows = layers[tag.name]
         layer_bytes = num_bytes(rows.a) + num_bytes(rows.g)
         total += layer_bytes
-        pair = (ranks or {}).get(tag.name)
+        pair = ranks.get(tag.name)
         plan = make_plan(config, num_rows(rows.a), tag.n_in, tag.n_out, pair)
         table.append(
             (
@@ -50,35 +36,30 @@ def format_report(
                 tag.kind,
                 _shape(tag),
                 str(tag.rows_per_step),
-                f"{window} x {tag.rows_per_step}",
+                f"{spec.window} x {tag.rows_per_step}",
                 human_bytes(layer_bytes),
                 f"{_space(plan, config, rows, pair)}, {plan.solver}",
                 plan.reason,
             )
         )
-    parameters = sum(tag.size for tag in tags)
+    parameters = sum(tag.size for tag in spec.tags)
     lines = [
         *_align(table),
-        f"{len(tags)} layers, {parameters:,} parameters preconditioned, "
+        f"{len(spec.tags)} layers, {parameters:,} parameters preconditioned, "
         f"{human_bytes(total)} of rows held ({config.damping_form} damping).",
     ]
     if model_bytes:
         lines.append(f"{human_bytes(model_bytes)} of examples for the quadratic model.")
-    if uncovered:
+    if spec.uncovered:
         lines.append("Parameters without curvature:")
-        lines += [f"  {text(path)}: {reason}" for path, reason in uncovered]
+        lines += [f"  {text(path)}: {reason}" for path, reason in spec.uncovered]
     else:
         lines.append("Every parameter is covered.")
     return "\n".join(lines)
 
 
 def human_bytes(num_bytes: int) -> str:
-    """Returns a size for people.
-
-    Example:
-      >>> human_bytes(3 * 2**20)
-      '3.0 MiB'
-    """
+    """Returns a size as text, such as ``"3.0 MiB"``."""
     if num_bytes < 1024:
         return f"{num_bytes} B"
     power = min(int(math.log(num_bytes, 1024)), 4)
@@ -88,7 +69,7 @@ def human_bytes(num_bytes: int) -> str:
 def _space(
     plan: Plan, config: SolveSpec, rows: LayerRows, ranks: tuple[int, int] | None
 ) -> str:
-    """Returns the space of the solve; that of each side where they separate."""
+    """Returns the space of the solve, for each side where they separate."""
     if plan.solver == "eigenpairs" and ranks is not None:
         return " | ".join(f"rank {rank}" for rank in ranks)
     if plan.space != "sample" or config.damping_form != "factored":

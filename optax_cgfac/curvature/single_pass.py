@@ -1,4 +1,4 @@
-"""The paper's single pass: value, gradient and curvature of the whole batch."""
+"""Value, gradient and curvature of a whole batch in one backward pass."""
 
 import collections
 from collections.abc import Callable
@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from flax import nnx
 
 from optax_cgfac.capture.call import probe_calls
@@ -14,22 +13,19 @@ from optax_cgfac.capture.discover import Discovery, discover, with_example_axes
 from optax_cgfac.capture.nnx.module import bind
 from optax_cgfac.capture.run import run_captured
 from optax_cgfac.curvature.curvature import Curvature, empty_curvature
-from optax_cgfac.curvature.estimator import check_parameters
-from optax_cgfac.curvature.spec import CurvatureSpec
+from optax_cgfac.curvature.spec import CaptureSpec
 from optax_cgfac.layers.build import RowOptions, Where, make_tags
 from optax_cgfac.layers.extract import Draw, calls_of, example_rows
-from optax_cgfac.layers.layer import num_positions
+from optax_cgfac.layers.layer import LayerTag, num_positions
 from optax_cgfac.utils.paths import leaves_by_path
-from optax_cgfac.utils.types import PyTree
+from optax_cgfac.utils.types import LayerRows, PyTree
 from optax_cgfac.utils.validate import (
     check_choice,
     check_function,
+    check_parameters,
     check_positive,
-    check_switch,
     is_real_scalar,
-    signature_of,
     summarize,
-    takes,
 )
 
 
@@ -52,9 +48,8 @@ def value_and_grad(
     Args:
       loss_fn: ``loss_fn(params, *args)`` returns a scalar, or ``(scalar, aux)``;
         it applies a Flax Linen model, un-jitted. ``params`` may be an `nnx.Module`:
-        the gradients are then those of its `nnx.Param`, a state as
-        `nnx.value_and_grad` returns it, and what the loss changes in the module
-        (statistics, counts of keys) is changed.
+        the gradients are then a state as of `nnx.value_and_grad`, and the module keeps
+        what the loss changes in it (statistics, counts of keys).
       has_aux: Whether ``loss_fn`` returns ``(scalar, aux)``.
       loss_reduction: ``"mean"`` if the loss is a mean over examples, ``"sum"`` if
         it is their sum.
@@ -70,7 +65,6 @@ def value_and_grad(
 
     Raises:
       ValueError: If an option has no meaning.
-      TypeError: If one is of another type.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -88,23 +82,12 @@ def value_and_grad(
       Chen (2021), section 3; Kunstner et al. (2019) on the empirical Fisher.
     """
     check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
-    check_switch("has_aux", has_aux)
-    check_switch("fallback", fallback)
     if where is not None:
         check_function("where", where, ["path"], "lambda path: 'Dense' in path")
     if num_examples is not None:
-        check_positive("num_examples", num_examples, others="None or ")
-    if not callable(loss_fn) or isinstance(loss_fn, (nn.Module, nnx.Module, type)):
-        raise TypeError(
-            "loss_fn must be a function (params, *args) -> loss, got "
-            f"{summarize(loss_fn)}. Write lambda params, x, y: "
-            "jnp.mean((model.apply({'params': params}, x) - y) ** 2), say."
-        )
+        check_positive("num_examples", num_examples)
 
-    def wrapped(
-        params: PyTree, *args: Any, **kwargs: Any
-    ) -> tuple[Any, PyTree, Curvature]:
-        _check_arguments(loss_fn, args, kwargs)
+    def wrapped(params: PyTree, *args: Any) -> tuple[Any, PyTree, Curvature]:
         module = params
         function, params, args = bind(loss_fn, params, *args)
         check_parameters(params)
@@ -132,34 +115,31 @@ def value_and_grad(
         if isinstance(module, nnx.Module):
             nnx.update(module, state)
         scale = count if loss_reduction == "mean" else 1
-        by_call = probe_calls(cotangents)
-        captured = {}
-        for tag in tags:
-            found = calls_of(tag, calls, by_call)
-            # The cotangents of a transposed use stand on the other side.
-            found = [c._replace(y=c.y * jnp.asarray(scale, c.y.dtype)) for c in found]
-            captured[tag.name] = example_rows(tag, found, count, Draw())
-        spec = CurvatureSpec(tags, uncovered, window=1, num_examples=count)
-        curvature = empty_curvature(spec)
+        rows = {
+            tag.name: _rows(tag, calls, probe_calls(cotangents), count, scale)
+            for tag in tags
+        }
+        spec = CaptureSpec(
+            kind="empirical",
+            window=1,
+            examples=count,
+            positions=None,
+            rank=None,
+            tags=tags,
+            uncovered=uncovered,
+        )
         value = (value, aux) if has_aux else value
-        return value, grads, curvature.push_rows(captured)
+        return value, grads, empty_curvature(spec).push_rows(rows)
 
     return wrapped
 
 
-def _check_arguments(loss_fn: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-    call = "value_and_grad(loss_fn)(params, *args)"
-    if kwargs:
-        raise TypeError(
-            f"{call} takes arguments by position, got {', '.join(kwargs)} by name. "
-            "Pass them in the order in which loss_fn takes them."
-        )
-    signature = signature_of(loss_fn)
-    if signature is not None and not takes(signature, 1 + len(args)):
-        raise TypeError(
-            f"{call} must be given the arguments of loss_fn, {signature}; got "
-            f"{1 + len(args)}. Pass the parameters first and all others behind them."
-        )
+def _rows(tag: LayerTag, calls: Any, by_call: Any, count: int, scale: int) -> LayerRows:
+    """Returns a row for every example, its cotangents multiplied by ``scale``."""
+    found = calls_of(tag, calls, by_call)
+    # The cotangents of a transposed use stand on the other side.
+    found = [c._replace(y=c.y * jnp.asarray(scale, c.y.dtype)) for c in found]
+    return example_rows(tag, found, count, Draw())
 
 
 def _check_scalar(outputs: Any, has_aux: bool) -> None:
@@ -167,11 +147,10 @@ def _check_scalar(outputs: Any, has_aux: bool) -> None:
     value: Any = outputs[0] if has_aux and is_pair else outputs
     is_loss = is_real_scalar(value) and jnp.issubdtype(value.dtype, jnp.floating)
     if not is_loss or has_aux != is_pair:
-        expected = "a pair (scalar, aux)" if has_aux else "a scalar"
         raise ValueError(
-            f"loss_fn must return {expected}, the loss a real number; got "
-            f"{jax.tree.map(summarize, outputs)}. Set has_aux=True if it returns "
-            "(loss, aux), and take the mean of losses by example."
+            f"loss_fn must return {'(scalar, aux)' if has_aux else 'a scalar'}, the "
+            f"loss a real number; got {jax.tree.map(summarize, outputs)}. Set "
+            "has_aux=True if it returns (loss, aux), and take the mean over examples."
         )
 
 
@@ -203,8 +182,8 @@ def _count_examples(discovery: Discovery, params: PyTree, args: PyTree) -> int:
             if len(shape) - call.inner_ndim > first:
                 from_calls[shape[first]] += 1
     counts = from_args + from_calls
-    # Running statistics among the arguments begin with an axis of features: what
-    # arguments and layers have in common goes first.
+    # Running statistics among the arguments begin with an axis of features, so lengths
+    # that occur in both arguments and layers come first.
     both = from_args.keys() & from_calls.keys()
     ranked = sorted(
         counts, key=lambda n: (n not in both, n not in from_args, -counts[n])

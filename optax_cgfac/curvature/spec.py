@@ -1,104 +1,189 @@
-"""The static part of a curvature: its layers, its model, what is kept how."""
+"""What is captured and how rows are kept: the static part of a curvature."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
+
+import jax.numpy as jnp
 
 from optax_cgfac.layers.layer import LayerTag
-from optax_cgfac.problem.objective import Objective
-from optax_cgfac.utils.paths import Path
+from optax_cgfac.problem.objective import Kind, Objective
+from optax_cgfac.utils.paths import Path, leaves_by_path, text
+from optax_cgfac.utils.types import PyTree
+from optax_cgfac.utils.validate import check_choice, check_positive
+
+# With at most this many outputs half the eigenpairs suffice, and rows may be captured,
+# and quadratic models built, half as often.
+FEW_OUTPUTS = 32
+
+_COUNTS = (
+    "window",
+    "examples",
+    "model_examples",
+    "positions",
+    "refresh_every",
+    "capture_every",
+)
 
 
-@dataclasses.dataclass(frozen=True)
-class CurvatureSpec:
-    """The static part of a curvature.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CaptureSpec:
+    """What is captured, and how rows are kept.
+
+    The options of `fisher_estimator` are checked here, alone and in pairs. `filled`
+    adds a model, and replaces ``"auto"`` and None by the numbers that follow from it.
 
     Attributes:
+      objective: The losses; None for a curvature of `value_and_grad`.
+      kind: As in `fisher_estimator`, like all options down to ``capture_every``.
       tags: The tagged layers.
       uncovered: Parameters without a tag, by path, with the reason.
-      window: Number of updates whose rows are kept.
-      model_fn: The user's model, for Gauss-Newton products; None for a curvature
-        of `value_and_grad`.
-      objective: The losses, for their Hessians; None likewise.
-      options: The options of the estimator that fills the window.
+      model_fn: The model as a pure function of parameters and inputs; None for a
+        curvature of `value_and_grad`.
       batched: For every leaf of the inputs, whether it has an axis of examples.
-      factor: Of the Fisher beside a mean over examples: their number for a sum.
-      num_examples: Examples of an update.
-      rank: Eigenpairs kept of each factor; None for none.
-      refresh_every: Captures between two computations of eigenpairs.
       batch_size: Examples of the user's batch.
-      capture_every: Updates between two that capture rows.
-      few_outputs: Whether the model's outputs are so few that the curvature changes
-        slowly: what is known of it may be a little older.
-      rows_dtype: The dtype in which rows are kept, if the user said it.
-      halves_rows: Whether rows are kept in bfloat16 where only eigenpairs need them.
+      few_outputs: Whether the model has at most 32 outputs.
     """
 
-    tags: tuple[LayerTag, ...]
-    uncovered: tuple[tuple[Path, str], ...]
-    window: int
-    model_fn: Callable[..., Any] | None = None
     objective: Objective | None = None
-    options: tuple[Any, ...] = ()
-    batched: tuple[bool, ...] = ()
-    factor: int = 1
-    num_examples: int = 1
-    rank: int | None = None
-    refresh_every: int = 8
-    batch_size: int = 1
-    capture_every: int = 1
-    few_outputs: bool = False
+    kind: Kind = "mc"
+    whole_batch: bool = False
+    window: int = 8
+    examples: int = 32
+    model_examples: int | None = None
+    weight_sharing: Literal["expand", "reduce"] = "expand"
+    positions: int | None = 1
     rows_dtype: str | None = None
-    halves_rows: bool = False
+    rank: int | Literal["auto"] | None = "auto"
+    refresh_every: int | None = None
+    capture_every: int | None = None
+    tags: tuple[LayerTag, ...] = ()
+    uncovered: tuple[tuple[Path, str], ...] = ()
+    model_fn: Callable[..., Any] | None = None
+    batched: tuple[bool, ...] = ()
+    batch_size: int = 1
+    few_outputs: bool = False
 
-    def rows_dtype_of(self, tag: LayerTag) -> str:
-        """Returns the dtype in which a layer's rows are kept."""
-        if self.rows_dtype is not None:
-            return self.rows_dtype
-        # The leading eigenpairs of a few sampled rows are far more uncertain than an
-        # eighth binary digit (benchmarks/LOG.md, 16).
-        halves = (
-            self.halves_rows and tag.dtype == "float32" and self.keeps_eigenpairs(tag)
+    def __post_init__(self):
+        """Checks every option, and those that exclude each other."""
+        check_choice("kind", self.kind, ("mc", "empirical", "exact"))
+        check_choice("weight_sharing", self.weight_sharing, ("expand", "reduce"))
+        for name in _COUNTS:
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name))
+        if self.rank not in ("auto", None):
+            check_positive("rank", self.rank)
+        if self.rank is None and self.refresh_every is not None:
+            raise ValueError(
+                "refresh_every is for eigenpairs, of which rank=None keeps none; got "
+                f"refresh_every={self.refresh_every}. Leave one of the two out."
+            )
+        if self.whole_batch and self.model_examples is not None:
+            raise ValueError(
+                "whole_batch=True keeps all examples for the quadratic model; got "
+                f"model_examples={self.model_examples}. Leave one of the two out."
+            )
+        dtype = self.rows_dtype
+        if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+            raise ValueError(
+                f"rows_dtype must be a floating-point dtype, got {dtype}. Pass "
+                "rows_dtype='float32' or rows_dtype='bfloat16'."
+            )
+        losses = self.objective.losses if self.objective is not None else ()
+        for loss in losses if self.kind == "exact" else ():
+            if loss.hessian_columns is None:
+                raise ValueError(
+                    f"kind='exact' needs Loss.hessian_columns, which {loss.name!r} "
+                    "lacks. Pass one with hessian_columns=..., or use kind='mc'."
+                )
+
+    def filled(self, **model: Any) -> "CaptureSpec":
+        """Adds a model, ``tags`` to ``few_outputs``, and the numbers it implies."""
+        spec = dataclasses.replace(self, **model)
+        rank, refresh_every, capture_every = (
+            self.rank,
+            self.refresh_every,
+            self.capture_every,
         )
-        return "bfloat16" if halves else tag.dtype
+        if rank == "auto":
+            # Keeps products with eigenvectors cheap relative to one gradient. Every
+            # example adds as many directions to the curvature as there are outputs.
+            share = 8 if spec.few_outputs else 4
+            rank = max(16, min(spec.batch_size // share, 64))
+        if rank is not None and refresh_every is None:
+            refresh_every = 8
+        if capture_every is None:
+            # Captures then cost about a sixteenth of the gradients, or half of that.
+            # With small batches dispatch dominates, and skipping captures saves little.
+            times = 32 if spec.few_outputs else 16
+            capture_every = min(-(-times * spec.captured // spec.batch_size), 8)
+            if spec.batch_size < 64:
+                capture_every = 1
+        return dataclasses.replace(
+            spec, rank=rank, refresh_every=refresh_every, capture_every=capture_every
+        )
+
+    def is_from(self, options: "CaptureSpec", model_fn: Callable[..., Any]) -> bool:
+        """Whether ``options`` for this model give this record, up to the window."""
+        names = ("tags", "uncovered", "batched", "batch_size", "few_outputs")
+        model = {name: getattr(self, name) for name in names}
+        expected = options.filled(model_fn=model_fn, **model)
+        return dataclasses.replace(expected, window=self.window) == self
+
+    def check_parameters(self, params: PyTree) -> None:
+        """Checks that parameters are those of ``init`` in name, shape and precision."""
+        leaves = leaves_by_path(params)
+        known = {leaf for tag in self.tags for leaf in tag.leaves}
+        known |= {path for path, _ in self.uncovered}
+        again = "Call estimator.init(params, inputs) again if the model has changed."
+        if leaves.keys() != known:
+            raise ValueError(
+                "params must have the parameters that estimator.init was given.\n"
+                f"  absent: {_listed(known - leaves.keys())}\n"
+                f"  new:    {_listed(leaves.keys() - known)}\n{again}"
+            )
+        for tag in self.tags:
+            for path, shape in zip(tag.leaves, tag.shapes, strict=True):
+                # Half precision is solved in float32.
+                dtype = jnp.promote_types(leaves[path].dtype, jnp.float32)
+                if leaves[path].shape != shape or (
+                    path == tag.leaves[0] and dtype != tag.dtype
+                ):
+                    raise ValueError(
+                        f"Parameter {text(path)!r} has another shape or dtype than at "
+                        f"estimator.init.\n  expected: {tag.dtype} {shape}\n"
+                        f"  got:      {dtype} {leaves[path].shape}\n{again}"
+                    )
+
+    @property
+    def captured(self) -> int:
+        """Examples on which the model runs to capture rows."""
+        return self.batch_size if self.whole_batch else self.examples
+
+    @property
+    def kept(self) -> int:
+        """Examples kept for the quadratic model."""
+        if self.whole_batch:
+            return self.batch_size
+        return min(self.model_examples or 32, self.batch_size)
 
     def keeps_eigenpairs(self, tag: LayerTag) -> bool:
         """Whether fewer eigenpairs are kept than a layer's factors have."""
-        if self.rank is None:
+        if not isinstance(self.rank, int):
             return False
         is_dense = not any(use.form == "index" or use.sampled for use in tag.uses)
         most = min(max(tag.n_in, tag.n_out), self.window * tag.rows_per_step)
         return is_dense and most > self.rank
 
-
-# Models of at most so many outputs need half the eigenpairs, and rows and quadratic
-# models half as often (benchmarks/LOG.md, 10 and 17).
-FEW_OUTPUTS = 32
-
-
-def default_rank(num_examples: int, few_outputs: bool) -> int:
-    """Eigenpairs whose products are a part of a gradient of so many examples.
-
-    Every example adds as many directions to the curvature as there are outputs:
-    classifiers of few classes need less (benchmarks/LOG.md).
-
-    Returns:
-      Their number.
-    """
-    share = 8 if few_outputs else 4
-    return max(16, min(num_examples // share, 64))
+    def rows_dtype_of(self, tag: LayerTag) -> str:
+        """Returns the dtype in which a layer's rows are kept."""
+        if self.rows_dtype is not None:
+            return self.rows_dtype
+        # The leading eigenpairs of a few sampled rows are far more uncertain than the
+        # last digit of bfloat16.
+        halves = self.positions == 1 and tag.dtype == "float32"
+        return "bfloat16" if halves and self.keeps_eigenpairs(tag) else tag.dtype
 
 
-def default_capture_every(captured: int, num_examples: int, few_outputs: bool) -> int:
-    """Updates between captures such that they cost about a sixteenth of the gradient.
-
-    A 32nd part of it where the outputs are few.
-    Batches of less than 64 examples are not worth it: their steps take the time that
-    it takes to start them.
-
-    Returns:
-      Their number.
-    """
-    if num_examples < 64:
-        return 1
-    return min(-(-(32 if few_outputs else 16) * captured // num_examples), 8)
+def _listed(paths: set[tuple[str, ...]]) -> str:
+    return ", ".join(map(text, sorted(paths))) or "none"

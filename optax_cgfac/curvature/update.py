@@ -1,84 +1,87 @@
 """One update's rows: a few examples forward and backward through the model."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from optax_cgfac.capture.call import probe_calls
 from optax_cgfac.capture.discover import Discovery, discover
+from optax_cgfac.capture.nnx.module import check_same_module
 from optax_cgfac.capture.run import run_captured
-from optax_cgfac.curvature.curvature import Curvature
+from optax_cgfac.curvature.curvature import Curvature, check_rows
 from optax_cgfac.curvature.history import gathered
+from optax_cgfac.curvature.spec import CaptureSpec
 from optax_cgfac.layers.extract import Draw, calls_of, example_rows, merge_columns
-from optax_cgfac.problem.batch import num_kept, strided_examples, strided_indices
-from optax_cgfac.problem.objective import Kind, Objective, cotangents
+from optax_cgfac.problem.batch import (
+    check_examples,
+    check_targets,
+    num_kept,
+    strided_examples,
+    strided_indices,
+)
+from optax_cgfac.problem.objective import Kind, cotangents
 from optax_cgfac.utils.devices import axis_size, own_key, per_device
 from optax_cgfac.utils.types import Array, LayerRows, PyTree, user_inputs
+from optax_cgfac.utils.validate import summarize
 
-# Of the draws that are made without a user's key: one that no user has by chance.
+# Seeds the draws of updates without a key; no user has it by chance.
 _SEED = 0xCFAC
 
 
-class CaptureOptions(NamedTuple):
-    """What `fisher_estimator` was told about captures; see there."""
-
-    objective: Objective
-    kind: Kind
-    examples: int
-    samples: int
-    whole_batch: bool
-
-
-def captured_rows(
-    options: CaptureOptions,
+def updated(
     curvature: Curvature,
-    function: Callable[..., PyTree],
     params: PyTree,
     inputs: PyTree,
     rng: Array | None,
     targets: PyTree,
 ) -> Curvature:
-    """Adds rows of a few of the examples to a curvature.
+    """Returns the curvature after one update, whether or not it captures rows."""
+    spec = curvature.spec
 
-    Args:
-      options: The options.
-      curvature: The curvature.
-      function: The model.
-      params: Its parameters.
-      inputs: The batch.
-      rng: A key, or None to take turns.
-      targets: The targets of the batch, for the empirical Fisher.
+    def capture() -> Curvature:
+        return captured_rows(curvature, params, inputs, rng, targets)
 
-    Returns:
-      The curvature with one update more.
-    """
-    objective = options.objective
-    axis_name = objective.axis_name
-    count = per_device("examples", options.examples, axis_name)
-    batched = curvature.spec.batched
-    num_examples = num_kept(inputs, batched)
-    if rng is None:
-        # Without randomness the choice of examples and positions cycles; what cannot
-        # do without is the same in every run.
-        start, sample_rng, position_rng = curvature.num_updates, None, None
-        fixed = jax.random.fold_in(jax.random.key(_SEED), curvature.num_updates)
-        sign_rng, entry_rng = jax.random.split(own_key(fixed, axis_name))
+    every = spec.capture_every or 1
+    if every == 1:
+        updated = capture()
     else:
-        keys = jax.random.split(own_key(rng, axis_name), 5)
-        start_rng, sample_rng, position_rng, sign_rng, entry_rng = keys
-        # One draw where `randint` takes three, and as good as uniform.
-        start = (jax.random.bits(start_rng) % num_examples).astype(jnp.int32)
-    indices = strided_indices(start, count, num_examples)
-    is_target = [True] * len(jax.tree.leaves(targets))
-    few_targets = strided_examples(targets, is_target, start, count)
-    seen, captured, examples = inputs, num_examples, indices
-    if not options.whole_batch:
-        seen, captured = strided_examples(inputs, batched, start, count), count
-        examples = None
+        # Every update counts until the window is full.
+        due = curvature.num_updates < spec.window
+        due |= curvature.num_calls % every == 0
+        updated = jax.lax.cond(due, capture, lambda: curvature)
+    # Of this batch, the one of the gradient: examples of an older batch are fitted
+    # already, and the quadratic model would promise too much.
+    count = curvature.num_calls + 1
+    kept = num_kept(curvature.model_inputs, spec.batched)
+    model_inputs = strided_examples(inputs, spec.batched, count, kept)
+    return dataclasses.replace(updated, num_calls=count, model_inputs=model_inputs)
 
-    cycle = curvature.num_updates // (num_examples // count)
+
+def captured_rows(
+    curvature: Curvature,
+    params: PyTree,
+    inputs: PyTree,
+    rng: Array | None,
+    targets: PyTree,
+) -> Curvature:
+    """Adds rows of a few of the examples to a curvature of `fisher_estimator`."""
+    spec = curvature.spec
+    function, objective = spec.model_fn, spec.objective
+    assert function is not None
+    assert objective is not None
+    axis_name = objective.axis_name
+    count = per_device("examples", spec.examples, axis_name)
+    num_examples = num_kept(inputs, spec.batched)
+    choice = _choose(rng, curvature.num_updates, num_examples, axis_name)
+    indices = strided_indices(choice.start, count, num_examples)
+    if spec.whole_batch:
+        seen, captured, examples = inputs, num_examples, indices
+    else:
+        seen = strided_examples(inputs, spec.batched, choice.start, count)
+        captured, examples = count, None
     discovery = discover_few(function, params, seen, captured)
 
     def forward(probes):
@@ -87,91 +90,105 @@ def captured_rows(
         )
         return capture.outputs, [root.calls for root in capture.roots]
 
-    outputs, backward, calls = jax.vjp(forward, discovery.probes, has_aux=True)
-    all_heads = objective.heads(outputs)
-    draw = Draw(position_rng, indices + cycle, examples, entry_rng)
-    heads = [draw.pick(head, 0) for head in all_heads]
-    precise = [head.astype(_at_least_float32(head)) for head in heads]
+    returned, backward, calls = jax.vjp(forward, discovery.probes, has_aux=True)
+    outputs = objective.outputs(returned)
+    cycle = curvature.num_updates // (num_examples // count)
+    draw = Draw(choice.position_rng, indices + cycle, examples, choice.entry_rng)
+    few = [draw.pick(output, 0) for output in outputs]
+    is_target = [True] * len(jax.tree.leaves(targets))
+    columns = cotangents(
+        objective,
+        spec.kind,
+        [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in few],
+        objective.scales(user_inputs(inputs), few, indices, num_examples),
+        factor=objective.factor(num_examples * axis_size(axis_name)),
+        rng=choice.sample_rng,
+        targets=strided_examples(targets, is_target, choice.start, count),
+    )
+    if spec.kind != "mc" and any(tag.sharing > 1 for tag in spec.tags):
+        columns = _with_random_signs(columns, choice.sign_rng)
 
     def rows_of(tangents: Sequence[Array], column: Array | int) -> dict[str, LayerRows]:
-        # The columns of an example share its positions, and nothing else.
-        own = draw._replace(entries=jax.random.fold_in(entry_rng, column))
+        # The columns of an example share its positions, but not the sampled entries.
+        own = draw._replace(entries=jax.random.fold_in(choice.entry_rng, column))
         cast = [
-            draw.place(t.astype(head.dtype), head)
-            for t, head in zip(tangents, all_heads, strict=True)
+            draw.place(t.astype(output.dtype), output)
+            for t, output in zip(tangents, outputs, strict=True)
         ]
-        cotangent = jax.tree.unflatten(jax.tree.structure(outputs), cast)
+        cotangent = jax.tree.unflatten(jax.tree.structure(returned), cast)
         by_call = probe_calls(*backward(cotangent))
         return {
             tag.name: example_rows(
                 tag, calls_of(tag, calls, by_call), captured, own.of_part(number)
             )
-            for number, tag in enumerate(curvature.tags)
+            for number, tag in enumerate(spec.tags)
         }
 
-    columns = cotangents(
-        objective,
-        options.kind,
-        precise,
-        objective.scales(user_inputs(inputs), heads, indices, num_examples),
-        factor=objective.factor(num_examples * axis_size(axis_name)),
-        samples=options.samples,
-        rng=sample_rng,
-        targets=few_targets,
+    new = _all_columns(rows_of, columns)
+    return curvature.push_rows(
+        {
+            tag.name: gathered(new[tag.name], spec.rows_dtype_of(tag), axis_name)
+            for tag in spec.tags
+        }
     )
-    if options.kind != "mc" and any(tag.sharing > 1 for tag in curvature.tags):
-        columns = _with_random_signs(columns, sign_rng)
+
+
+class _Choice(NamedTuple):
+    """The first example of an update, and keys for all further draws."""
+
+    start: Array
+    sample_rng: Array | None
+    position_rng: Array | None
+    sign_rng: Array
+    entry_rng: Array
+
+
+def _choose(
+    rng: Array | None, num_updates: Array, num_examples: int, axis_name: str | None
+) -> _Choice:
+    if rng is None:
+        # Examples and positions cycle. Signs and entries must be random, and are the
+        # same in every run.
+        fixed = jax.random.fold_in(jax.random.key(_SEED), num_updates)
+        sign_rng, entry_rng = jax.random.split(own_key(fixed, axis_name))
+        return _Choice(num_updates, None, None, sign_rng, entry_rng)
+    start_rng, *others = jax.random.split(own_key(rng, axis_name), 5)
+    # One random number where `randint` takes three; nearly uniform.
+    start = (jax.random.bits(start_rng) % num_examples).astype(jnp.int32)
+    return _Choice(start, *others)
+
+
+def _all_columns(
+    rows_of: Callable[..., dict[str, LayerRows]], columns: Sequence[Array]
+) -> dict[str, LayerRows]:
+    """Returns the rows of all columns of cotangents."""
     if columns[0].shape[0] == 1:
-        new = rows_of([column[0] for column in columns], 0)
-    else:
-        numbers = jnp.arange(columns[0].shape[0])
-        by_column = jax.vmap(rows_of)(list(columns), numbers)
-        new = {name: merge_columns(x) for name, x in by_column.items()}
-    new = {
-        tag.name: gathered(new[tag.name], curvature.spec.rows_dtype_of(tag), axis_name)
-        for tag in curvature.tags
-    }
-    return curvature.push_rows(new)
+        return rows_of([column[0] for column in columns], 0)
+    numbers = jnp.arange(columns[0].shape[0])
+    by_column = jax.vmap(rows_of)(list(columns), numbers)
+    return {name: merge_columns(rows) for name, rows in by_column.items()}
 
 
 def discover_few(
     function: Callable[..., PyTree], params: PyTree, few: PyTree, count: int
 ) -> Discovery:
-    """Finds the layers in a run on ``count`` examples.
-
-    Args:
-      function: The model.
-      params: Its parameters.
-      few: Its inputs, cut to ``count`` examples.
-      count: Their number.
-
-    Returns:
-      What was found.
-
-    Raises:
-      ValueError: If the outputs are of another number of examples.
-    """
+    """Finds the layers in a run on inputs that hold ``count`` examples."""
     discovery = discover(function, params, few)
     got = jax.tree.leaves(discovery.outputs)[0].shape
     if got[:1] != (count,):
         raise ValueError(
             f"With {count} examples sliced from inputs the outputs have shape "
-            f"{got}. Say which leaves of inputs have an axis of examples: "
-            "fisher_estimator(..., input_axes=...)."
+            f"{got}. Pass fisher_estimator(..., input_axes=...) to name the leaves of "
+            "inputs that have an axis of examples."
         )
     return discovery
 
 
 def _with_random_signs(columns: Sequence[Array], rng: Array) -> list[Array]:
-    """Gives the cotangents of every example and column a random sign.
-
-    In a layer whose input all examples share, their cotangents arrive added up; with
-    independent signs, as with independent draws, the cross terms of squares vanish in
-    the mean. Squares of a single example do not see its sign.
-
-    Returns:
-      Arrays like ``columns``.
-    """
+    """Gives the cotangents of every example and column a random sign."""
+    # In a layer whose input all examples share, their cotangents arrive added up. With
+    # independent signs, as with independent draws, the cross terms of squares vanish
+    # in the mean. The squares of a single example do not change.
     signs = jax.random.rademacher(rng, columns[0].shape[:2])
     return [
         x * signs.reshape(*x.shape[:2], *([1] * (x.ndim - 2))).astype(x.dtype)
@@ -179,5 +196,57 @@ def _with_random_signs(columns: Sequence[Array], rng: Array) -> list[Array]:
     ]
 
 
-def _at_least_float32(x: Array) -> jnp.dtype:
-    return jnp.promote_types(x.dtype, jnp.float32)
+def check_key(rng: Any, kind: Kind, inputs: PyTree) -> None:
+    """Checks that there is a key where one is needed, and that it is not shared."""
+    if rng is None and kind == "mc":
+        raise ValueError(
+            "kind='mc' draws targets from the model and needs a key, got None: pass "
+            "rng=jax.random.fold_in(key, step), a new key for every update."
+        )
+    if rng is not None and any(leaf is rng for leaf in jax.tree.leaves(inputs)):
+        raise ValueError(
+            "rng must be a key of its own, got one that inputs hold too: the model and "
+            "the estimator would draw the same numbers. Split it before, key, rng = "
+            "jax.random.split(key)."
+        )
+
+
+def check_curvature(
+    options: CaptureSpec, model_fn: Callable[..., PyTree], curvature: Curvature
+) -> None:
+    """Checks that a curvature is this estimator's."""
+    if not isinstance(curvature, Curvature):
+        raise TypeError(
+            "estimator.update takes the Curvature that estimator.init returned, got "
+            f"{summarize(curvature)}. Call estimator.update(curvature, params, inputs, "
+            "...) with curvature = estimator.init(params, inputs)."
+        )
+    spec = curvature.spec
+    if not spec.is_from(options, model_fn):
+        check_same_module(spec.model_fn, model_fn)
+        raise ValueError(
+            "estimator.update needs a curvature of its own estimator, got one that "
+            f"comes from another estimator or from value_and_grad (window "
+            f"{spec.window}, layers {', '.join(tag.name for tag in spec.tags)}). "
+            "Call estimator.init(params, inputs) of the one that updates it, and make "
+            "the estimator once, not at every step."
+        )
+    check_rows(curvature)
+
+
+def check_batch(curvature: Curvature, inputs: PyTree, targets: PyTree) -> None:
+    """Checks inputs and targets against those of ``init``."""
+    spec = curvature.spec
+    assert spec.objective is not None
+    if (spec.kind == "empirical") != (targets is not None):
+        raise ValueError(
+            "Only kind='empirical' takes targets, and needs them; got "
+            f"kind={spec.kind!r} and targets={summarize(targets)}. Pass "
+            "targets=batch_targets with it, and leave them out of other kinds."
+        )
+    captured = per_device("examples", spec.examples, spec.objective.axis_name)
+    num_examples = check_examples(
+        inputs, spec.batched, curvature.model_inputs, captured
+    )
+    if targets is not None:
+        check_targets(targets, num_examples, spec.objective.num_targets)

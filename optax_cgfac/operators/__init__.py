@@ -1,4 +1,4 @@
 """Linear maps: rows of a factor, Kronecker-factored curvature, exact Fisher blocks.
 
-Imports `utils`. Start with `kronecker`.
+Imports `utils` only. Start with `kronecker`.
 """

@@ -1,15 +1,16 @@
 r"""The exact Fisher of a layer, or of several together, from rows by example.
 
-The gradient of an example (more exactly, of one drawn target of it) is the sum of its
-rows' outer products, :math:`d_m = \sum_p a_{mp} g_{mp}ᵀ`. With these ``M`` gradients as
-the rows of a matrix ``D``, the Fisher is ``F = s DᵀD``, and all that a solve needs of
-it is the ``M x M`` matrix ``K = DDᵀ``: for one row an example, ``K = (a aᵀ) ∘ (g gᵀ)``.
+The gradient of an example (for one drawn target) is the sum of its rows' outer
+products, :math:`d_m = \sum_p a_{mp} g_{mp}ᵀ`. With these ``M`` gradients as the rows of
+a matrix ``D``, the Fisher is ``F = s DᵀD``, and a solve needs only the ``M x M`` matrix
+``K = DDᵀ``; with one row per example, ``K = (a aᵀ) ∘ (g gᵀ)``.
 
 Ren & Goldfarb (2019), "Efficient subsampled Gauss-Newton and natural gradient methods
 for training neural networks", section 3.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -23,6 +24,7 @@ from optax_cgfac.operators.rows import (
     num_features,
     num_rows,
     per_example,
+    split_rows,
     times,
     to_dense,
     transpose_times,
@@ -41,8 +43,7 @@ class BlockFisherOperator:
     Attributes:
       a: Input activations, shape ``(*stack, R, n_in)``, rows of an example adjacent.
       g: Output cotangents, shape ``(*stack, R, n_out)``.
-      num_samples: ``M``, the number of gradients that the rows add up to; ``R`` if
-        every row is one.
+      num_samples: ``M``, the number of gradients; ``R`` with one row per example.
       scale: ``s``; ``1/M`` for a mean.
 
     Example:
@@ -82,16 +83,6 @@ class BlockFisherOperator:
         flat = gradients.reshape(*gradients.shape[:-2], -1)
         return self._scaled(matmul(flat.mT, flat))
 
-    def eigenvalue_extremes(self) -> tuple[Array, Array]:
-        """Returns the smallest and the largest eigenvalue, of shape ``stack``."""
-        values = jnp.linalg.eigvalsh(self._scaled(self.gram()))
-        n = self.shape[0] * self.shape[1]
-        # K has the eigenvalues of F, and zeros where it is larger.
-        low = (
-            values[..., -n] if n <= self.num_samples else jnp.zeros_like(values[..., 0])
-        )
-        return jnp.maximum(low, 0), jnp.maximum(values[..., -1], 0)
-
     def project(self, vector: Array) -> Array:
         """Returns ``D V``, the inner products with the gradients, ``(*stack, M)``."""
         check_matrix(self, vector, *self.shape)
@@ -113,11 +104,9 @@ class BlockFisherOperator:
             return jax.vmap(
                 lambda a, g: BlockFisherOperator(a, g, self.num_samples).gram()
             )(self.a, self.g)
-        parts = list(self._parts())
         total = jnp.zeros((self.num_samples, self.num_samples), self.g.dtype)
-        for a, g, count in parts:
-            for other_a, other_g, other_count in parts:
-                total += _sample_products(a, g, count, other_a, other_g, other_count)
+        for one, other in itertools.product(self._parts(), repeat=2):
+            total += _sample_products(*one, *other)
         return total
 
     def sample_gradients(self) -> Array:
@@ -133,14 +122,12 @@ class BlockFisherOperator:
         )  # pyright: ignore[reportReturnType]
 
     def _parts(self) -> Iterator[tuple[Rows, Array, int]]:
-        """Yields rows of one form and how many of them a gradient has."""
+        """Yields rows of one form, and how many of them one gradient has."""
+        one_form = [self.a]
         if isinstance(self.a, StackedRows):
-            split = num_rows(self.a.top)
-            yield self.a.top, self.g[..., :split, :], split // self.num_samples
-            rest = num_rows(self.a.bottom) // self.num_samples
-            yield self.a.bottom, self.g[..., split:, :], rest
-        else:
-            yield self.a, self.g, num_rows(self.a) // self.num_samples
+            one_form = [self.a.top, self.a.bottom]
+        for a, g in zip(one_form, split_rows(self.a, self.g), strict=True):
+            yield a, g, num_rows(a) // self.num_samples
 
     def _scaled(self, x: Array) -> Array:
         return x * jnp.asarray(self.scale, x.dtype)
@@ -153,7 +140,7 @@ def _sample_products(
     if count == other_count == 1:
         return cross_gram(a, other_a) * cross_gram(g, other_g)
 
-    # All at once would take the square of the number of rows in memory.
+    # All at once would need memory quadratic in the number of rows.
     def of_one(rows: tuple[Rows, Array]) -> Array:
         products = cross_gram(rows[0], other_a) * cross_gram(rows[1], other_g)
         return jnp.sum(products.reshape(count, -1, other_count), (0, 2))
@@ -166,7 +153,7 @@ def _sample_products(
 class FullFisherOperator:
     """The Fisher of several layers together, with the blocks between them.
 
-    It acts on sequences of matrices, one for each layer.
+    It acts on a list of matrices, one per layer in the order of ``curvature.tags``.
 
     Attributes:
       blocks: Their own blocks, with equal ``num_samples`` and ``scale``.
@@ -202,46 +189,12 @@ class FullFisherOperator:
 
     def to_dense(self) -> Array:
         """Returns the matrix acting on the concatenated row-major matrices."""
-        flat = []
-        for block in self.blocks:
-            gradients = block.sample_gradients()
-            gradients = jnp.moveaxis(gradients, -3, 0)
-            flat.append(gradients.reshape(gradients.shape[0], -1))
-        rows = jnp.concatenate(flat, -1)
+        flat = [jnp.moveaxis(block.sample_gradients(), -3, 0) for block in self.blocks]
+        rows = jnp.concatenate([x.reshape(x.shape[0], -1) for x in flat], -1)
         return matmul(rows.T, rows) * jnp.asarray(self.scale, rows.dtype)
 
-    def eigenvalue_extremes(self) -> tuple[Array, Array]:
-        """Returns the smallest and the largest eigenvalue."""
-        gram = self.gram()
-        values = jnp.linalg.eigvalsh(gram * jnp.asarray(self.scale, gram.dtype))
-        sizes = (
-            block.g[..., 0, 0].size * block.shape[0] * block.shape[1]
-            for block in self.blocks
-        )
-        n = sum(sizes)
-        low = values[-n] if n <= len(values) else jnp.zeros_like(values[0])
-        return jnp.maximum(low, 0), jnp.maximum(values[-1], 0)
-
     def project(self, vector: Sequence[Array]) -> Array:
-        """Returns ``D V``, shape ``(M,)``.
-
-        Args:
-          vector: A matrix for each layer.
-
-        Returns:
-          The inner products with the gradients.
-
-        Raises:
-          ValueError: If there is not one matrix for each layer.
-        """
-        if not isinstance(vector, (list, tuple)) or len(vector) != len(self.blocks):
-            raise ValueError(
-                "FullFisherOperator acts on a list of matrices, one for each layer.\n"
-                f"  expected: {len(self.blocks)} of shapes "
-                f"{[block.shape for block in self.blocks]}\n"
-                f"  got:      {jax.tree.map(jnp.shape, vector)}\n"
-                "Pass them in the order of curvature.tags."
-            )
+        """Returns ``D V``, shape ``(M,)``, for a matrix per layer."""
         return sum(
             _over_stack(block.project(v), 1)
             for block, v in zip(self.blocks, vector, strict=True)
@@ -249,13 +202,10 @@ class FullFisherOperator:
 
     def lift(self, coefficients: Array) -> list[Array]:
         """Returns ``Dᵀ z``, a matrix for each layer."""
+        shapes = [(*b.g.shape[:-2], *coefficients.shape) for b in self.blocks]
         return [
-            block.lift(
-                jnp.broadcast_to(
-                    coefficients, (*block.g.shape[:-2], *coefficients.shape)
-                )
-            )
-            for block in self.blocks
+            block.lift(jnp.broadcast_to(coefficients, shape))
+            for block, shape in zip(self.blocks, shapes, strict=True)
         ]
 
     def gram(self) -> Array:

@@ -1,11 +1,12 @@
-"""Linear operators on a layer's matrix: Kronecker factors held as rows, damped or not.
+"""Linear operators on a layer's matrix: Kronecker factors kept as rows, damped or not.
 
-A layer's parameters are one matrix ``V`` of shape ``(n_in, n_out)``; a bias is
-its last row. Every operator acts on such matrices, is a pytree, and forms
-nothing of size ``n_in x n_in`` or ``n_out x n_out`` in ``matvec``.
+A layer's parameters are one matrix ``V`` of shape ``(n_in, n_out)``, a bias its last
+row. Every operator acts on such matrices, is a pytree, and its ``matvec`` forms no
+``n_in x n_in`` or ``n_out x n_out`` matrix.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,7 @@ import jax.numpy as jnp
 from optax_cgfac.operators.rows import (
     Rows,
     column_squares,
-    gram,
     num_features,
-    num_rows,
     squared_norm,
     times,
     to_dense,
@@ -23,8 +22,7 @@ from optax_cgfac.operators.rows import (
 )
 from optax_cgfac.utils.arrays import scaled
 from optax_cgfac.utils.linalg import matmul
-from optax_cgfac.utils.types import Array, InspectableOperator
-from optax_cgfac.utils.validate import summarize
+from optax_cgfac.utils.types import Array
 
 
 @jax.tree_util.register_dataclass
@@ -40,13 +38,11 @@ class KroneckerOperator:
     Algorithm 2. Leading axes of ``a`` and ``g``, if any, are stacked layers.
 
     Attributes:
-      a: Input activations, shape ``(*stack, R, n_in)``; one-hot rows of a look-up
-        are kept as their indices.
+      a: Input activations, shape ``(*stack, R, n_in)``; one-hot rows as indices.
       g: Output cotangents, shape ``(*stack, R, n_out)``.
-      a_scale: Weight of ``aᵀa``, a scalar or of shape ``stack``; ``1/R`` for a mean
-        over rows.
-      g_scale: Weight of ``gᵀg``; ``T/R`` where an example has ``T``
-        positions (expand setting of Eschenhagen et al. 2023, section 3.1).
+      a_scale: Weight of ``aᵀa``, a scalar or of shape ``stack``; ``1/R`` for a mean.
+      g_scale: Weight of ``gᵀg``; ``T/R`` where an example has ``T`` positions (expand
+        setting of Eschenhagen et al. 2023, section 3.1).
 
     Example:
       >>> import jax.numpy as jnp
@@ -76,12 +72,6 @@ class KroneckerOperator:
         """Returns ``tr A · tr G``, of shape ``stack``."""
         return self._scale(squared_norm(self.a) * squared_norm(self.g))
 
-    def eigenvalue_extremes(self) -> tuple[Array, Array]:
-        """Returns the smallest and the largest eigenvalue, of shape ``stack``."""
-        low_a, high_a = _factor_extremes(self.a, self.a_scale)
-        low_g, high_g = _factor_extremes(self.g, self.g_scale)
-        return low_a * low_g, high_a * high_g
-
     def factors(self) -> tuple[Array, Array]:
         """Returns the dense ``A`` and ``G``, for inspection and `scale_by_kfac`."""
         dense = to_dense(self.a)
@@ -90,15 +80,8 @@ class KroneckerOperator:
         return a, g
 
     def to_dense(self) -> Array:
-        """Returns the matrix acting on row-major ``V``; for small layers only.
-
-        Returns:
-          Shape ``(*stack, n_in·n_out, n_in·n_out)``.
-        """
-        a, g = self.factors()
-        dense = jnp.einsum("...ij,...kl->...ikjl", a, g)
-        size = a.shape[-1] * g.shape[-1]
-        return dense.reshape(*a.shape[:-2], size, size)
+        """Returns the matrix acting on row-major ``V``; for small layers only."""
+        return _kron(*self.factors())
 
     def _scale(self, x: Array) -> Array:
         return scaled(x, self.a_scale * self.g_scale)
@@ -115,12 +98,12 @@ class DampedOperator:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> op = DampedOperator(DiagonalOperator(jnp.array([1.0, 2.0])), 0.5)
-      >>> print(op.matvec(jnp.ones(2)))
-      [1.5 2.5]
+      >>> kronecker = KroneckerOperator(jnp.array([[1.0]]), jnp.array([[2.0]]))
+      >>> print(DampedOperator(kronecker, 0.5).matvec(jnp.ones((1, 1))))
+      [[4.5]]
     """
 
-    operator: InspectableOperator
+    operator: Any
     damping: Array | float
 
     def matvec(self, vector: Array) -> Array:
@@ -139,17 +122,11 @@ class DampedOperator:
         trace = self.operator.trace()
         return trace + self._damping(trace) * (size // max(trace.size, 1))
 
-    def eigenvalue_extremes(self) -> tuple[Array, Array]:
-        """Returns the smallest and the largest eigenvalue of ``F``, plus ``γ``."""
-        low, high = self.operator.eigenvalue_extremes()
-        return low + self._damping(low), high + self._damping(high)
-
     def to_dense(self) -> Array:
         """Returns the dense ``F + γ I``."""
         dense = self.operator.to_dense()
-        return dense + self._damping(dense) * jnp.eye(
-            dense.shape[-1], dtype=dense.dtype
-        )
+        identity = jnp.eye(dense.shape[-1], dtype=dense.dtype)
+        return dense + self._damping(dense) * identity
 
     def _damping(self, like: Array) -> Array:
         return jnp.asarray(self.damping, like.dtype)
@@ -192,137 +169,34 @@ class FactoredDampedOperator:
     def diagonal(self) -> Array:
         """Returns the diagonal as a matrix of shape ``(*stack, n_in, n_out)``."""
         op = self.operator
-        a = column_squares(op.a)
-        a = scaled(a, op.a_scale)
-        g = scaled(column_squares(op.g), op.g_scale)
-        a = a + self.a_damping[..., None]
-        g = g + self.g_damping[..., None]
+        a = scaled(column_squares(op.a), op.a_scale) + self.a_damping[..., None]
+        g = scaled(column_squares(op.g), op.g_scale) + self.g_damping[..., None]
         return a[..., :, None] * g[..., None, :]
 
     def trace(self) -> Array:
         """Returns ``tr(A + αI) · tr(G + βI)``."""
         return jnp.sum(self.diagonal(), (-2, -1))
 
-    def eigenvalue_extremes(self) -> tuple[Array, Array]:
-        """Returns the smallest and the largest eigenvalue, of shape ``stack``."""
-        op = self.operator
-        low_a, high_a = _factor_extremes(op.a, op.a_scale)
-        low_g, high_g = _factor_extremes(op.g, op.g_scale)
-        low = (low_a + self.a_damping) * (low_g + self.g_damping)
-        return low, (high_a + self.a_damping) * (high_g + self.g_damping)
-
     def to_dense(self) -> Array:
         """Returns the matrix acting on row-major ``V``; for small layers only."""
         a, g = self.operator.factors()
         a = a + self.a_damping[..., None, None] * jnp.eye(a.shape[-1], dtype=a.dtype)
         g = g + self.g_damping[..., None, None] * jnp.eye(g.shape[-1], dtype=g.dtype)
-        dense = jnp.einsum("...ij,...kl->...ikjl", a, g)
-        size = a.shape[-1] * g.shape[-1]
-        return dense.reshape(*a.shape[:-2], size, size)
+        return _kron(a, g)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DiagonalOperator:
-    """A diagonal operator; its inverse is the Jacobi preconditioner.
-
-    Attributes:
-      entries: The diagonal, in the shape of the vectors it acts on.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> print(DiagonalOperator(jnp.array([2.0, 3.0])).inverse().entries[0])
-      0.5
-    """
-
-    entries: Array
-
-    def matvec(self, vector: Array) -> Array:
-        """Returns the elementwise product."""
-        if jnp.shape(vector) != jnp.shape(self.entries):
-            raise ValueError(
-                "DiagonalOperator acts on vectors in the shape of its entries.\n"
-                f"  expected: {jnp.shape(self.entries)}\n"
-                f"  got:      {jnp.shape(vector)}\n"
-                "Reshape the vector, or build the operator from a diagonal like it."
-            )
-        return self.entries * vector
-
-    def diagonal(self) -> Array:
-        """Returns the entries."""
-        return self.entries
-
-    def trace(self) -> Array:
-        """Returns the sum of the entries."""
-        return jnp.sum(self.entries)
-
-    def to_dense(self) -> Array:
-        """Returns the dense diagonal matrix over row-major vectors."""
-        return jnp.diag(self.entries.reshape(-1))
-
-    def eigenvalue_extremes(self) -> tuple[Array, Array]:
-        """Returns the smallest and the largest entry."""
-        return jnp.min(self.entries), jnp.max(self.entries)
-
-    def inverse(self) -> "DiagonalOperator":
-        """Returns the inverse, with ones where an entry is not positive."""
-        positive = self.entries > 0
-        return DiagonalOperator(
-            jnp.where(positive, 1 / jnp.where(positive, self.entries, 1), 1)
-        )
-
-
-def _factor_extremes(rows: Rows, scale: Array | float) -> tuple[Array, Array]:
-    """Extreme eigenvalues of ``scale rowsᵀ rows``, from the smaller of two matrices."""
-    if num_rows(rows) < num_features(rows):
-        values = jnp.linalg.eigvalsh(gram(rows))  # the factor's, without its zeros
-        low = jnp.zeros_like(values[..., 0])
-    else:
-        dense = to_dense(rows)
-        values = jnp.linalg.eigvalsh(matmul(dense.mT, dense))
-        low = jnp.maximum(values[..., 0], 0)
-    scale = jnp.asarray(scale, values.dtype)
-    return scale * low, scale * jnp.maximum(values[..., -1], 0)
-
-
-def jacobi_preconditioner(operator: InspectableOperator) -> DiagonalOperator:
-    """Returns the inverse of the operator's diagonal, for `conjugate_gradient`.
-
-    Args:
-      operator: Any operator with a ``diagonal()``.
-
-    Returns:
-      The operator ``diag(F)⁻¹``.
-
-    Raises:
-      TypeError: If the operator has none.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> op = DampedOperator(DiagonalOperator(jnp.array([1.0, 3.0])), 1.0)
-      >>> print(jacobi_preconditioner(op).entries)
-      [0.5  0.25]
-    """
-    if not hasattr(operator, "diagonal"):
-        raise TypeError(
-            "jacobi_preconditioner takes an operator with a diagonal(), got "
-            f"{summarize(operator)}. Pass DampedOperator(curvature.operator('hidden'), "
-            "0.1), say, or none: conjugate_gradient(..., preconditioner=None)."
-        )
-    return DiagonalOperator(operator.diagonal()).inverse()
+def _kron(a: Array, g: Array) -> Array:
+    dense = jnp.einsum("...ij,...kl->...ikjl", a, g)
+    size = a.shape[-1] * g.shape[-1]
+    return dense.reshape(*a.shape[:-2], size, size)
 
 
 def check_matrix(operator: object, vector: Array, n_in: int, n_out: int) -> None:
-    """Checks that an operator is applied to a matrix of its layer.
-
-    Raises:
-      ValueError: If the matrix is of another shape.
-    """
+    """Checks that an operator is applied to a matrix of its layer."""
     if jnp.shape(vector)[-2:] != (n_in, n_out):
         raise ValueError(
             f"{type(operator).__name__} acts on the layer's parameters as one matrix, "
             "a bias its last row.\n"
             f"  expected: (..., {n_in}, {n_out})\n  got:      {jnp.shape(vector)}\n"
-            "Bring kernel and bias into that form, "
-            "jnp.concatenate([kernel.reshape(-1, n_out), bias[None]])."
+            "Pass jnp.concatenate([kernel.reshape(-1, n_out), bias[None]])."
         )

@@ -1,7 +1,6 @@
-"""One side of a layer's rows: dense, one-hot, or one above the other.
+"""One side of a layer's rows: dense, one-hot, or one-hot rows above dense ones.
 
-The rows of an embedding's input are one-hot vectors as long as the vocabulary. They
-are kept as indices, and every product with them gathers or scatters.
+One-hot rows of an embedding are kept as indices; products gather or scatter.
 """
 
 import dataclasses
@@ -34,19 +33,13 @@ class IndexRows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StackedRows:
-    """One-hot rows above dense ones, of one number of features.
-
-    Attributes:
-      top: The one-hot rows.
-      bottom: The dense rows.
-    """
+    """One-hot rows above dense ones, with the same number of features."""
 
     top: IndexRows
     bottom: Array
 
 
-# An array, IndexRows or StackedRows; a union would not say that a function returns what
-# it is given.
+# An array, IndexRows or StackedRows. With a union, pyright would lose the form.
 Rows = Any
 
 
@@ -87,9 +80,8 @@ def times(rows: Rows, x: Array) -> Array:
 def transpose_times(rows: Rows, z: Array) -> Array:
     """Returns ``rowsᵀ z``, shape ``(*stack, n, k)`` for ``z`` of ``(*stack, R, k)``."""
     if isinstance(rows, StackedRows):
-        split = num_rows(rows.top)
-        top = transpose_times(rows.top, z[..., :split, :])
-        return top + transpose_times(rows.bottom, z[..., split:, :])
+        above, below = split_rows(rows, z)
+        return transpose_times(rows.top, above) + transpose_times(rows.bottom, below)
     if isinstance(rows, IndexRows):
         if rows.indices.ndim > 1:
             return jax.vmap(transpose_times)(rows, z)
@@ -99,16 +91,7 @@ def transpose_times(rows: Rows, z: Array) -> Array:
 
 
 def gram(rows: Rows) -> Array:
-    """Returns ``rows rowsᵀ``, shape ``(*stack, R, R)``.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> rows = IndexRows(jnp.array([7, 7, 2]), jnp.array([1.0, 2.0, 1.0]), size=9)
-      >>> print(gram(rows))
-      [[1. 2. 0.]
-       [2. 4. 0.]
-       [0. 0. 1.]]
-    """
+    """Returns ``rows rowsᵀ``, shape ``(*stack, R, R)``."""
     if isinstance(rows, StackedRows):
         cross = times(rows.top, rows.bottom.mT)
         above = jnp.concatenate([gram(rows.top), cross], -1)
@@ -126,8 +109,7 @@ def column_squares(rows: Rows) -> Array:
     if isinstance(rows, StackedRows):
         return column_squares(rows.top) + column_squares(rows.bottom)
     if isinstance(rows, IndexRows):
-        ones = rows.weights[..., None]
-        return transpose_times(rows, ones)[..., 0]
+        return transpose_times(rows, rows.weights[..., None])[..., 0]
     return jnp.sum(rows**2, -2)
 
 
@@ -151,10 +133,7 @@ def to_dense(rows: Rows) -> Array:
 
 
 def squares_are_finite(rows: Rows) -> Array:
-    """Returns for every row whether its squares can be added up, shape ``(*stack, R)``.
-
-    Those of 65,536 rows like it: a row of 1e30 is no number for a factor in float32.
-    """
+    """Whether the squares of 65,536 such rows have a finite sum, ``(*stack, R)``."""
     if isinstance(rows, StackedRows):
         both = squares_are_finite(rows.top), squares_are_finite(rows.bottom)
         return jnp.concatenate(both, -1)
@@ -187,7 +166,7 @@ def as_dtype(rows: Rows, dtype: jnp.dtype | str) -> Rows:
 
 
 def update_slot(buffer: Rows, new: Rows, slot: Array) -> Rows:
-    """Returns a ring buffer of rows with ``new`` in the slot of that number."""
+    """Puts ``new`` into a slot of a ring buffer of rows."""
     if isinstance(buffer, StackedRows) and isinstance(new, StackedRows):
         return StackedRows(
             update_slot(buffer.top, new.top, slot),
@@ -210,7 +189,7 @@ def update_slot(buffer: Rows, new: Rows, slot: Array) -> Rows:
 
 
 def split_rows(like: Rows, rows: Array) -> list[Array]:
-    """Splits the other side's rows where those of ``like`` change their form."""
+    """Splits the other side's rows where those of ``like`` change form."""
     if isinstance(like, StackedRows):
         split = num_rows(like.top)
         return [rows[..., :split, :], rows[..., split:, :]]
@@ -223,7 +202,7 @@ def num_bytes(rows: Rows) -> int:
 
 
 def cross_gram(x: Rows, y: Rows) -> Array:
-    """Returns ``x yᵀ`` for rows without a stack, neither of them in two forms."""
+    """Returns ``x yᵀ`` for unstacked rows of one form each."""
     if isinstance(x, IndexRows) and isinstance(y, IndexRows):
         equal = x.indices[:, None] == y.indices[None, :]
         return jnp.where(equal, x.weights[:, None] * y.weights[None, :], 0)

@@ -80,20 +80,21 @@ def gauss_newton_products(
             "Gauss-Newton products need the curvature of fisher_estimator, which keeps "
             "the model and examples. With value_and_grad pass cgfac(learning_rate=...)."
         )
-    outputs, push_forward = jax.linearize(
+    returned, push_forward = jax.linearize(
         lambda p: model_fn(p, curvature.model_inputs), params
     )
-    heads = objective.heads(outputs)
-    dtype = jnp.result_type(*heads, jnp.float32)
-    heads = [head.astype(dtype) for head in heads]
+    outputs = objective.outputs(returned)
+    dtype = jnp.result_type(*outputs, jnp.float32)
+    outputs = [output.astype(dtype) for output in outputs]
     tangents = [
-        [x.astype(dtype) for x in objective.heads(push_forward(direction))]
+        [x.astype(dtype) for x in objective.outputs(push_forward(direction))]
         for direction in directions
     ]
-    scales = objective.scales(user_inputs(curvature.model_inputs), heads)
-    products = objective.hessian_products(heads, scales, tangents)
+    scales = objective.scales(user_inputs(curvature.model_inputs), outputs)
+    products = objective.hessian_products(outputs, scales, tangents)
     # Every device has as many examples of its own.
-    return mean_over(products, objective.axis_name) * curvature.spec.factor
+    factor = objective.factor(curvature.spec.batch_size)
+    return mean_over(products, objective.axis_name) * factor
 
 
 def quadratic_model(

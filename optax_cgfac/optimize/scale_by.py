@@ -17,7 +17,8 @@ from optax_cgfac.utils.types import Array, PyTree
 from optax_cgfac.utils.validate import (
     NOT_NEGATIVE,
     check_number_or_schedule,
-    is_real_scalar,
+    check_scheduled,
+    is_floating,
     summarize,
 )
 
@@ -202,11 +203,7 @@ def current(name: str, value: ScalarOrSchedule, count: Array) -> Any:
     if not callable(value):
         return value
     value = value(count)
-    if not is_real_scalar(value):
-        raise ValueError(
-            f"The schedule {name} must return one real number, got {summarize(value)}. "
-            f"Write {name}=lambda count: ... with a scalar for the count of updates."
-        )
+    check_scheduled(name, value)
     return value
 
 
@@ -265,7 +262,7 @@ def check_fit(
     """Checks that gradients, parameters and optimizer state belong together."""
     own = leaves_by_path(grads)
     for path, leaf in own.items():
-        if not _is_real(leaf) and keeps(text(path)):
+        if not is_floating(leaf) and keeps(text(path)):
             raise TypeError(
                 f"{name}: gradient {text(path)!r} must be a real floating-point array, "
                 f"got {summarize(leaf)}. Pass the gradients of a real loss by real "
@@ -312,16 +309,9 @@ def check_trained(
             "nnx.Optimizer(module, tx, wrt=nnx.Param)."
         )
     for path, leaf in leaves_by_path(params).items():
-        if not _is_real(leaf) and keeps(text(path)):
+        if not is_floating(leaf) and keeps(text(path)):
             raise TypeError(
                 f"{name}: parameter {text(path)!r} must be a real floating-point "
                 f"array, got {summarize(leaf)}. Leave it to another transformation by "
                 "optax.partition or optax.masked."
             )
-
-
-def _is_real(leaf: Any) -> bool:
-    dtype = getattr(leaf, "dtype", None)
-    if dtype is None:
-        return isinstance(leaf, float)
-    return jnp.issubdtype(dtype, jnp.floating)

@@ -1,4 +1,4 @@
-"""What is minimised: losses with known Hessians, the objective, batches of examples.
+"""What is minimised: losses with their Hessians, the objective, batches of examples.
 
-Imports `utils`. Start with `loss`.
+Imports `utils` only. Start with `loss`.
 """

@@ -1,4 +1,4 @@
-r"""The whole objective: a loss for each output, weights of predictions, the reduction.
+r"""The objective: a loss for each output, weights of predictions, the reduction.
 
 With ``c`` the factor of a prediction in :math:`\frac1N \sum_n \sum_t c_{nt}
 L(z_{nt}, y_{nt})`, the Fisher is :math:`\frac1N \sum_{nt} c_{nt} J_{nt}ᵀ H_{nt}
@@ -16,15 +16,15 @@ import jax.numpy as jnp
 from optax_cgfac.problem.loss import Loss, get_loss
 from optax_cgfac.utils.devices import mean_over
 from optax_cgfac.utils.types import Array, PyTree
-from optax_cgfac.utils.validate import check_choice, check_function, summarize
+from optax_cgfac.utils.validate import (
+    check_choice,
+    check_function,
+    is_floating,
+    summarize,
+)
 
 Kind = Literal["mc", "empirical", "exact"]
-
-
 Reduction = Literal["mean", "mean_of_sums", "sum"]
-
-
-REDUCTIONS = ("mean", "mean_of_sums", "sum")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,49 +46,49 @@ class Objective:
     weights: Callable[[PyTree], PyTree] | None = None
     axis_name: str | None = None
 
-    def heads(self, outputs: PyTree) -> tuple[Array, ...]:
-        """Returns the model's outputs as a tuple.
+    def __post_init__(self):
+        """Checks the options."""
+        check_choice("reduction", self.reduction, ("mean", "mean_of_sums", "sum"))
+        if self.weights is not None:
+            example = "lambda inputs: inputs['mask']"
+            check_function("weights", self.weights, ["inputs"], example)
+        if not self.losses:
+            raise ValueError(
+                "loss must be a loss, or a tuple of them; got an empty tuple. Pass a "
+                "loss for each output."
+            )
 
-        Raises:
-          ValueError: If they do not have the form that the losses ask for.
-          TypeError: If they are no real floating-point arrays.
-        """
-        heads = tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
-        is_tuple = isinstance(outputs, (tuple, list))
-        if is_tuple != self.is_tuple or len(heads) != len(self.losses):
+    def outputs(self, returned: PyTree) -> tuple[Array, ...]:
+        """Returns the model's outputs as a tuple, checked."""
+        is_tuple = isinstance(returned, (tuple, list))
+        outputs = tuple(returned) if is_tuple else (returned,)
+        if is_tuple != self.is_tuple or len(outputs) != len(self.losses):
             expected = f"a tuple of {len(self.losses)}" if self.is_tuple else "one"
             raise ValueError(
                 f"model_fn must return {expected} array(s), as many as there are "
-                f"losses ({', '.join(loss.name for loss in self.losses)}); got "
-                f"{jax.tree.structure(outputs)}. For several outputs pass a tuple of "
-                "losses; return nothing else, such as updated statistics."
+                f"losses; got {jax.tree.structure(returned)}. For several outputs pass "
+                "a tuple of losses; return nothing else, such as updated statistics."
             )
-        for head in heads:
-            if not hasattr(head, "shape") or len(head.shape) < 2:
+        for output in outputs:
+            if not is_floating(output) or len(output.shape) < 2:
                 raise ValueError(
-                    "model_fn must return one array of shape (N, ..., C), examples "
-                    "first and one prediction on the last axis; got "
-                    f"{summarize(head)}. Return predictions and not the loss, with "
-                    "outputs[:, None] for one number an example."
+                    "model_fn must return real floating-point arrays of shape "
+                    "(N, ..., C), examples first and one prediction on the last axis; "
+                    f"got {summarize(output)}. Return predictions and not the loss or "
+                    "classes, with outputs[:, None] for one number per example."
                 )
-            if not jnp.issubdtype(head.dtype, jnp.floating):
-                raise TypeError(
-                    "model_fn must return real floating-point predictions, got "
-                    f"{summarize(head)}. Return logits, and not the classes that they "
-                    "are largest for."
-                )
-        if len({head.shape[0] for head in heads}) != 1:
+        if len({output.shape[0] for output in outputs}) != 1:
             raise ValueError(
                 "The model's outputs must agree on the number of examples, got shapes "
-                f"{[head.shape for head in heads]}. Bring the batch to the first axis "
-                "of each."
+                f"{[output.shape for output in outputs]}. Bring the batch to the first "
+                "axis of each."
             )
-        return heads
+        return outputs
 
     def scales(
         self,
         inputs: PyTree,
-        heads: Sequence[Array],
+        outputs: Sequence[Array],
         indices: Array | None = None,
         num_examples: int | None = None,
     ) -> list[Array]:
@@ -96,43 +96,39 @@ class Objective:
 
         Args:
           inputs: The inputs to which the weights belong.
-          heads: Outputs, of which the shapes of one example are read.
-          indices: The examples of ``inputs`` that ``heads`` holds; None for all.
-          num_examples: The examples of ``inputs``; None for those of ``heads``.
+          outputs: Only the shapes of one example are read.
+          indices: The examples of ``inputs`` that ``outputs`` holds; None for all.
+          num_examples: The examples of ``inputs``; None for those of ``outputs``.
 
         Returns:
-          Arrays of the shapes of ``heads`` without their last axis.
+          Arrays of the shapes of ``outputs`` without their last axis.
 
         Raises:
           ValueError: If the weights do not fit the outputs.
         """
-        given = [None] * len(heads)
+        given = [None] * len(outputs)
         if self.weights is not None:
             given = self.weights(inputs)
-            if given is None:
-                raise ValueError(
-                    "weights(inputs) must return a weight for each prediction, or for "
-                    "each example; got None. Return inputs['mask'], say, or drop "
-                    "weights=."
-                )
             given = list(given) if isinstance(given, (tuple, list)) else [given]
-            given = given * len(heads) if len(given) == 1 else given
-            if len(given) != len(heads):
+            given = given * len(outputs) if len(given) == 1 else given
+            if len(given) != len(outputs) or any(x is None for x in given):
                 raise ValueError(
-                    "weights(inputs) must return one array, or a tuple of "
-                    f"{len(heads)} as the outputs are; got {len(given)}. Return a "
-                    "weight for each prediction."
+                    "weights(inputs) must return an array, or a tuple of "
+                    f"{len(outputs)} as the outputs are; got "
+                    f"{', '.join(map(summarize, given))}. Return a weight for each "
+                    "prediction, or drop weights=."
                 )
+        if num_examples is None:
+            num_examples = outputs[0].shape[0]
         scales = []
-        for weights, head in zip(given, heads, strict=True):
-            dtype = jnp.promote_types(head.dtype, jnp.float32)
-            inner = head.shape[1:-1]
+        for weights, output in zip(given, outputs, strict=True):
+            dtype = jnp.promote_types(output.dtype, jnp.float32)
+            inner = output.shape[1:-1]
+            picked = None
             if weights is None:
-                weights = jnp.ones(head.shape[:1], dtype)
-                picked = None
+                weights = jnp.ones(output.shape[:1], dtype)
             else:
-                expected = heads[0].shape[0] if num_examples is None else num_examples
-                _check_weights(weights, expected, inner)
+                _check_weights(weights, (num_examples, *inner))
                 weights, picked = jnp.asarray(weights, dtype), indices
             shape = weights.shape[:1] + inner
             padded = (1,) * (len(shape) - weights.ndim)
@@ -145,47 +141,45 @@ class Objective:
         return scales
 
     def factor(self, batch_size: int) -> int:
-        """Returns the factor of a sum over the examples, beside their mean."""
+        """Returns the ratio of the Fisher to its mean over examples."""
         return batch_size if self.reduction == "sum" else 1
 
     @property
     def num_targets(self) -> int | None:
-        """How many targets an example has; None for one that is not in a tuple."""
+        """Number of targets in a tuple; None if targets are not in a tuple."""
         return len(self.losses) if self.is_tuple else None
 
     @property
     def is_nonnegative(self) -> bool:
-        """Whether the objective is known never to fall below zero."""
-        return all(
-            loss.lower_bound is not None and loss.lower_bound >= 0
-            for loss in self.losses
-        )
+        """Whether no loss can be negative."""
+        bounds = [loss.lower_bound for loss in self.losses]
+        return all(bound is not None and bound >= 0 for bound in bounds)
 
-    def num_columns(self, heads: Sequence[Array], kind: Kind, samples: int) -> int:
-        """Returns how many cotangents an example gets."""
+    def num_columns(self, outputs: Sequence[Array], kind: Kind) -> int:
+        """Returns the number of cotangents per example."""
         if kind == "exact":
-            return sum(math.prod(head.shape[1:]) for head in heads)
-        return samples if kind == "mc" else 1
+            return sum(math.prod(output.shape[1:]) for output in outputs)
+        return 1
 
     def hessian_products(
         self,
-        heads: Sequence[Array],
+        outputs: Sequence[Array],
         scales: Sequence[Array],
         tangents: Sequence[Sequence[Array]],
     ) -> Array:
         """Returns ``1/N Σ c tᵢᵀ H tⱼ`` for tangents of the outputs."""
-        total = jnp.zeros((len(tangents), len(tangents)), heads[0].dtype)
-        for index, (loss, head, scale) in enumerate(
-            zip(self.losses, heads, scales, strict=True)
+        total = jnp.zeros((len(tangents), len(tangents)), outputs[0].dtype)
+        for index, (loss, output, scale) in enumerate(
+            zip(self.losses, outputs, scales, strict=True)
         ):
             own = [tangent[index] for tangent in tangents]
-            factor = scale[..., None].astype(head.dtype) * loss.weight
-            images = [loss.hessian_product(head, t) for t in own]
+            factor = scale[..., None].astype(output.dtype) * loss.weight
+            images = [loss.hessian_product(output, t) for t in own]
             for image in images:
-                _check_returned(loss, "hessian_product(outputs, tangents)", image, head)
+                _check_returned(loss, "hessian_product", image, output.shape)
             images = [factor * image for image in images]
             products = jnp.array([[jnp.vdot(u, v) for v in images] for u in own])
-            total = total + products / head.shape[0]
+            total = total + products / output.shape[0]
         return total
 
 
@@ -195,40 +189,20 @@ def make_objective(
     weights: Callable[[PyTree], PyTree] | None = None,
     axis_name: str | None = None,
 ) -> Objective:
-    """Returns the objective of the user's options.
-
-    Raises:
-      ValueError: If an option is unknown.
-      TypeError: If ``loss`` is no loss or ``weights`` no function.
-    """
-    check_choice("reduction", reduction, REDUCTIONS)
-    if weights is not None:
-        check_function("weights", weights, ["inputs"], "lambda inputs: inputs['mask']")
-    if not isinstance(axis_name, str | None):
-        raise TypeError(
-            f"axis_name must be the name of a mesh axis, got {summarize(axis_name)}. "
-            "Pass axis_name='batch' inside jax.shard_map over such an axis, else None."
-        )
-    if isinstance(loss, (tuple, list)):
-        losses, is_tuple = tuple(get_loss(one) for one in loss), True
-    else:
-        losses, is_tuple = (get_loss(loss),), False  # pyright: ignore[reportArgumentType]
-    if not losses:
-        raise ValueError(
-            "loss must be a loss, or a tuple of them; got an empty tuple. Pass a loss "
-            "for each output."
-        )
+    """Returns the objective of the user's options."""
+    is_tuple = isinstance(loss, (tuple, list))
+    losses: Any = loss if is_tuple else (loss,)
+    losses = tuple(get_loss(one) for one in losses)
     return Objective(losses, is_tuple, reduction, weights, axis_name)
 
 
 def cotangents(
     objective: Objective,
     kind: Kind,
-    heads: Sequence[Array],
+    outputs: Sequence[Array],
     scales: Sequence[Array],
     *,
     factor: int = 1,
-    samples: int = 1,
     rng: Array | None = None,
     targets: PyTree = None,
 ) -> tuple[Array, ...]:
@@ -237,87 +211,65 @@ def cotangents(
     Args:
       objective: The objective.
       kind: As in `fisher_estimator`.
-      heads: The outputs, in the precision of the result.
+      outputs: The outputs, in the precision of the result.
       scales: From `Objective.scales`.
       factor: From `Objective.factor`.
-      samples: How often targets are drawn.
       rng: A key, for ``"mc"``.
-      targets: Like ``heads``, for ``"empirical"``.
+      targets: Like ``outputs``, for ``"empirical"``.
 
     Returns:
-      An array of shape ``(columns, *head.shape)`` for every output.
+      An array of shape ``(columns, *output.shape)`` for every output.
     """
     weighed = [
-        scale.astype(head.dtype) * loss.weight
-        for loss, head, scale in zip(objective.losses, heads, scales, strict=True)
+        scale.astype(output.dtype) * loss.weight
+        for loss, output, scale in zip(objective.losses, outputs, scales, strict=True)
     ]
     if kind == "exact":
-        return _columns(objective, heads, [scale * factor for scale in weighed])
+        return _columns(objective, outputs, [scale * factor for scale in weighed])
     if kind == "empirical":
-        # The gradient of the example's own share of the loss. A factor of the Fisher
-        # enters by its root, as it stands before the outer product of gradients.
         given = targets if objective.is_tuple else (targets,)
-        gradients = (
-            _gradient(loss, head, target, scale * factor**0.5)
-            for loss, head, target, scale in zip(
-                objective.losses, heads, given, weighed, strict=True
-            )
-        )
-        return tuple(gradient[None] for gradient in gradients)
-
-    def draw(rng: Any) -> tuple[Array, ...]:
-        keys = jax.random.split(rng, len(heads)) if len(heads) > 1 else [rng]
+        # The gradient of the example's own share of the loss. The outer product of
+        # gradients squares the root of the Fisher's factor.
+        weighed = [scale * factor**0.5 for scale in weighed]
+    else:
+        keys: Any = [rng]
+        if len(outputs) > 1:
+            keys = jax.random.split(keys[0], len(outputs))
+        given = [
+            loss.sample(key, output)
+            for loss, key, output in zip(objective.losses, keys, outputs, strict=True)
+        ]
         # Targets are drawn independently, so the squares of gradients add up: a
-        # prediction that counts c times has √c times its gradient.
-        return tuple(
-            _gradient(
-                loss,
-                head,
-                loss.sample(key, head),
-                jnp.sqrt(scale * (factor / samples)),
-            )
-            for loss, head, key, scale in zip(
-                objective.losses, heads, keys, weighed, strict=True
-            )
-        )
-
-    if samples == 1:
-        return tuple(gradient[None] for gradient in draw(rng))
-    return jax.vmap(draw)(jax.random.split(jnp.asarray(rng), samples))
+        # prediction of weight c has √c times its gradient.
+        weighed = [jnp.sqrt(scale * factor) for scale in weighed]
+    every = zip(objective.losses, outputs, given, weighed, strict=True)
+    return tuple(_gradient(*one)[None] for one in every)
 
 
-def _gradient(loss: Loss, head: Array, targets: PyTree, scale: Array) -> Array:
-    def total(head: Array) -> Array:
-        value = loss.value(head, targets)
-        if jnp.shape(value) != head.shape[:-1]:
-            raise ValueError(
-                f"Loss {loss.name!r}: value(outputs, targets) has shape "
-                f"{jnp.shape(value)}; expected {head.shape[:-1]}, one number for each "
-                "prediction. Sum over the last axis only."
-            )
+def _gradient(loss: Loss, output: Array, targets: PyTree, scale: Array) -> Array:
+    def total(output: Array) -> Array:
+        value = loss.value(output, targets)
+        _check_returned(loss, "value", value, output.shape[:-1])
         return jnp.sum(value * scale)
 
-    return jax.grad(total)(head)
+    return jax.grad(total)(output)
 
 
 def _columns(
-    objective: Objective, heads: Sequence[Array], scales: Sequence[Array]
+    objective: Objective, outputs: Sequence[Array], scales: Sequence[Array]
 ) -> tuple[Array, ...]:
     """All columns of the loss Hessian's square root, one prediction at a time."""
     blocks = []
-    for loss, head, scale in zip(objective.losses, heads, scales, strict=True):
-        if loss.hessian_columns is None:
-            raise ValueError(
-                f"kind='exact' needs Loss.hessian_columns, which {loss.name!r} lacks."
-            )
-        columns = loss.hessian_columns(head)
-        expected = jax.ShapeDtypeStruct((head.shape[-1], *head.shape), head.dtype)
-        _check_returned(loss, "hessian_columns(outputs)", columns, expected)
+    for loss, output, scale in zip(objective.losses, outputs, scales, strict=True):
+        assert loss.hessian_columns is not None  # CaptureSpec checks it
+        columns = loss.hessian_columns(output)
+        shape = (output.shape[-1], *output.shape)
+        _check_returned(loss, "hessian_columns", columns, shape)
         columns = columns * jnp.sqrt(scale)[..., None]
-        num, inner = head.shape[0], head.shape[1:-1]
-        columns = columns.reshape(-1, 1, num, math.prod(inner), head.shape[-1])
-        alone = jnp.eye(math.prod(inner), dtype=head.dtype)[:, None, :, None]
-        blocks.append((columns * alone).reshape(-1, *head.shape))
+        num, inner = output.shape[0], output.shape[1:-1]
+        columns = columns.reshape(-1, 1, num, math.prod(inner), output.shape[-1])
+        alone = jnp.eye(math.prod(inner), dtype=output.dtype)[:, None, :, None]
+        blocks.append((columns * alone).reshape(-1, *output.shape))
     total = sum(len(block) for block in blocks)
     result, start = [], 0
     for block in blocks:
@@ -327,35 +279,24 @@ def _columns(
     return tuple(result)
 
 
-def _check_returned(loss: Loss, call: str, got: Any, like: Any) -> None:
-    """Checks the shape of what a function of a user's loss has returned."""
-    if jnp.shape(got) != like.shape:
+def _check_returned(loss: Loss, field: str, got: Any, expected: tuple) -> None:
+    """Checks the shape of the result of a function of the user's loss."""
+    if jnp.shape(got) != expected:
         raise ValueError(
-            f"Loss {loss.name!r}: {call} has shape {jnp.shape(got)}; expected "
-            f"{like.shape}. Return an array of that shape, as optax_cgfac.Loss "
+            f"Loss {loss.name!r}: {field} returned shape {jnp.shape(got)}; expected "
+            f"{expected}. Return an array of that shape, as optax_cgfac.Loss "
             "describes it."
         )
 
 
-def _check_weights(weights: Any, num_examples: int, inner: tuple[int, ...]) -> None:
+def _check_weights(weights: Array, expected: tuple[int, ...]) -> None:
     """Checks that there is a weight for each prediction."""
-    expected = (num_examples, *inner)
-    kinds = jnp.floating, jnp.integer, jnp.bool_
-    dtype = getattr(weights, "dtype", None)
-    if dtype is not None and not any(jnp.issubdtype(dtype, kind) for kind in kinds):
-        raise TypeError(
-            f"weights(inputs) must be real numbers, got {summarize(weights)}. Return a "
-            "weight for each prediction, or for each example."
-        )
-    shape = getattr(weights, "shape", None)
-    fits = shape is not None and shape[:1] == (num_examples,)
-    if shape is not None and fits:
-        # Axes that are not there are added at the end.
-        sizes = zip(shape[1:], inner, strict=False)
-        fits = len(shape) <= len(expected) and all(n in (1, m) for n, m in sizes)
-    if not fits:
+    shape = jnp.shape(weights)
+    # Axes that are not there are added at the end.
+    sizes = zip(shape[1:], expected[1:], strict=False)
+    broadcasts = len(shape) <= len(expected) and all(n in (1, m) for n, m in sizes)
+    if shape[:1] != expected[:1] or not broadcasts:
         raise ValueError(
             f"weights(inputs) is {summarize(weights)}; expected one that broadcasts to "
-            f"({', '.join(map(str, ('N', *inner)))}) with N = {num_examples}. Return a "
-            "weight for each prediction, or for each example."
+            f"{expected}. Return a weight for each prediction, or for each example."
         )

@@ -1,4 +1,4 @@
-"""Shared helpers: types, tree paths, arrays, linear algebra, devices, validation.
+"""Helpers without any idea of curvature: arrays, linear algebra, devices, checks.
 
-Imports nothing else of the package. Start with `types`.
+Imports nothing from the package. Start with `types`.
 """

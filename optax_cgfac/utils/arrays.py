@@ -10,13 +10,15 @@ from optax_cgfac.utils.types import Array, PyTree
 def tree_dot(x: PyTree, y: PyTree) -> Array:
     """Returns the Euclidean inner product of two pytrees of equal structure.
 
+    Sums in float32, or the leaves' precision if higher: sums of squares leave the
+    range of half precision.
+
     Args:
       x: A pytree of arrays.
       y: A pytree with the structure and shapes of ``x``.
 
     Returns:
-      The scalar sum of the elementwise products, in float32 or the leaves' precision
-      if higher: half precision has no range for sums of squares.
+      The scalar sum of the elementwise products.
 
     Example:
       >>> import jax.numpy as jnp
@@ -53,42 +55,28 @@ def tree_is_finite(tree: PyTree) -> Array:
 
 
 def safe_divide(numerator: Array, denominator: Array) -> Array:
-    """Returns ``numerator / denominator``, and zero where the denominator is zero.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> print(safe_divide(jnp.array([1.0, 1.0]), jnp.array([2.0, 0.0])))
-      [0.5 0. ]
-    """
+    """Returns ``numerator / denominator``, and zero where the denominator is zero."""
     is_zero = denominator == 0
     return jnp.where(is_zero, 0, numerator / jnp.where(is_zero, 1, denominator))
 
 
 def scaled(x: Array, scale: Array | float) -> Array:
-    """Returns ``scale x``, the axes of ``scale`` being the first ones of ``x``.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> print(scaled(jnp.ones((2, 3)), jnp.array([1.0, 2.0])))
-      [[1. 1. 1.]
-       [2. 2. 2.]]
-    """
+    """Returns ``scale x``, the axes of ``scale`` being the first ones of ``x``."""
     scale = jnp.asarray(scale, x.dtype)
     return x * scale.reshape(*scale.shape, *([1] * (x.ndim - scale.ndim)))
 
 
 def power_of_two(largest: Array) -> Array:
-    """Returns the power of two next to ``largest``, by which it is divided exactly.
+    """Returns powers of two that bring nonnegative numbers into ``[1, 4)``.
 
-    Squares of numbers beyond the root of a precision's range are infinite or zero.
-    Divided by a power of two, all digits stay.
+    Squaring very large or small values over- or underflows; dividing by a power of two
+    first is exact. The result is 1 where a number is zero or not finite.
 
     Args:
-      largest: Numbers that are not negative.
+      largest: Nonnegative numbers.
 
     Returns:
-      For each a power of two in its precision, whose inverse is one too, such that the
-      quotient lies in ``[1, 4)``; 1 where the number is zero or not finite.
+      For each the divisor, in its precision.
 
     Example:
       >>> import jax.numpy as jnp
@@ -97,19 +85,13 @@ def power_of_two(largest: Array) -> Array:
     """
     usable = (largest > 0) & jnp.isfinite(largest)
     _, exponent = jnp.frexp(jnp.where(usable, largest, 1))
-    most = jnp.finfo(largest.dtype).maxexp - 2
+    most = jnp.finfo(largest.dtype).maxexp - 2  # the inverse must be representable too
     exponent = jnp.clip(exponent - 1, -most, most)
     return jnp.ldexp(jnp.ones_like(largest), exponent)
 
 
 def narrowed(x: Array, dtype: jnp.dtype | str) -> Array:
-    """Returns ``x`` in another precision, at the end of its range where it has left it.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> print(narrowed(jnp.array([1.0, 1e6]), "float16"))
-      [1.000e+00 6.550e+04]
-    """
+    """Casts ``x`` and clips it to the range of ``dtype``."""
     most = float(jnp.finfo(dtype).max)
     if most < float(jnp.finfo(x.dtype).max):
         x = jnp.clip(x, -most, most)

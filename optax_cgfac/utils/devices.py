@@ -1,9 +1,4 @@
-"""Meshes with explicit axes, and batches that `jax.shard_map` splits over an axis.
-
-Slices of a sharded batch and products with its transpose need an output sharding on a
-mesh of explicit axes. Inside `auto_axes` the compiler decides, as it does on a mesh of
-automatic axes.
-"""
+"""Explicitly sharded meshes, and batches that `jax.shard_map` splits over an axis."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,14 +14,16 @@ def with_auto_axes(
 ) -> Any:
     """Calls a function with all axes of the mesh automatic.
 
+    On a mesh of explicit axes, slices of a sharded batch and products with its
+    transpose need an output sharding; with automatic axes the compiler chooses it.
+
     Args:
       function: Returns arrays.
       *args: Its arguments, pytrees of arrays.
-      like: A tree with the structure of the results, whose shardings they get; None
-        for results that all devices have.
+      like: A tree with the structure and shardings of the results; None to replicate.
 
     Returns:
-      What ``function(*args)`` returns.
+      ``function(*args)``.
     """
     if not jax.sharding.get_abstract_mesh().explicit_axes:
         return function(*args)
@@ -37,19 +34,14 @@ def with_auto_axes(
 
 
 def without_shardings(tree: PyTree) -> PyTree:
-    """Returns the shapes and dtypes of arrays as if they lay on one device."""
+    """Returns the shapes and dtypes of arrays, without their shardings."""
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
-        jax.eval_shape(lambda: tree),
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), jax.eval_shape(lambda: tree)
     )
 
 
 def axis_size(axis_name: str | None) -> int:
-    """Returns the number of devices that share a batch; 1 without an axis.
-
-    Raises:
-      ValueError: If the axis is not there.
-    """
+    """Returns the number of devices that share a batch; 1 without an axis."""
     if axis_name is None:
         return 1
     try:
@@ -64,11 +56,7 @@ def axis_size(axis_name: str | None) -> int:
 
 
 def per_device(name: str, count: int, axis_name: str | None) -> int:
-    """Returns a device's part of a number of examples.
-
-    Raises:
-      ValueError: If it does not divide.
-    """
+    """Returns a device's share of ``count`` examples."""
     size = axis_size(axis_name)
     if count % size:
         raise ValueError(

@@ -16,15 +16,12 @@ matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def tiny_shift(trace: Array) -> Array:
-    """Returns the smallest diagonal shift that keeps a Gram matrix definite.
-
-    Rounding perturbs the eigenvalues of a Gram matrix of trace ``t`` by about
-    ``eps * t``, so a Cholesky factorisation with a smaller shift may meet a
-    negative pivot (Higham, "Accuracy and Stability of Numerical Algorithms",
-    section 10.1.1). The factor 10 covers the modest constants in that bound. Without
-    a trace it is a number whose inverse is far from overflowing, and far below what a
-    loss in small units has for curvature.
-    """
+    """Returns the smallest diagonal shift that keeps a Gram matrix definite."""
+    # Rounding perturbs the eigenvalues of a Gram matrix of trace t by about eps t, so a
+    # Cholesky factorisation with a smaller shift may meet a negative pivot (Higham,
+    # "Accuracy and Stability of Numerical Algorithms", section 10.1.1); 10 covers the
+    # constants of that bound. The floor for a zero trace has a finite inverse and lies
+    # far below the curvature of any loss.
     dtype = trace.dtype
     return jnp.maximum(
         10 * jnp.finfo(dtype).eps * trace, float(jnp.finfo(dtype).tiny) ** 0.75
@@ -39,8 +36,8 @@ _BLOCK = 32
 def spd_inverses(matrices: Sequence[Array]) -> list[Array]:
     """Returns the inverses of symmetric positive definite matrices.
 
-    Matrices of about the same size are inverted as one batch: on every backend many
-    small factorisations cost far more one after the other than together.
+    Matrices of about the same size are inverted as one batch, far faster on every
+    backend than one after the other.
 
     Args:
       matrices: Arrays of shapes ``(*stack, n, n)``, each with its own ``stack``, ``n``.
@@ -62,8 +59,7 @@ def spd_inverses(matrices: Sequence[Array]) -> list[Array]:
     inverses: dict[int, Array] = {}
     for (size, _), members in groups.items():
         padded = [_pad_with_identity(matrices[index], size) for index in members]
-        # XLA's CPU backend factorises by LAPACK, whose threads and XLA's own wait
-        # for each other, the more so on busy cores (benchmarks/inverse.py).
+        # On CPUs XLA calls LAPACK, whose threads and XLA's own wait for each other.
         batch = jax.lax.platform_dependent(
             jnp.concatenate(padded), cpu=blocked_inverse, default=cholesky_inverse
         )
@@ -89,17 +85,9 @@ def cholesky_inverse(matrices: Array) -> Array:
 
 
 def blocked_inverse(matrices: Array) -> Array:
-    """Inverts a batch ``(k, n, n)`` by a blocked Cholesky factorisation in XLA.
-
-    As stable as the unblocked one (Higham, "Accuracy and Stability of Numerical
-    Algorithms", section 13.2): nearly all of the work is matrix products.
-
-    Args:
-      matrices: Shape ``(k, n, n)``.
-
-    Returns:
-      The inverses, like ``matrices``.
-    """
+    """Inverts a batch ``(k, n, n)`` by a blocked Cholesky factorisation in XLA."""
+    # Nearly all of the work is matrix products, and it is as stable as the unblocked
+    # factorisation (Higham, section 13.2).
     inverse = _inverse_factor(matrices, max(_BLOCK, matrices.shape[-1] // 8))
     return matmul(inverse.mT, inverse)
 
@@ -146,16 +134,9 @@ def _pad_with_identity(matrix: Array, size: int) -> Array:
 
 
 def orthonormal(matrices: Array) -> Array:
-    """Returns orthonormal bases of the columns of a batch ``(k, m, n)``, ``m >= n``.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> print(jnp.abs(orthonormal(jnp.array([[[3.0], [4.0]]]))))
-      [[[0.6]
-        [0.8]]]
-    """
+    """Returns orthonormal bases of the columns of a batch ``(k, m, n)``, ``m >= n``."""
     # GPU libraries factorise the matrices of a batch one after the other, by
-    # Householder reflections that are no matrix products (benchmarks/LOG.md, 21).
+    # Householder reflections, which are slow there.
     return jax.lax.platform_dependent(
         matrices,
         cpu=lambda x: over_batch(lambda y: jnp.linalg.qr(y)[0], x),
@@ -166,9 +147,9 @@ def orthonormal(matrices: Array) -> Array:
 def cholesky_qr(matrices: Array) -> Array:
     """Orthonormalizes the columns of a batch ``(k, m, n)`` by Cholesky factorisations.
 
-    Three rounds, each with a shift that keeps the matrix definite, so that dependent
-    columns do no harm: ``QᵀQ ≤ I`` always, and columns that depend on others to within
-    rounding come out shorter than one, where `jnp.linalg.qr` makes up directions.
+    Three rounds, each with a shift that keeps the matrix definite: ``QᵀQ ≤ I`` always,
+    and columns that depend on others come out shorter than one, where `jnp.linalg.qr`
+    makes up directions.
 
     Args:
       matrices: Shape ``(k, m, n)``, ``m >= n``.
@@ -184,7 +165,7 @@ def cholesky_qr(matrices: Array) -> Array:
     identity = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
     for _ in range(3):
         gram = matmul(matrices.mT, matrices)
-        # Of the largest entry, not the trace: the last shift is what a length lacks.
+        # From the largest entry, not the trace: the last shift shortens the columns.
         shift = tiny_shift(jnp.max(jnp.diagonal(gram, axis1=-2, axis2=-1), -1))
         factor = jnp.linalg.cholesky(gram + shift[..., None, None] * identity)
         matrices = jax.lax.linalg.triangular_solve(
@@ -194,20 +175,10 @@ def cholesky_qr(matrices: Array) -> Array:
 
 
 def over_batch(function: Callable[[Array], Any], matrices: Array) -> Any:
-    """Calls a function of LAPACK's for every matrix of a batch ``(k, m, n)``.
-
-    XLA's CPU backend works on the matrices of a batch in threads that all devices of
-    the process share, and waits for them in one of these: where several devices do so
-    at once, none is left that could do the work, and all wait for ever (seen with 8
-    devices on 2 cores, jaxlib 0.10.2). There the matrices are taken one by one.
-
-    Args:
-      function: Such as `jnp.linalg.eigh`.
-      matrices: The batch.
-
-    Returns:
-      ``function(matrices)``.
-    """
+    """Calls a LAPACK function, such as `jnp.linalg.eigh`, on a batch ``(k, m, n)``."""
+    # All CPU devices of a process share the threads in which XLA works on a batch, and
+    # wait inside them: several devices at once wait for ever (seen with 8 devices on 2
+    # cores, jaxlib 0.10.2). One matrix at a time needs no threads.
     if jax.default_backend() == "cpu" and jax.local_device_count() > 1:
         return jax.lax.map(function, matrices)
     return function(matrices)

@@ -1,4 +1,4 @@
-"""One way to name a parameter: its key path, for dicts, boxes and NNX states alike."""
+"""Names of parameters: key paths, the same for dicts, boxes and NNX states."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ Path = tuple[str, ...]
 def normalize(key_path: tuple[Any, ...]) -> Path:
     """Returns a JAX key path as strings, without the ``.value`` of a box.
 
-    Boxed leaves (``nn.Partitioned``, NNX variables) and plain arrays at the same
+    A boxed leaf (``nn.Partitioned``, an NNX variable) and a plain array at the same
     place get the same name.
 
     Args:
-      key_path: As given by `jax.tree_util.tree_flatten_with_path`.
+      key_path: From `jax.tree_util.tree_flatten_with_path`.
 
     Returns:
       The names from the root to the leaf.

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from layer_models import LAYER_CASES
 from models import (
     CASES,
+    LAYER_CASES,
     NUM_EXAMPLES,
     Compact,
     assert_close,
@@ -37,7 +37,7 @@ def test_rows_rebuild_the_gradient_and_change_nothing(name):
     found = {tag.name: (tag.kind, tag.positions) for tag in curvature.tags}
     assert found == case.layers
     assert curvature.spec.uncovered == ()
-    rebuilt = rebuild_gradients(curvature, case.params, case.layouts)
+    rebuilt = rebuild_gradients(curvature, case.params)
     assert_close(rebuilt, by_name(grads), TOLERANCES.get(name, 5e-6))
     np.testing.assert_allclose(captured_value, value, rtol=4 * EPS)
     assert jax.tree.structure(captured_grads) == jax.tree.structure(grads)

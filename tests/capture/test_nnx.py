@@ -11,7 +11,9 @@ from flax import nnx
 
 import models
 from models import BATCH, NUM_EXAMPLES
-from nnx_models import CASES, REPORTED, Mlp, Stateful, rngs, shifted
+from models.nnx_modules import Mlp, Stateful, rngs, shifted
+from models.reported import REPORTED
+from models.table import NNX_CASES as CASES
 from optax_cgfac import cgfac, diagnostics, fisher_estimator, value_and_grad
 from optax_cgfac.layers.layer import leaves_from_matrix
 from optax_cgfac.operators.rows import to_dense

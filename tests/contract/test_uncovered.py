@@ -8,8 +8,8 @@ import pytest
 from flax import linen as nn
 
 import optax_cgfac
-from linen_reported import HIDDEN, UNCOVERED, WithScale, X
 from models import NUM_EXAMPLES, Compact, JitMethod, init, normal
+from models.reported import HIDDEN, UNCOVERED, WithScale, X
 
 
 def estimator_of(model, **options):

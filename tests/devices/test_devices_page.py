@@ -2,12 +2,8 @@
 
 import jax
 import numpy as np
-import pytest
 
 import pages
-
-if jax.device_count() < 8:
-    pytest.skip("needs eight devices", allow_module_level=True)
 
 
 def test_the_page_runs_and_its_two_ways_train():

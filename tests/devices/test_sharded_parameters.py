@@ -13,16 +13,20 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_cgfac
-
-if jax.device_count() < 8:
-    pytest.skip("needs eight devices", allow_module_level=True)
+from training import assert_close, nnx_step, run, squared_error, train_step
 
 STEPS = 20
 
 
 def data():
     x = jax.random.normal(jax.random.key(0), (32, 20))
-    return np.asarray(x), np.asarray(jnp.sin(3 * x[:, :4]))
+    return {"x": np.asarray(x), "y": np.asarray(jnp.sin(3 * x[:, :4]))}
+
+
+def estimator(model_fn):
+    return optax_cgfac.fisher_estimator(
+        model_fn, "squared_error", kind="exact", examples=32, rank=None
+    )
 
 
 def by(init, *names):
@@ -51,75 +55,38 @@ def mesh(kind=AxisType.Auto):
 
 
 def linen_run(boxed, sharded, tx, kind=AxisType.Auto, axis="model"):
-    x, y = data()
-    model = Boxed(axis)
+    batch, model, m = data(), Boxed(axis), mesh(kind)
+    is_explicit = sharded and kind == AxisType.Explicit
 
     def model_fn(params, x):
-        if sharded and kind == AxisType.Explicit:
+        if is_explicit:
             # There the model says when its weights are gathered.
             params = jax.tree.map(lambda w: jax.sharding.reshard(w, P()), params)
         return model.apply(params, x)
 
-    def loss_fn(params, x, y):
-        return jnp.mean(jnp.sum((model_fn(params, x) - y) ** 2, -1))
+    def loss_fn(params, batch):
+        return squared_error(model_fn(params, batch["x"]), batch["y"])
 
-    est = optax_cgfac.fisher_estimator(
-        model_fn, "squared_error", kind="exact", examples=32, rank=None
-    )
-    params = model.init(jax.random.key(1), x)
-    specs = nn.get_partition_spec(params)
+    est = estimator(model_fn)
+    params = model.init(jax.random.key(1), batch["x"])
+    shardings = nn.get_sharding(params, m)
     if not boxed:
         params = nn.unbox(params)
     # Flax initialises boxed parameters only where no mesh of explicit axes is set.
-    m = mesh(kind)
-    is_explicit = sharded and kind == AxisType.Explicit
     with jax.set_mesh(m) if is_explicit else contextlib.nullcontext():
-        curvature, state = est.init(params, x), tx.init(params)
+        curvature, state = est.init(params, batch["x"]), tx.init(params)
         if sharded:
-            params, state = placed(m, specs, boxed, tx, params, state)
-            split = NamedSharding(m, P("data"))
-            x, y = jax.device_put(x, split), jax.device_put(y, split)
+            params, state = placed(m, shardings, tx, params, state)
+            batch = jax.device_put(batch, NamedSharding(m, P("data")))
             curvature = jax.device_put(curvature, NamedSharding(m, P()))
-
-        @jax.jit
-        def step(params, state, curvature, x, y, rng):
-            value, grads = jax.value_and_grad(loss_fn)(params, x, y)
-            curvature = est.update(curvature, params, x, rng=rng)
-            updates, state = tx.update(
-                grads,
-                state,
-                params,
-                curvature=curvature,
-                value=value,
-                value_fn=lambda p: loss_fn(p, x, y),
-            )
-            return optax.apply_updates(params, updates), state, curvature
-
-        for i in range(STEPS):
-            params, state, curvature = step(
-                params, state, curvature, x, y, jax.random.key(i)
-            )
+        step = jax.jit(train_step(tx, est, loss_fn))
+        (params, state, _), _ = run(step, (params, state, curvature), batch, 0, STEPS)
     return nn.unbox(params), nn.unbox(state)
 
 
-def placed(m, specs, boxed, tx, params, state):
+def placed(m, shardings, tx, params, state):
     """Parameters and the optimizer's state with the shardings that Flax names."""
-    shardings = jax.tree.map(
-        lambda s: NamedSharding(m, s), specs, is_leaf=lambda s: isinstance(s, P)
-    )
-    if boxed:
-        params = jax.tree.map(
-            lambda leaf, s: (
-                leaf.replace_boxed(jax.device_put(leaf.value, s))
-                if isinstance(leaf, nn.Partitioned)
-                else jax.device_put(leaf, s)
-            ),
-            params,
-            shardings,
-            is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
-        )
-    else:
-        params = jax.tree.map(jax.device_put, params, shardings)
+    params = nn.meta.replace_boxed(params, jax.device_put(nn.unbox(params), shardings))
     state = optax.tree.map_params(
         tx,
         jax.device_put,
@@ -144,11 +111,7 @@ def test_linen_parameters_with_partitioning(boxed, name):
     params, _ = linen_run(boxed, True, tx)
     kernel = params["params"]["Dense_0"]["kernel"]
     assert kernel.sharding.spec == P(None, "model")
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
-        params,
-        expected,
-    )
+    assert_close(params, expected)
 
 
 def test_parameters_split_over_the_axis_of_the_batch():
@@ -160,22 +123,14 @@ def test_parameters_split_over_the_axis_of_the_batch():
         assert layers["Dense_0"]["kernel"].sharding.spec == P(None, "data")
         assert layers["Dense_0"]["bias"].sharding.spec == P("data")
         assert layers["Dense_1"]["kernel"].sharding.spec[0] == "data"
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
-        params,
-        expected,
-    )
+    assert_close(params, expected)
 
 
 def test_parameters_on_a_mesh_with_explicit_axes():
     expected, _ = linen_run(False, False, optax_cgfac.cgfac())
     params, _ = linen_run(False, True, optax_cgfac.cgfac(), AxisType.Explicit)
     assert params["params"]["Dense_0"]["kernel"].sharding.spec == P(None, "model")
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
-        params,
-        expected,
-    )
+    assert_close(params, expected)
 
 
 class Module(nnx.Module):
@@ -198,37 +153,20 @@ class Module(nnx.Module):
 
 
 def nnx_run(sharded, kind=AxisType.Auto):
-    x, y = data()
-    gathers = sharded and kind == AxisType.Explicit
-    module = Module(nnx.Rngs(0), sharded, gathers)
-    est = optax_cgfac.fisher_estimator(
-        lambda m, x: m(x), "squared_error", kind="exact", examples=32, rank=None
-    )
+    batch = data()
+    module = Module(nnx.Rngs(0), sharded, sharded and kind == AxisType.Explicit)
+    est = estimator(lambda m, x: m(x))
     optimizer = nnx.Optimizer(module, optax_cgfac.cgfac(), wrt=nnx.Param)
-    curvature = est.init(module, x)
+    curvature = est.init(module, batch["x"])
     if sharded:
-        split = NamedSharding(mesh(kind), P("data"))
-        x, y = jax.device_put(x, split), jax.device_put(y, split)
-
-    @nnx.jit
-    def step(module, optimizer, curvature, x, y, rng):
-        def loss_fn(module):
-            return jnp.mean(jnp.sum((module(x) - y) ** 2, -1))
-
-        value, grads = nnx.value_and_grad(loss_fn)(module)
-        curvature = est.update(curvature, module, x, rng=rng)
-        graphdef, _, rest = nnx.split(module, nnx.Param, ...)
-        optimizer.update(
-            module,
-            grads,
-            curvature=curvature,
-            value=value,
-            value_fn=lambda p: loss_fn(nnx.merge(graphdef, p, rest, copy=True)),
+        batch = jax.device_put(batch, NamedSharding(mesh(kind), P("data")))
+    step = nnx.jit(
+        nnx_step(
+            est, lambda module, batch: squared_error(module(batch["x"]), batch["y"])
         )
-        return curvature
-
+    )
     for i in range(STEPS):
-        curvature = step(module, optimizer, curvature, x, y, jax.random.key(i))
+        curvature, _ = step(module, optimizer, curvature, batch, jax.random.key(i))
     return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
 
@@ -238,11 +176,7 @@ def test_nnx_parameters_with_sharding_metadata(kind):
     with jax.set_mesh(mesh(kind)):
         params = nnx_run(True, kind)
     assert params["hidden"]["kernel"].sharding.spec == P(None, "model")
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
-        params,
-        expected,
-    )
+    assert_close(params, expected)
 
 
 def test_named_axes_inside_a_model_on_explicit_axes_are_refused():

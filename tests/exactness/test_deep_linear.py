@@ -29,19 +29,18 @@ def captured(model_fn, params, inputs, kind):
 
 
 def fisher_block(model_fn, params, inputs, name):
-    def outputs(matrix, inputs):
+    def outputs(matrix):
         layer = problems.layer_from_matrix(matrix, params[name])
         return model_fn({**params, name: layer}, inputs)
 
-    return oracles.gauss_newton(
-        outputs,
-        problems.layer_matrix(params[name]),
-        inputs,
-        lambda z: jnp.sum(z**2),
-    )
+    matrix = problems.layer_matrix(params[name])
+    return oracles.gauss_newton(outputs, matrix, lambda z: jnp.sum(z**2))
 
 
-@pytest.mark.parametrize("use_bias", [False, True], ids=["no bias", "bias"])
+biases = pytest.mark.parametrize("use_bias", [False, True], ids=["no bias", "bias"])
+
+
+@biases
 def test_the_exact_kind_is_the_dense_fisher_block(use_bias):
     problem = network(8, use_bias)
     curvature = captured(*problem, "exact")
@@ -51,7 +50,7 @@ def test_the_exact_kind_is_the_dense_fisher_block(use_bias):
         assert oracles.relative_error(dense, expected) < oracles.tolerance("float64")
 
 
-@pytest.mark.parametrize("use_bias", [False, True], ids=["no bias", "bias"])
+@biases
 def test_many_samples_approach_the_dense_fisher_block(use_bias):
     num_examples = 4000
     problem = network(num_examples, use_bias)

@@ -3,73 +3,56 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import linen as nn
 
 import optax_cgfac
 import oracles
+from models.linen_modules import Function, scanned
 from optax_cgfac.layers.layer import matrix_from_leaves
 from optax_cgfac.utils.paths import leaves_by_path
+from problems import normal, ravel
 
 NUM_EXAMPLES = 4
 
 
-class Convolutional(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = nn.tanh(nn.Conv(2, (2, 2), param_dtype=x.dtype, name="conv")(x))
-        x = nn.LayerNorm(param_dtype=x.dtype, name="norm")(x)
-        x = nn.Conv(
-            2,
-            (2,) * 2,
-            strides=2,
-            feature_group_count=2,
-            param_dtype=x.dtype,
-            name="grouped",
-        )(x)
-        return nn.Dense(2, param_dtype=x.dtype, name="out")(x.reshape(len(x), -1))
+F64 = {"param_dtype": jnp.float64}
 
 
-class Shared(nn.Module):
+@Function
+def convolutional(x):
+    x = nn.tanh(nn.Conv(2, (2, 2), name="conv", **F64)(x))
+    x = nn.LayerNorm(name="norm", **F64)(x)
+    grouped = {"strides": 2, "feature_group_count": 2}
+    x = nn.Conv(2, (2, 2), name="grouped", **grouped, **F64)(x)
+    return nn.Dense(2, name="out", **F64)(x.reshape(len(x), -1))
+
+
+@Function
+def shared(x):
     """One layer at every position, twice, and one at one."""
-
-    @nn.compact
-    def __call__(self, x):
-        layer = nn.Dense(3, param_dtype=x.dtype, name="shared")
-        x = layer(nn.tanh(layer(x)))
-        return nn.Dense(2, use_bias=False, param_dtype=x.dtype, name="out")(x.sum(1))
+    layer = nn.Dense(3, name="shared", **F64)
+    x = layer(nn.tanh(layer(x)))
+    return nn.Dense(2, use_bias=False, name="out", **F64)(x.sum(1))
 
 
-class Tied(nn.Module):
-    @nn.compact
-    def __call__(self, tokens):
-        embed = nn.Embed(5, 3, param_dtype=jnp.float64, name="embed")
-        x = nn.Dense(3, param_dtype=jnp.float64, name="mix")(embed(tokens))
-        return embed.attend(nn.tanh(x)).mean(1)
-
-
-class Stacked(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        block = nn.scan(
-            Body,
-            variable_axes={"params": 0} | optax_cgfac.capture_axes(),
-            split_rngs={"params": True},
-            length=2,
-        )
-        x, _ = block(name="blocks")(x, None)
-        return nn.Dense(2, param_dtype=x.dtype, name="out")(x)
+@Function
+def tied(tokens):
+    embed = nn.Embed(5, 3, name="embed", **F64)
+    x = nn.Dense(3, name="mix", **F64)(embed(tokens))
+    return embed.attend(nn.tanh(x)).mean(1)
 
 
 class Body(nn.Module):
     @nn.compact
     def __call__(self, x, _):
-        return nn.tanh(nn.Dense(3, param_dtype=x.dtype, name="dense")(x)), None
+        return nn.tanh(nn.Dense(3, name="dense", **F64)(x)), None
 
 
-def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+@Function
+def stacked(x):
+    x, _ = scanned(Body, 2)(name="blocks")(x, None)
+    return nn.Dense(2, name="out", **F64)(x)
 
 
 def tokens():
@@ -77,15 +60,15 @@ def tokens():
 
 
 PROBLEMS = {
-    "convolution": (Convolutional(), lambda: normal(NUM_EXAMPLES, 3, 3, 1)),
-    "shared": (Shared(), lambda: normal(NUM_EXAMPLES, 3, 3)),
-    "tied": (Tied(), tokens),
-    "stacked": (Stacked(), lambda: normal(NUM_EXAMPLES, 3)),
+    "convolution": (convolutional, lambda: normal(NUM_EXAMPLES, 3, 3, 1)),
+    "shared": (shared, lambda: normal(NUM_EXAMPLES, 3, 3)),
+    "tied": (tied, tokens),
+    "stacked": (stacked, lambda: normal(NUM_EXAMPLES, 3)),
 }
 
 
 def make(name, kind="exact", **options):
-    """The model, parameters, inputs, the estimator and its curvature of the batch."""
+    """The outputs as a function of the parameters, these, and the curvature."""
     model, inputs = PROBLEMS[name][0], PROBLEMS[name][1]()
     params = model.init(jax.random.key(0), inputs)["params"]
     params = jax.tree.map(
@@ -95,30 +78,21 @@ def make(name, kind="exact", **options):
     def model_fn(params, inputs):
         return model.apply({"params": params}, inputs)
 
+    options = {"examples": NUM_EXAMPLES, "window": 1, "positions": None} | options
     estimator = optax_cgfac.fisher_estimator(
-        model_fn,
-        "softmax_cross_entropy",
-        kind=kind,
-        examples=NUM_EXAMPLES,
-        window=1,
-        **({"positions": None} | options),
+        model_fn, "softmax_cross_entropy", kind=kind, **options
     )
     curvature = estimator.init(params, inputs)
     rng = jax.random.key(1) if kind == "mc" else None
     curvature = jax.jit(estimator.update)(curvature, params, inputs, rng=rng)
-    return model_fn, params, inputs, curvature
+    return lambda params: model_fn(params, inputs), params, curvature
 
 
-def dense_fisher(model_fn, params, inputs):
+def dense_fisher(outputs, params):
     """The Gauss-Newton matrix over the raveled parameters."""
     flat, unravel = jax.flatten_util.ravel_pytree(params)
-
-    def loss(z):
-        return jax.nn.logsumexp(z)  # its Hessian is that of the cross-entropy
-
-    return oracles.gauss_newton(
-        lambda x, inputs: model_fn(unravel(x), inputs), flat, inputs, loss
-    )
+    # The Hessian of this loss is that of the cross-entropy.
+    return oracles.gauss_newton(lambda x: outputs(unravel(x)), flat, jax.nn.logsumexp)
 
 
 def order(params, tag):
@@ -131,80 +105,70 @@ def order(params, tag):
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_block_is_the_diagonal_block_of_the_fisher(name, x64):
-    model_fn, params, inputs, curvature = make(name)
-    fisher = dense_fisher(model_fn, params, inputs)
+    outputs, params, curvature = make(name)
+    fisher = dense_fisher(outputs, params)
     for tag in curvature.tags:
         operator = curvature.operator(tag.name, structure="block")
         positions = order(params, tag)
-        stack = positions.reshape(-1, *positions.shape[-2:])
-        dense = operator.to_dense().reshape(len(stack), *operator.to_dense().shape[-2:])
         v = normal(*positions.shape)
-        image = operator.matvec(v).reshape(stack.shape)
-        for index, places in enumerate(stack):
-            expected = fisher[np.ix_(places.ravel(), places.ravel())]
-            assert oracles.relative_error(dense[index], expected) < 1e-10
-            product = (expected @ np.asarray(v).reshape(len(stack), -1)[index]).reshape(
-                places.shape
-            )
-            assert oracles.relative_error(image[index], product) < 1e-10
-            diagonal = operator.diagonal().reshape(stack.shape)[index].ravel()
-            assert oracles.relative_error(diagonal, np.diag(expected)) < 1e-10
-            trace = jnp.ravel(operator.trace())[index]
-            assert trace == pytest.approx(np.trace(expected), rel=1e-10)
-            low, high = (jnp.ravel(x)[index] for x in operator.eigenvalue_extremes())
-            values = np.linalg.eigvalsh(expected)
-            assert high == pytest.approx(values[-1], rel=1e-9)
-            assert low == pytest.approx(max(values[0], 0), abs=1e-12 * values[-1])
+        places = positions.reshape(-1, positions.shape[-2] * positions.shape[-1])
+        dense = operator.to_dense().reshape(*places.shape, -1)
+        image, diagonal, flat_v = (
+            x.reshape(places.shape)
+            for x in (operator.matvec(v), operator.diagonal(), v)
+        )
+        trace = jnp.ravel(operator.trace())
+        for i, own in enumerate(places):
+            expected = fisher[np.ix_(own, own)]
+            assert oracles.relative_error(dense[i], expected) < 1e-10
+            assert oracles.relative_error(image[i], expected @ flat_v[i]) < 1e-10
+            assert oracles.relative_error(diagonal[i], np.diag(expected)) < 1e-10
+            assert trace[i] == pytest.approx(np.trace(expected), rel=1e-10)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_full_is_the_whole_fisher(name, x64):
-    model_fn, params, inputs, curvature = make(name)
-    fisher = dense_fisher(model_fn, params, inputs)
+    outputs, params, curvature = make(name)
+    fisher = dense_fisher(outputs, params)
     operator = curvature.operator(None, structure="full")
     places = np.concatenate([order(params, tag).ravel() for tag in curvature.tags])
     assert len(places) == len(fisher)
     expected = fisher[np.ix_(places, places)]
     assert oracles.relative_error(operator.to_dense(), expected) < 1e-10
     assert operator.trace() == pytest.approx(np.trace(expected), rel=1e-10)
-    assert operator.eigenvalue_extremes()[1] == pytest.approx(
-        np.linalg.eigvalsh(expected)[-1], rel=1e-9
-    )
 
 
 @pytest.mark.parametrize("solver", ["cg", "cholesky"])
 @pytest.mark.parametrize("structure", ["block", "full"])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_update_is_the_dense_solution(name, structure, solver, x64):
-    _, params, _, curvature = make(name, kind="mc", samples=2)
+    _, params, curvature = make(name, kind="mc")
     damping = 0.03
     grads = jax.tree.map(lambda p: normal(*p.shape, seed=7), params)
     tx = optax_cgfac.scale_by_cgfac(
         damping, structure=structure, solver=solver, max_steps=200, rtol=1e-12
     )
     updates, _ = tx.update(grads, tx.init(params), params, curvature=curvature)
-    flat_updates = jax.flatten_util.ravel_pytree(updates)[0]
-    flat = np.asarray(jax.flatten_util.ravel_pytree(grads)[0])
+    updates, flat = ravel(updates), ravel(grads)
     groups = [order(params, tag) for tag in curvature.tags]
     if structure == "full":
-        dense = oracles.float64(curvature.operator(None, structure="full").to_dense())
-        places = np.concatenate([group.ravel() for group in groups])
-        pairs = [(dense, places)]
+        dense = curvature.operator(None, structure="full").to_dense()
+        pairs = [(dense, np.concatenate([group.ravel() for group in groups]))]
     else:
         pairs = []
         for tag, group in zip(curvature.tags, groups, strict=True):
             dense = curvature.operator(tag.name, structure="block").to_dense()
             group = group.reshape(-1, group.shape[-2] * group.shape[-1])
-            dense = oracles.float64(dense).reshape(len(group), *dense.shape[-2:])
+            dense = dense.reshape(len(group), *dense.shape[-2:])
             pairs += list(zip(dense, group, strict=True))
     for dense, places in pairs:
         expected = oracles.solve(dense + damping * np.eye(len(dense)), flat[places])
-        assert oracles.relative_error(flat_updates[places], expected) < 1e-7
+        assert oracles.relative_error(updates[places], expected) < 1e-7
 
 
 @pytest.mark.parametrize("structure", ["block", "full"])
 def test_sample_space_has_the_iterates_of_parameter_space(structure, x64):
-    _, params, _, curvature = make("shared", kind="mc")
+    _, params, curvature = make("shared", kind="mc")
     grads = jax.tree.map(lambda p: normal(*p.shape, seed=7), params)
     start = jax.tree.map(lambda p: normal(*p.shape, seed=8), params)
     for steps in (1, 2, 5, 10):
@@ -215,7 +179,7 @@ def test_sample_space_has_the_iterates_of_parameter_space(structure, x64):
             )
             state = tx.init(params)._replace(warm_start=start)
             updates, _ = tx.update(grads, state, params, curvature=curvature)
-            results.append(jax.flatten_util.ravel_pytree(updates)[0])
+            results.append(ravel(updates))
         assert oracles.relative_error(*results) < 1e-10
 
 
@@ -237,39 +201,3 @@ def test_full_takes_no_path_and_the_others_need_one():
     for arguments in ({"path": "shared", "structure": "full"}, {"path": None}):
         with pytest.raises(ValueError, match="structure='full' takes path=None"):
             curvature.operator(**arguments)
-
-
-@pytest.mark.parametrize("structure", ["block", "full"])
-def test_cgfac_trains_with_the_exact_structures(structure):
-    model = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(3)])
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(64, 5)), jnp.float32)
-    y = jnp.asarray(rng.integers(0, 3, 64))
-    params = model.init(jax.random.key(0), x)["params"]
-
-    def model_fn(params, x):
-        return model.apply({"params": params}, x)
-
-    def loss_fn(params):
-        losses = optax.softmax_cross_entropy_with_integer_labels(model_fn(params, x), y)
-        return jnp.mean(losses)
-
-    estimator = optax_cgfac.fisher_estimator(
-        model_fn, "softmax_cross_entropy", examples=16, window=4
-    )
-    tx = optax_cgfac.cgfac(structure=structure)
-
-    @jax.jit
-    def step(carry, rng):
-        params, state, curvature = carry
-        loss, grads = jax.value_and_grad(loss_fn)(params)
-        curvature = estimator.update(curvature, params, x, rng=rng)
-        updates, state = tx.update(
-            grads, state, params, curvature=curvature, value=loss, value_fn=loss_fn
-        )
-        return (optax.apply_updates(params, updates), state, curvature), loss
-
-    carry = params, tx.init(params), estimator.init(params, x)
-    keys = jax.random.split(jax.random.key(1), 60)
-    carry, losses = jax.lax.scan(step, carry, keys)
-    assert losses[-1] < 0.5 * losses[0]

@@ -14,23 +14,12 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 DAMPING = 0.1
 LAYERS = ["Dense_0", "Dense_1"]
-TO_CONVERGENCE = {"max_steps": 500, "rtol": 1e-13}
+CG = {"max_steps": 500, "rtol": 1e-13}
 TRANSFORMS = {
     "kfac": scale_by_kfac,
-    "parameter": lambda *args, **kwargs: scale_by_cgfac(
-        *args, **kwargs, **TO_CONVERGENCE, space="parameter"
-    ),
-    "jacobi": lambda *args, **kwargs: scale_by_cgfac(
-        *args,
-        **kwargs,
-        **TO_CONVERGENCE,
-        space="parameter",
-        preconditioner="jacobi",
-    ),
-    "sample": lambda *args, **kwargs: scale_by_cgfac(
-        *args, **kwargs, **TO_CONVERGENCE, space="sample", solver="cg"
-    ),
-    "auto": lambda *args, **kwargs: scale_by_cgfac(*args, **kwargs, **TO_CONVERGENCE),
+    "parameter": functools.partial(scale_by_cgfac, **CG, space="parameter"),
+    "sample": functools.partial(scale_by_cgfac, **CG, space="sample", solver="cg"),
+    "auto": functools.partial(scale_by_cgfac, **CG),
 }
 
 

@@ -1,20 +1,17 @@
 """A run that is stopped, saved by Orbax and resumed goes on as if nothing had been."""
 
-import functools
-import pathlib
-import subprocess
-import sys
 import textwrap
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint
 import pytest
 from flax import nnx
 
+from models.nnx_modules import Mlp
 from optax_cgfac import TrainState, cgfac, fisher_estimator, scale_by_cgfac
 from steps import model_fn, problem
+from training import ROOT, nnx_step, python, run, run_python, squared_error
 
 FACTORIES = {
     "cgfac": cgfac,
@@ -23,17 +20,8 @@ FACTORIES = {
 }
 
 
-def run(step, state, batch, first, last):
-    losses = []
-    for i in range(first, last):
-        state, loss = step(state, batch, jax.random.fold_in(jax.random.key(5), i))
-        losses.append(np.asarray(loss))
-    return state, losses
-
-
 def plain_loop(tx):
-    p = problem()
-    return functools.partial(p.start, tx), p.step(tx)
+    return lambda: problem().start(tx), problem().step(tx)
 
 
 def flax_train_state(tx):
@@ -60,15 +48,6 @@ def flax_train_state(tx):
     return start, step
 
 
-class Module(nnx.Module):
-    def __init__(self, rngs):
-        self.hidden = nnx.Linear(5, 4, rngs=rngs)
-        self.out = nnx.Linear(4, 3, rngs=rngs)
-
-    def __call__(self, x):
-        return self.out(nnx.tanh(self.hidden(x)))
-
-
 def nnx_optimizer(tx):
     """Module and optimizer as pure states, which is what is saved."""
     estimator = fisher_estimator(
@@ -78,9 +57,10 @@ def nnx_optimizer(tx):
         window=2,
         model_examples=8,
     )
+    on_modules = nnx_step(estimator, lambda m, b: squared_error(m(b["x"]), b["y"]))
 
     def make():
-        module = Module(nnx.Rngs(0))
+        module = Mlp(nnx.Rngs(0))
         return module, nnx.Optimizer(module, tx, wrt=nnx.Param)
 
     def start():
@@ -92,20 +72,7 @@ def nnx_optimizer(tx):
         module, optimizer = make()
         nnx.update(module, state[0])
         nnx.update(optimizer, state[1])
-
-        def loss_fn(module):
-            return jnp.mean(jnp.sum((module(batch["x"]) - batch["y"]) ** 2, -1))
-
-        value, grads = nnx.value_and_grad(loss_fn)(module)
-        curvature = estimator.update(state[2], module, batch["x"], rng=rng)
-        graphdef, _, rest = nnx.split(module, nnx.Param, ...)
-        optimizer.update(
-            module,
-            grads,
-            curvature=curvature,
-            value=value,
-            value_fn=lambda p: loss_fn(nnx.merge(graphdef, p, rest, copy=True)),
-        )
+        curvature, value = on_modules(module, optimizer, state[2], batch, rng)
         return (nnx.state(module), nnx.state(optimizer), curvature), value
 
     return start, step
@@ -153,40 +120,23 @@ SCRIPT = """
         for i in range(first, 8):
             if i == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
-            rng = jax.random.fold_in(jax.random.key(5), i)
-            state, loss = step(state, p.batch, rng)
+            state, loss = step(state, p.batch, jax.random.key(i))
             checkpointer.save(folder / f"step_{i + 1}", state)
             checkpointer.wait_until_finished()
-    leaves = jax.tree.leaves(state)
-    np.savez(folder / "final.npz", *[np.asarray(x) for x in leaves])
+    np.savez(folder / "final.npz", *map(np.asarray, jax.tree.leaves(state)))
 """
 
 
 def test_a_killed_process_continues_exactly(tmp_path):
-    """Once without a stop; once killed at its sixth step and started again."""
-
-    def start(name, kill_at):
-        folder = tmp_path / name
-        folder.mkdir(exist_ok=True)
-        command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(folder)]
-        result = subprocess.run(
-            [*command, str(kill_at)],
-            cwd=pathlib.Path(__file__).parents[1],
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
-        return result, folder / "final.npz"
-
-    result, expected = start("whole", -1)
-    assert result.returncode == 0, result.stderr[-4000:]
-    killed, final = start("killed", 5)
-    assert killed.returncode == -9
-    assert not final.exists()
-    result, final = start("killed", -1)
-    assert result.returncode == 0, result.stderr[-4000:]
-    with np.load(expected) as whole, np.load(final) as resumed:
-        assert whole.files == resumed.files
-        for name in whole.files:
-            np.testing.assert_array_equal(resumed[name], whole[name])
+    """Killed at its sixth step and started again."""
+    program = ["-c", textwrap.dedent(SCRIPT), tmp_path]
+    env = {"PYTHONPATH": str(ROOT / "tests"), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    assert run_python(*program, 5, **env).returncode == -9
+    assert not (tmp_path / "final.npz").exists()
+    python(*program, -1, **env)
+    p, tx = problem(), cgfac()
+    whole, _ = run(jax.jit(p.step(tx)), p.start(tx), p.batch, 0, 8)
+    with np.load(tmp_path / "final.npz") as resumed:
+        leaves = [resumed[name] for name in resumed.files]
+    for found, expected in zip(leaves, jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(found, expected)

@@ -4,8 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from layer_models import LAYER_CASES
-from models import CASES, NUM_EXAMPLES, by_name
+from models import CASES, LAYER_CASES, NUM_EXAMPLES, by_name
 from optax_cgfac.capture.call import probe_calls
 from optax_cgfac.capture.discover import discover
 from optax_cgfac.capture.linen.tap import run_captured

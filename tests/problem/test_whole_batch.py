@@ -9,8 +9,7 @@ from flax import linen as nn
 from flax import nnx
 
 import oracles
-from layer_models import LAYER_CASES
-from models import NUM_EXAMPLES, init, normal
+from models import LAYER_CASES, NUM_EXAMPLES, init, normal
 from optax_cgfac import fisher_estimator
 from optax_cgfac.optimize.quadratic_model import gauss_newton_products
 
