@@ -22,8 +22,8 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the tests run the code of pages and notebooks
 
-# The notebooks are outside docs/, where Sphinx does not look, and link to the
-# repository by full addresses, as Colab needs them. Their copies link to the pages here.
+# The notebooks are outside docs/, where Sphinx does not look. They link to the
+# repository by full addresses, which Colab needs; their copies link to the pages here.
 NOTEBOOKS = pathlib.Path(__file__).parent / "notebooks"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 FILES = PROJECT["urls"]["Repository"] + "/blob/main/"
