@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 from flax import linen as nn
 
 import optax_cgfac
+from training import squared_error, train_step
 
 TRANSFORMS = {
     "cgfac": lambda: optax_cgfac.cgfac(damping_interval=2),
@@ -18,7 +19,7 @@ TRANSFORMS = {
     ),
     "scale_by_cgfac": lambda: optax_cgfac.scale_by_cgfac(0.1),
     "scale_by_cgfac on parameters": lambda: optax_cgfac.scale_by_cgfac(
-        0.1, space="parameter", preconditioner="jacobi"
+        0.1, space="parameter"
     ),
     "scale_by_kfac": lambda: optax_cgfac.scale_by_kfac(0.1),
 }
@@ -41,8 +42,7 @@ class Problem(NamedTuple):
     batch: dict[str, jax.Array]
 
     def loss(self, params, batch):
-        outputs = model_fn(params, batch["x"])
-        return jnp.mean(jnp.sum((outputs - batch["y"]) ** 2, -1))
+        return squared_error(model_fn(params, batch["x"]), batch["y"])
 
     def curvature(self):
         return self.estimator.init(self.params, self.batch["x"])
@@ -52,23 +52,7 @@ class Problem(NamedTuple):
 
     def step(self, tx):
         """``(state, batch, rng) -> (state, loss)``, as in the README."""
-
-        def train_step(state, batch, rng):
-            params, opt_state, curvature = state
-            value, grads = jax.value_and_grad(self.loss)(params, batch)
-            curvature = self.estimator.update(curvature, params, batch["x"], rng=rng)
-            updates, opt_state = tx.update(
-                grads,
-                opt_state,
-                params,
-                curvature=curvature,
-                value=value,
-                value_fn=lambda p: self.loss(p, batch),
-            )
-            params = optax.apply_updates(params, updates)
-            return (params, opt_state, curvature), value
-
-        return train_step
+        return train_step(tx, self.estimator, self.loss)
 
 
 def model_fn(params, x):
@@ -115,26 +99,70 @@ def ingredients(num_updates=2) -> Ingredients:
     return make(p.params, p.curvature())
 
 
+def run(p: Problem, tx, num_steps, start=None):
+    """``(state, losses)`` of a scan over steps."""
+    step = p.step(tx)
+
+    def body(state, seed):
+        return step(state, p.batch, jax.random.key(seed))
+
+    start = p.start(tx) if start is None else start
+    return jax.jit(lambda s: jax.lax.scan(body, s, jnp.arange(num_steps)))(start)
+
+
 def value_fn(params):
     return problem().loss(params, problem().batch)
 
 
-def update(tx, opt_state, given: Ingredients | None = None, **changes):
+def updating(tx, **extra):
+    """``tx.update`` as a function of state and ingredients."""
+
+    def run(opt_state, given):
+        more = {"curvature": given.curvature, "value": given.value}
+        more |= {"value_fn": value_fn} | extra
+        return tx.update(given.grads, opt_state, given.params, **more)
+
+    return run
+
+
+def update(tx, opt_state, given: Ingredients | None = None, extra=None, **changes):
     """``tx.update`` on the ingredients, compiled."""
     given = (ingredients() if given is None else given)._replace(**changes)
+    return jax.jit(updating(tx, **(extra or {})))(opt_state, given)
 
-    @jax.jit
-    def run(opt_state, given):
-        return tx.update(
-            given.grads,
-            opt_state,
-            given.params,
-            curvature=given.curvature,
-            value=given.value,
-            value_fn=value_fn,
-        )
 
-    return run(opt_state, given)
+def first(tx, extra=None, **changes):
+    """The first update."""
+    return update(tx, tx.init(ingredients().params), None, extra, **changes)
+
+
+def abstract_update(tx, **extra):
+    """The shapes of the first update, which is not compiled."""
+    given = ingredients()
+    return jax.eval_shape(updating(tx, **extra), tx.init(given.params), given)
+
+
+def scaled(factor, tree):
+    return jax.tree.map(lambda x: factor * x, tree)
+
+
+def assert_trees_close(actual, expected, rtol=1e-4, atol=1e-6):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol),
+        actual,
+        expected,
+    )
+
+
+def is_finite(tree):
+    return all(
+        np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(tree)
+    )
+
+
+def is_zero(tree):
+    return not any(np.any(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def describe(tree):

@@ -181,9 +181,3 @@ def steps(*troubles):
     ]
     stacked = [np.asarray(x, np.float32) for x in zip(*full, strict=True)]
     return Trouble(*stacked)
-
-
-def is_finite(tree):
-    return all(
-        np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(tree)
-    )

@@ -235,16 +235,14 @@ def _uses(
 
 def _reason(path: Path, discovery: Discovery) -> str:
     visit = discovery.visits.get(path[:-1])
-    if visit is not None and visit.problem is not None:
-        return visit.problem
     if visit is None:
         return (
             "no module that reads it was met: it is unused, or read below a function "
             "that was jitted before"
         )
-    return (
-        f"a parameter of {visit.class_name} itself, which is no known layer: where the "
-        "module is yours, tag it with optax_cgfac.tag_layer"
+    return visit.problem or (
+        f"a parameter of {visit.class_name} itself, which is not a known layer: where "
+        "the module is yours, tag it with optax_cgfac.tag_layer"
     )
 
 

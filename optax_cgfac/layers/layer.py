@@ -35,7 +35,7 @@ class Use(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LayerTag:
-    """A layer that is preconditioned: where it is and what its matrix looks like.
+    """A layer that is preconditioned: its place and its matrix.
 
     Attributes:
       path: The layer's path in the parameter tree.
@@ -50,8 +50,7 @@ class LayerTag:
       positions: Positions at which an example passes the layer (1 for a plain
         dense layer on vectors), all calls of a shared module together; 1 where a
         row stands for the whole example.
-      columns: Cotangents per example: the Hessian's columns of ``kind="exact"``,
-        or the samples of ``kind="mc"``.
+      columns: Cotangents per example.
       rows_per_step: Rows that one update of the curvature adds.
       dtype: The dtype of the layer's matrix in solves.
       batch_ndim: Trailing axes of ``stack`` that the kernel itself has.
@@ -138,7 +137,7 @@ def find_problem(
     positions = num_positions(call, input_shape, len(stack))
     if positions == 0 or positions % num_examples:
         return (
-            f"its input has {positions} rows, which is no multiple of the "
+            f"its input has {positions} rows, which is not a multiple of the "
             f"{num_examples} examples: it does not depend on the batch, or mixes it"
         )
     return None

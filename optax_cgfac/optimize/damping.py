@@ -46,11 +46,6 @@ def reduction_ratio(actual: Array, predicted: Array) -> Array:
       The ratio; 1 where nothing was predicted and the loss has not risen (a zero
       step), and minus infinity where a number is not finite or no descent was
       predicted.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> print(reduction_ratio(jnp.array(-1.0), jnp.array(-2.0)))
-      0.5
     """
     ratio = jnp.where(predicted < 0, safe_divide(actual, predicted), -jnp.inf)
     ratio = jnp.where((predicted == 0) & (actual <= 0), 1.0, ratio)
@@ -77,12 +72,6 @@ def levenberg_marquardt(
     Returns:
       ``ω λ`` for ``ρ > 3/4``, ``λ / ω`` for ``ρ < 1/4``, otherwise ``λ``, clipped.
 
-    Example:
-      >>> import jax.numpy as jnp
-      >>> bounds = dict(decay=0.5, minimum=1e-8, maximum=1e8)
-      >>> print(levenberg_marquardt(jnp.array(1.0), jnp.array(0.1), **bounds))
-      2.0
-
     References:
       Martens & Grosse (2015), section 6.5.
     """
@@ -104,11 +93,6 @@ def kl_clip_scale(inner_product: Array, learning_rate: Array, clip: float) -> Ar
 
     Returns:
       The scalar ``ν``.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> print(kl_clip_scale(jnp.array(4.0), jnp.array(1.0), 1.0))
-      0.5
 
     References:
       Ba et al. (2017), section 5.
@@ -157,22 +141,6 @@ def typical_damping(curvature: Curvature) -> Array:
 
     Returns:
       Ten times the mean curvature; 0 where that is no number of use, as without rows.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from flax import linen as nn
-      >>> from optax_cgfac import fisher_estimator
-      >>> model, x = nn.Dense(2, use_bias=False), jnp.ones((4, 3))
-      >>> params = model.init(jax.random.key(0), x)["params"]
-      >>> estimator = fisher_estimator(
-      ...     lambda p, x: model.apply({"params": p}, x),
-      ...     "squared_error",
-      ...     kind="exact",
-      ...     examples=4,
-      ... )
-      >>> curvature = estimator.update(estimator.init(params, x), params, x)
-      >>> print(f"{typical_damping(curvature):.3f}")  # the Hessian is 2 I
-      20.000
     """
     damping = _MULTIPLE * mean_curvature(curvature)
     return jnp.where(jnp.isfinite(damping), damping, 0)

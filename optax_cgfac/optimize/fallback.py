@@ -22,10 +22,13 @@ class Fallback:
     where: Callable[[str], bool] | None
 
     def __post_init__(self):
-        if self.fallback is not None and self.where is None:
+        """Checks that both are given, or none."""
+        if (self.fallback is None) != (self.where is None):
+            given, absent = ("where", "fallback")[:: 1 if self.where else -1]
             raise ValueError(
-                "fallback needs where=, true for the parameters that CG-FAC updates; "
-                "got None. Pass cgfac(fallback=..., where=curvature.covers)."
+                f"{given}= needs {absent}=, got None: where is true for the parameters "
+                "that CG-FAC updates, the others are the fallback's. Pass "
+                "cgfac(fallback=optax.adam(1e-3), where=curvature.covers)."
             )
 
     def keeps(self, path: str) -> bool:

@@ -47,9 +47,6 @@ def precondition(
     Returns:
       The solution, like ``grads`` (leaves without a tag keep their gradient), and
       the new info.
-
-    Raises:
-      ValueError: If ``grads`` and the curvature belong to different models.
     """
 
     def solve(*given: Any) -> tuple[PyTree, SolveInfo]:
@@ -160,29 +157,22 @@ def _merge_info(
 
 def _check_same_model(curvature: Curvature, leaves: dict[Path, Array]) -> None:
     """Checks that gradients belong to the model whose layers the curvature holds."""
-    expected = {
+    shapes = {
         path: shape
         for tag in curvature.tags
         for path, shape in zip(tag.leaves, tag.shapes, strict=True)
     }
-    if not expected.keys() & leaves.keys():
+    known = shapes.keys() | {path for path, _ in curvature.spec.uncovered}
+    strange = [
+        f"{text(path)} {leaf.shape}"
+        for path, leaf in leaves.items()
+        if path not in known or leaf.shape != shapes.get(path, leaf.shape)
+    ]
+    if strange or not shapes.keys() & leaves.keys():
+        layers = ", ".join(f"{text(path)} {shape}" for path, shape in shapes.items())
         raise ValueError(
-            "None of the curvature's layers is among the gradients: it belongs to "
-            f"another model.\n  curvature: {', '.join(t.name for t in curvature.tags)}"
-            f"\n  gradients: {', '.join(map(text, leaves)) or 'no leaves'}\n"
+            "The curvature must be of the parameters that are trained.\n"
+            f"  expected: gradients of {layers}\n"
+            f"  got:      {', '.join(strange) or 'none of them'}\n"
             "Call estimator.init(params, inputs) with the parameters that are trained."
         )
-    known = expected.keys() | {path for path, _ in curvature.spec.uncovered}
-    if leaves.keys() - known:
-        raise ValueError(
-            "Gradients of parameters that the curvature was not initialised with: "
-            f"{', '.join(map(text, sorted(leaves.keys() - known)))}. Call "
-            "estimator.init(params, inputs) with the parameters that are trained."
-        )
-    for path, leaf in leaves.items():
-        if path in expected and leaf.shape != expected[path]:
-            raise ValueError(
-                f"Gradient {text(path)!r} has shape {leaf.shape}, but the curvature "
-                f"was initialised for {expected[path]} there: it belongs to another "
-                "model. Call estimator.init(params, inputs) again."
-            )

@@ -70,9 +70,6 @@ def gauss_newton_products(
 
     Returns:
       A matrix of shape ``(k, k)`` in float32, or the outputs' precision if higher.
-
-    Raises:
-      ValueError: If the curvature holds no model.
     """
     model_fn, objective = curvature.spec.model_fn, curvature.spec.objective
     if model_fn is None or objective is None:
@@ -144,12 +141,6 @@ def within_loss(slope: Array, step: Step, value: Array) -> Step:
     Returns:
       The step, times a number in ``(0, 1]``.
 
-    Example:
-      >>> import jax.numpy as jnp
-      >>> slope, step = jnp.array([-1.0, 0.0]), Step(jnp.array(1.0), jnp.array(0.0))
-      >>> print(within_loss(slope, step, jnp.array(0.1)).step_size)
-      0.2
-
     References:
       Polyak (1969), "Minimization of unsmooth functionals".
     """
@@ -174,11 +165,6 @@ def within_promise(step_size: Array, descent: Array, most: Array) -> Array:
 
     Returns:
       ``α``, or less.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> print(within_promise(jnp.array(0.5), jnp.array(-8.0), jnp.array(1.0)))
-      0.125
     """
     promised = -descent * step_size
     is_too_long = promised > most
@@ -205,12 +191,6 @@ def minimize_in_box(
 
     Returns:
       The `Step`; zero where the model is not finite.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> model = QuadraticModel(2 * jnp.eye(2), jnp.eye(2), jnp.array([-1.0, 0.0]))
-      >>> print(minimize_in_box(model).step_size)
-      0.5
     """
     finite = jnp.all(jnp.isfinite(model.curvature)) & jnp.all(jnp.isfinite(model.slope))
     # Products of two entries have the range of neither.

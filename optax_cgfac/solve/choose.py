@@ -151,12 +151,6 @@ def make_plan(
 
     Returns:
       The `Plan`.
-
-    Example:
-      >>> make_plan(SolveSpec(), 256, 1000, 1000).space
-      'sample'
-      >>> make_plan(SolveSpec(), 256, 30, 10).space
-      'parameter'
     """
     # inject_hyperparams traces the number: assume the default.
     max_steps = spec.limits["max_steps"]

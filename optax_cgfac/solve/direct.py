@@ -24,13 +24,6 @@ def solve_by_eigendecomposition(
       operator: A damped `KroneckerOperator` with rows ``(R, n_in)``, ``(R, n_out)``.
       b: The right-hand side, shape ``(n_in, n_out)``.
 
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from optax_cgfac import DampedOperator, KroneckerOperator
-      >>> op = KroneckerOperator(jnp.array([[2.0]]), jnp.array([[1.0]]))
-      >>> print(solve_by_eigendecomposition(DampedOperator(op, 1.0), jnp.ones((1, 1))))
-      [[0.2]]
-
     References:
       Chen (2021), Algorithm 1; Martens & Grosse (2015), section 6.3 and
       appendix B.

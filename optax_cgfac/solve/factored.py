@@ -54,13 +54,6 @@ def factored_damping(
       The damped operator. Both dampings are kept large enough for a
       factorisation in the rows' precision.
 
-    Example:
-      >>> import jax.numpy as jnp
-      >>> op = KroneckerOperator(jnp.array([[2.0]]), jnp.array([[1.0]]))
-      >>> damped = factored_damping(op, 0.01)
-      >>> print(damped.a_damping, damped.g_damping)
-      0.2 0.05
-
     References:
       Martens & Grosse (2015), sections 6.3 and 6.6.
     """
@@ -171,13 +164,6 @@ def solve_directly(
       operators: The damped operators, rows of shapes ``(*stack, R, n_in)`` and
         ``(*stack, R, n_out)``.
       bs: The right-hand sides, shapes ``(*stack, n_in, n_out)``.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> kronecker = KroneckerOperator(jnp.array([[1.0]]), jnp.array([[1.0]]))
-      >>> op = FactoredDampedOperator(kronecker, jnp.array(1.0), jnp.array(1.0))
-      >>> print(solve_directly([op], [jnp.array([[8.0]])])[0])
-      [[2.]]
     """
     sides = [side for operator in operators for side in _sides(operator)]
     inverses = spd_inverses([side.system() for side in sides])
@@ -215,13 +201,6 @@ def solve_by_cg(
       The solution, like ``b``, and a `CGInfo` of both sides: the iterations of
       the two together, the relative residuals of the two systems, recomputed, as one
       norm, times ``‖b‖``, and the worse of the two reasons.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> kronecker = KroneckerOperator(jnp.array([[1.0]]), jnp.array([[1.0]]))
-      >>> op = FactoredDampedOperator(kronecker, jnp.array(1.0), jnp.array(1.0))
-      >>> print(solve_by_cg(op, jnp.array([[8.0]]))[0])
-      [[2.]]
     """
     left, right = _sides(operator)
     limits = {"max_steps": max_steps, "rtol": rtol, "doubts_start": doubts_start}

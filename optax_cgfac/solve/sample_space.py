@@ -73,13 +73,6 @@ def cg_on_rows(
       max_steps: The largest number of iterations.
       rtol: Tolerance relative to ``‖b‖``.
       doubts_start: Whether to start from zero where that is better.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> op = KroneckerOperator(jnp.array([[1.0, 0.0]]), jnp.array([[1.0]]))
-      >>> x, _ = cg_on_rows(op, 1.0, jnp.ones((2, 1)), max_steps=3)
-      >>> print(x.T)
-      [[0.5 1. ]]
     """
     a, g = operator.a, operator.g
     a_gram, g_gram = gram(a), gram(g)

@@ -13,10 +13,11 @@ from models import (
     Compact,
     assert_close,
     by_name,
+    init,
     normal,
     rebuild_gradients,
 )
-from optax_cgfac import fisher_estimator, value_and_grad
+from optax_cgfac import check_gradients, fisher_estimator, value_and_grad
 
 X = normal(0, NUM_EXAMPLES, 5)
 EPS = np.finfo(np.float32).eps
@@ -73,6 +74,22 @@ def test_the_estimator_takes_rows_of_a_few_examples(name):
         halves = np.split(np.asarray(rows.g, np.float32), 2, axis=-2)
         if "+" not in tag.kind:
             assert all(np.any(half) for half in halves), tag.name
+
+
+@pytest.mark.parametrize("cell", [nn.SimpleCell(3), nn.OptimizedLSTMCell(3)])
+def test_an_rnn_that_is_an_attribute_is_covered(cell):
+    class Model(nn.Module):
+        rnn: nn.RNN
+
+        def __call__(self, x):
+            return self.rnn(x)
+
+    model, x = Model(nn.RNN(cell)), normal(0, NUM_EXAMPLES, 3, 5)
+    found = check_gradients(
+        lambda p, x: jnp.mean(model.apply({"params": p}, x) ** 2), init(model, x), x
+    )
+    assert not found.uncovered
+    assert max(found.errors.values()) < 1e-5
 
 
 @pytest.mark.parametrize("is_inside", [False, True])

@@ -248,7 +248,7 @@ def test_statistics_as_long_as_the_batch_are_not_sliced():
 
 
 @pytest.mark.filterwarnings("ignore:BatchNorm in training mode")
-def test_the_module_may_be_donated_beside_the_curvature():
+def test_the_module_may_be_donated_with_the_curvature():
     model = Stateful()
     estimator = fisher_estimator(outputs_of, "squared_error", examples=4)
     curvature = estimator.init(model, BATCH)

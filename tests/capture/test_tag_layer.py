@@ -20,7 +20,7 @@ LAYERS = {
 
 
 class Own(nn.Module):
-    """A matrix and a scale in one module, below a bias and a slope of another."""
+    """A matrix and a scale in one module, below a module with a bias and a slope."""
 
     @nn.compact
     def __call__(self, x):

@@ -66,19 +66,19 @@ def in_nnx(look):
 
 def in_linen(look):
     class Model(nn.Module):
-        dense: nn.Dense
+        rnn: nn.RNN
 
         @nn.compact
         def __call__(self, x):
-            x = self.dense(x)
+            x = nn.Dense(4)(x)
             look()
-            y = nn.RNN(nn.SimpleCell(3))(x).mean(1)
+            y = self.rnn(x).mean(1)
             look()
             return y
 
-    model = Model(nn.Dense(4))
+    model = Model(nn.RNN(nn.SimpleCell(3)))
     params = model.init(jax.random.key(0), X)["params"]
-    look.modules += [model, model.dense]
+    look.modules += [model, model.rnn, model.rnn.cell]
     look.seen.clear()
     return lambda params, x: model.apply({"params": params}, x), params
 
@@ -134,30 +134,27 @@ def suspects(source):
     return found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
-def test_no_module_can_run_data_or_write(path):
-    assert suspects(path.read_text()) == []
+def test_no_module_can_run_data_or_write():
+    found = {path.name: suspects(path.read_text()) for path in SOURCES}
+    assert not any(found.values()), found
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "import pickle",
-        "import os.path as p",
-        "from os import system",
-        "import os\nos.system('x')",
-        "from urllib.request import urlopen",
-        "def f():\n    import subprocess",
-        "x = eval('1')",
-        "run = exec",
-        "with open('x') as f: pass",
-        "np.load('x', allow_pickle=True)",
-        "jnp.save('x', x)",
-        "path.write_text('x')",
-    ],
-)
-def test_the_search_finds_what_it_is_for(source):
-    assert suspects(source)
+HARMFUL = """import pickle
+import os.path as p
+from os import system
+import os; os.system('x')
+from urllib.request import urlopen
+x = eval('1')
+run = exec
+with open('x') as f: pass
+np.load('x', allow_pickle=True)
+jnp.save('x', x)
+path.write_text('x')"""
+
+
+def test_the_search_finds_what_it_is_for():
+    assert all(suspects(line) for line in HARMFUL.splitlines())
+    assert suspects("def f():\n    import subprocess")
 
 
 SCRIPT = """

@@ -1,4 +1,4 @@
-"""JAX's transformations around a whole training step, and nothing compiled twice."""
+"""A training step under JAX's transformations, the same every time, in its dtypes."""
 
 import warnings
 
@@ -8,40 +8,34 @@ import numpy as np
 import optax
 import pytest
 
-from optax_cgfac import cgfac
-from steps import TRANSFORMS, describe, problem
+from optax_cgfac import cgfac, scale_by_cgfac
+from steps import (
+    TRANSFORMS,
+    assert_trees_close,
+    describe,
+    first,
+    ingredients,
+    is_finite,
+    make_problem,
+    problem,
+    run,
+)
+from troubled import transformation
 
 every_transform = pytest.mark.parametrize("name", TRANSFORMS)
 
 
-def assert_trees_close(actual, expected, rtol=2e-4, atol=1e-5):
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol),
-        actual,
-        expected,
-    )
-
-
-def run_loop(step, state, num_steps):
-    losses = []
-    for i in range(num_steps):
-        state, loss = step(state, problem().batch, jax.random.key(i))
-        losses.append(loss)
-    return state, jnp.stack(losses)
-
-
 @every_transform
 def test_a_second_call_traces_and_compiles_nothing(name):
-    tx = optax.chain(TRANSFORMS[name](), optax.scale(-0.1))
-    plain_step = problem().step(tx)
-    traces = []
+    plain_step, traces = problem().step(transformation(name)), []
 
     def counted(*args):
         traces.append(args)
         return plain_step(*args)
 
     step = jax.jit(counted)
-    state, _ = step(problem().start(tx), problem().batch, jax.random.key(0))
+    state = problem().start(transformation(name))
+    state, _ = step(state, problem().batch, jax.random.key(0))
     with jax.log_compiles(), warnings.catch_warnings():
         state, _ = step(state, problem().batch, jax.random.key(1))
         jax.block_until_ready(state)
@@ -49,51 +43,29 @@ def test_a_second_call_traces_and_compiles_nothing(name):
     assert step._cache_size() == 1
 
 
-@every_transform
-def test_the_state_keeps_its_structure_shapes_and_dtypes(name):
-    tx = TRANSFORMS[name]()
-    state = problem().start(tx)
-    after, _ = jax.eval_shape(
-        problem().step(tx), state, problem().batch, jax.random.key(0)
-    )
-    assert jax.tree.structure(after) == jax.tree.structure(state)
-    assert describe(after) == describe(jax.eval_shape(lambda x: x, state))
-
-
 @pytest.mark.parametrize("name", ["cgfac", "scale_by_cgfac"])
 def test_scan_equals_a_loop(name):
-    tx = optax.chain(TRANSFORMS[name](), optax.scale(1.0 if name == "cgfac" else -0.1))
-    step = problem().step(tx)
-    state = problem().start(tx)
-
-    def body(state, seed):
-        return step(state, problem().batch, jax.random.key(seed))
-
-    scanned, losses = jax.jit(lambda s: jax.lax.scan(body, s, jnp.arange(4)))(state)
-    looped, expected = run_loop(jax.jit(step), state, 4)
-
-    np.testing.assert_allclose(losses, expected, rtol=1e-4)
-    assert_trees_close(scanned[0], looped[0])
+    tx = transformation(name)
+    (params, *_), losses = run(problem(), tx, 4)
+    step, state = jax.jit(problem().step(tx)), problem().start(tx)
+    for i in range(4):
+        state, loss = step(state, problem().batch, jax.random.key(i))
+        assert losses[i] == pytest.approx(float(loss), rel=1e-4)
+    assert_trees_close(params, state[0], rtol=2e-4, atol=1e-5)
 
 
 def test_the_step_runs_under_cond():
-    tx = TRANSFORMS["cgfac"]()
-    step = problem().step(tx)
-    state = problem().start(tx)
+    tx = cgfac(damping_interval=2)
+    step, state = problem().step(tx), problem().start(tx)
 
-    @jax.jit
-    def maybe(flag, state):
-        return jax.lax.cond(
-            flag,
-            lambda s: step(s, problem().batch, jax.random.key(0))[0],
-            lambda s: s,
-            state,
-        )
+    def taken(state):
+        return step(state, problem().batch, jax.random.key(0))[0]
 
+    maybe = jax.jit(lambda flag, state: jax.lax.cond(flag, taken, lambda s: s, state))
     assert_trees_close(maybe(False, state)[0], state[0], rtol=0, atol=0)
-    expected, _ = jax.jit(step)(state, problem().batch, jax.random.key(0))
-    assert_trees_close(maybe(True, state)[0], expected[0])
-    assert int(maybe(True, state)[2].num_updates) == 1
+    after = maybe(True, state)
+    assert_trees_close(after[0], jax.jit(taken)(state)[0], rtol=2e-4, atol=1e-5)
+    assert int(after[2].num_updates) == 1
 
 
 INJECTED = {
@@ -111,11 +83,69 @@ def test_the_whole_state_can_be_donated(name):
     pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state[:2])]
     assert len(pointers) == len(set(pointers))
     kernel = state[0]["out"]["kernel"]
-
     step = jax.jit(problem().step(tx), donate_argnums=0)
     after, loss = step(state, problem().batch, jax.random.key(0))
-
     assert kernel.is_deleted()
-    assert np.isfinite(loss)
     after, _ = step(after, problem().batch, jax.random.key(1))
-    assert np.isfinite(after[0]["out"]["kernel"]).all()
+    assert is_finite((loss, after[0]))
+
+
+@every_transform
+def test_the_same_seed_gives_the_same_run_bit_for_bit(name):
+    """`test_checkpoints` has runs of two processes, and restored ones."""
+    tx = transformation(name)
+    runs = [run(problem(), tx, 8) for _ in range(2)]  # traced and compiled again
+    jax.tree.map(np.testing.assert_array_equal, *runs)
+
+
+# ---------------------------------------------------------------- dtypes
+
+
+def dtypes(tree, kind=jnp.floating):
+    leaves = jax.tree.leaves(tree)
+    return {str(x.dtype) for x in leaves if jnp.issubdtype(x.dtype, kind)}
+
+
+@every_transform
+def test_the_state_keeps_its_structure_shapes_and_dtypes(name):
+    """Also where float64 is JAX's default, and the user's choice is float32."""
+    tx = TRANSFORMS[name]()
+    for enabled in (False, True):
+        with jax.enable_x64(enabled):
+            p = make_problem()
+            state = p.start(tx)
+            after, _ = jax.eval_shape(p.step(tx), state, p.batch, jax.random.key(0))
+            assert jax.tree.structure(after) == jax.tree.structure(state)
+            assert describe(after) == describe(jax.eval_shape(lambda x: x, state))
+            assert dtypes(after) == {"float32"}
+            assert dtypes(after, jnp.integer) == {"int32"}
+
+
+def test_float64_parameters_are_solved_in_float64():
+    with jax.enable_x64(True):
+        tx = transformation("cgfac by cg")
+        state, losses = run(make_problem(jnp.float64), tx, 2)
+        params, opt_state, curvature = state
+        assert is_finite((losses, params))
+        for tree in (params, curvature.layers, opt_state.warm_start):
+            assert dtypes(tree) == {"float64"}
+
+
+@pytest.mark.parametrize("name", ["cgfac", "scale_by_cgfac"])
+def test_bfloat16_parameters_stay_and_their_rows_are_float32(name):
+    p = make_problem(jnp.bfloat16)
+    (params, _, curvature), losses = run(p, transformation(name), 2)
+    assert is_finite(losses)
+    assert dtypes(params) == {"bfloat16"}
+    assert dtypes(curvature.layers) == {"float32"}
+
+
+def test_gradients_narrower_than_state_and_rows():
+    """The update follows them, the state stays."""
+    grads = jax.tree.map(lambda g: g.astype(jnp.bfloat16), ingredients().grads)
+    for tx in (cgfac(), cgfac(0.1, solver="cg"), scale_by_cgfac(0.1)):
+        updates, after = first(tx, grads=grads)
+        types = [dtypes(tree) for tree in (tx.init(ingredients().params), after)]
+        assert types[0] == types[1]
+        assert is_finite(updates)
+    assert dtypes(updates) == {"bfloat16"}

@@ -1,4 +1,8 @@
-"""Numbers that are not finite, and layers that see nothing: no harm is done."""
+"""Numbers that are not finite, dead layers and extreme scales do no harm."""
+
+import dataclasses
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -6,174 +10,189 @@ import numpy as np
 import optax
 import pytest
 
-from optax_cgfac import cgfac, diagnostics, scale_by_cgfac, scale_by_kfac
-from steps import TRANSFORMS, ingredients, problem, update
+import oracles
+from optax_cgfac import cgfac, scale_by_cgfac, scale_by_kfac
+from steps import (
+    TRANSFORMS,
+    assert_trees_close,
+    first,
+    ingredients,
+    is_finite,
+    is_zero,
+    make_problem,
+    problem,
+    scaled,
+    update,
+)
+from troubled import (
+    CASES,
+    LOSS,
+    POISON,
+    Trouble,
+    num_counted,
+    runner,
+    shared_runner,
+    steps,
+    transformation,
+)
 
 every_transform = pytest.mark.parametrize("name", TRANSFORMS)
+bad_numbers = pytest.mark.parametrize("bad", [np.nan, np.inf])
+
+# ------------------------------------------------------ every case befalls two steps
+
+BEFORE, BAD, AFTER = 3, 2, 15
+# They judge a step by its effect on the loss: some steps of a good run are not taken.
+ADAPTIVE = ("cgfac", "cgfac by cg")
 
 
-def is_finite(tree):
-    return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
+def sequence(trouble):
+    good = Trouble()
+    return steps(*[good] * BEFORE, *[trouble] * BAD, *[good] * AFTER)
 
 
-def is_zero(tree):
-    return not any(np.any(leaf) for leaf in jax.tree.leaves(tree))
+def explodes(trouble):
+    numbers = trouble.loss, trouble.hidden, trouble.entry
+    return any(1 < number < np.inf for number in numbers)
 
 
-def without_residual(state):
-    """The residual of a bad gradient is no number, and is read by nobody."""
-    return state._replace(info=state.info._replace(residual=()))
-
-
-def num_counted(state):
-    """How often the optimizer says that something was not finite."""
-    result = diagnostics(state)
-    layers = sum(int(layer["num_replaced"]) for layer in result["layers"].values())
-    return layers + int(result.get("num_rejected", 0))
+def start(name):
+    return problem().start(transformation(name))
 
 
 @every_transform
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_survives_and_recovers(name, case):
+    trouble, run_with = CASES[case], shared_runner(name)
+    (params, _, curvature), run = run_with(start(name), sequence(trouble))
+    assert is_finite((run.params, run.rows, params, curvature))
+    counted = np.diff(run.counted, prepend=0)
+    if case in POISON or (case in LOSS and name.startswith("cgfac")):
+        assert (counted[BEFORE : BEFORE + BAD] > 0).all()
+    # The next good batches train as if nothing had been, unless a given learning rate
+    # took a finite step along a gradient out of all measure.
+    if name in ADAPTIVE or not explodes(trouble):
+        assert run.losses[-1] < run.losses[0]
+    # What the bad steps left behind, such as rows, is gone.
+    if name not in ADAPTIVE and not explodes(trouble):
+        assert not counted[BEFORE + BAD :].any()
+    # A run of nothing else stays finite.
+    always = steps(*[trouble] * (BEFORE + BAD + AFTER))
+    (params, _, curvature), run = run_with(start(name), always)
+    assert is_finite((params, run.params, run.rows))
+    assert is_finite((curvature.layers, curvature.dropped))
+
+
+@every_transform
+@pytest.mark.parametrize("dead", ["hidden", "out", None])
+def test_dead_layers_do_no_harm(name, dead):
+    """Without ``hidden`` all activations are zero; without ``out`` all cotangents."""
+    params, *rest = start(name)
+    if dead is not None:
+        params = params | {dead: jax.tree.map(jnp.zeros_like, params[dead])}
+    (params, *_), run = shared_runner(name)((params, *rest), sequence(Trouble()))
+    assert is_finite((run.params, run.rows, params))
+    assert run.losses[-1] < run.losses[0]
+    assert name in ADAPTIVE or run.counted[-1] == 0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["cgfac", "scale_by_cgfac"])
+def test_half_precision_stays_within_its_range(name, dtype):
+    """In float16 sums of squares overflow at a norm of 256."""
+    p, tx = make_problem(jnp.dtype(dtype)), transformation(name)
+    run = runner(p, tx)
+    for scale in (1e-4, 1.0, 30.0, 1e3):
+        for field in ("x", "loss", "hidden"):
+            bad = Trouble(**{field: scale})
+            _, out = run(p.start(tx), sequence(bad))
+            assert is_finite((out.params, out.rows)), (field, scale)
+            if name in ADAPTIVE or not explodes(bad):
+                assert out.losses[-1] < out.losses[0], (field, scale)
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+@bad_numbers
+def test_bad_batches_again_and_again_cost_no_more_than_themselves(name, bad):
+    """Neither the step before is lost, nor does the damping grow."""
+    period, count = 4, BEFORE + BAD + AFTER
+    troubles = [Trouble(x=bad if i % period == 3 else 1.0) for i in range(count)]
+    (_, opt_state, _), run = shared_runner(name)(start(name), steps(*troubles))
+    (_, good_state, _), good = shared_runner(name)(start(name), sequence(Trouble()))
+    of_good = count - count // period
+    assert np.nanmin(run.losses) < 1.2 * good.losses[of_good - 2]
+    assert float(opt_state.damping) < 3 * float(good_state.damping)
+
+
+# ------------------------------------------------------------- single updates
+
+
+@every_transform
+@bad_numbers
 def test_a_bad_gradient_gives_a_zero_update_is_counted_and_forgotten(name, bad):
-    tx = TRANSFORMS[name]()
-    state = tx.init(ingredients().params)
-    grads = jax.tree.map(lambda g: g * bad, ingredients().grads)
-    updates, state = update(tx, state, grads=grads)
-    assert is_zero(updates)
-    assert is_finite(without_residual(state))
-    assert num_counted(state) >= 1
-
-    good, state = update(tx, state)
-    expected, _ = update(tx, tx.init(ingredients().params))
-    assert is_finite(good)
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5),
-        good,
-        expected,
-    )
-
-
-@every_transform
-def test_a_bad_gradient_after_good_ones_repeats_none_of_them(name):
     """Neither the warm start nor the velocity is a step for this gradient."""
-    tx = TRANSFORMS[name]()
-    _, state = update(tx, tx.init(ingredients().params))
-    grads = jax.tree.map(lambda g: g * jnp.nan, ingredients().grads)
-    updates, state = update(tx, state, grads=grads)
+    tx, grads = TRANSFORMS[name](), scaled(bad, ingredients().grads)
+    updates, state = first(tx, grads=grads)
+    # The residual of a bad gradient is no number, and is read by nobody.
+    assert is_finite(state._replace(info=state.info._replace(residual=())))
     assert is_zero(updates)
+    assert num_counted(state) >= 1
+    good, state = update(tx, state)
+    assert_trees_close(good, first(tx)[0], rtol=1e-3, atol=1e-5)
+    bad_again, state = update(tx, state, grads=grads)
+    assert is_zero(bad_again)
     good, state = update(tx, state)
     assert is_finite((good, state))
     assert not is_zero(good)
 
 
 @pytest.mark.parametrize("name", ["cgfac", "cgfac with a learning rate"])
-def test_cgfac_counts_the_step_that_it_rejected(name):
-    tx = TRANSFORMS[name]()
-    grads = jax.tree.map(lambda g: g * jnp.nan, ingredients().grads)
-    _, state = update(tx, tx.init(ingredients().params), grads=grads)
+def test_one_bad_layer_stops_the_whole_step(name):
+    """Half a step is no descent direction, and momentum would carry it on."""
+    grads = ingredients().grads
+    bad = scaled(jnp.nan, grads["out"])
+    updates, state = first(TRANSFORMS[name](), grads=grads | {"out": bad})
+    assert is_zero((updates, state.velocity))
     assert int(state.num_rejected) == 1
 
 
-@pytest.mark.parametrize("name", ["cgfac", "cgfac with a learning rate"])
-def test_one_bad_layer_stops_the_whole_step(name):
-    """Half a step is no descent direction, and momentum would carry it on."""
-    tx = TRANSFORMS[name]()
-    grads = ingredients().grads
-    bad = jax.tree.map(lambda g: g * jnp.nan, grads["out"])
-    updates, state = update(
-        tx, tx.init(ingredients().params), grads=grads | {"out": bad}
-    )
-    assert is_zero(updates)
-    assert is_zero(state.velocity)
-
-
-@pytest.mark.parametrize("loss_too", [False, True])
-def test_a_bad_gradient_does_not_lower_the_damping(loss_too):
-    tx = TRANSFORMS["cgfac"]()  # adapts at every second update
-    _, state = update(tx, tx.init(ingredients().params))
-    grads = jax.tree.map(lambda g: g * jnp.nan, ingredients().grads)
-    value = ingredients().value * (jnp.nan if loss_too else 1)
-    _, after = update(tx, state, grads=grads, value=value)
+@pytest.mark.parametrize("factor", [1.0, np.nan])
+def test_a_bad_gradient_does_not_lower_the_damping(factor):
+    tx, given = TRANSFORMS["cgfac"](), ingredients()  # adapts at every second update
+    _, state = first(tx)
+    bad = {"grads": scaled(jnp.nan, given.grads), "value": given.value * factor}
+    _, after = update(tx, state, **bad)
     assert float(after.damping) >= float(state.damping)
 
 
-def test_bad_examples_never_enter_the_window():
-    p = problem()
-    step = jax.jit(p.step(TRANSFORMS["cgfac"]()))
-    state = p.start(TRANSFORMS["cgfac"]())
-    bad = p.batch | {"x": p.batch["x"].at[1].set(jnp.nan)}
-    after, loss = step(state, bad, jax.random.key(0))
-    assert np.isnan(loss)
-    assert is_finite(after[2].layers)
-    jax.tree.map(np.testing.assert_array_equal, after[0], state[0])
-
-    losses = []
-    for i in range(1, 6):
-        after, loss = step(after, p.batch, jax.random.key(i))
-        losses.append(float(loss))
-    assert is_finite(after)
-    assert losses[-1] < losses[0]
-
-
 @every_transform
-def test_an_empty_window_still_gives_a_finite_update(name):
-    """The damping alone is the curvature then."""
+def test_without_rows_or_gradients(name):
+    """The damping alone is the curvature of an empty window."""
     tx = TRANSFORMS[name]()
-    updates, _ = update(
-        tx, tx.init(ingredients().params), curvature=problem().curvature()
-    )
+    updates, _ = first(tx, curvature=problem().curvature())
     assert is_finite(updates)
     assert not is_zero(updates)
-
-
-@every_transform
-def test_zero_gradients_give_a_zero_update(name):
-    tx = TRANSFORMS[name]()
-    zeros = jax.tree.map(jnp.zeros_like, ingredients().grads)
-    updates, state = update(tx, tx.init(ingredients().params), grads=zeros)
+    updates, state = first(tx, grads=scaled(0.0, ingredients().grads))
     if name != "cgfac with a learning rate":  # whose l2 pulls at the parameters
         assert is_zero(updates)
     assert is_finite((updates, state))
     assert num_counted(state) == 0
 
 
-@every_transform
-def test_all_zero_activations_are_harmless(name):
-    """A dead layer: its rows of ``a`` vanish and so does its gradient."""
-    p = problem()
-    params = jax.tree.map(jnp.zeros_like, p.params)  # so out sees zeros only
-    tx = TRANSFORMS[name]()
-    state = (params, tx.init(params), p.curvature())
-    step = jax.jit(p.step(tx))
-    for i in range(2):
-        state, _ = step(state, p.batch, jax.random.key(i))
-    assert is_finite(state)
-    assert num_counted(state[1]) == 0
-
-
-def test_a_rate_that_is_no_number_is_counted_and_takes_no_step():
-    tx = cgfac(lambda count: jnp.where(count == 1, jnp.nan, 0.1), momentum=0.9)
-    _, state = update(tx, tx.init(ingredients().params))
-    assert num_counted(state) == 0
-    updates, state = update(tx, state)
-    assert is_zero(updates)
-    assert int(state.num_rejected) == 1
-    assert is_finite(update(tx, state))
-
-
-BY_SCHEDULE = {
+FALLING = {
     "cgfac": lambda damping: cgfac(0.1, damping=damping),
     "cgfac full": lambda damping: cgfac(0.1, damping=damping, structure="full"),
     "scale_by_cgfac": scale_by_cgfac,
     "scale_by_kfac": scale_by_kfac,
+    "rate": lambda damping: cgfac(lambda count: jnp.sqrt(damping(count)), momentum=0.9),
 }
 
 
-@pytest.mark.parametrize("name", BY_SCHEDULE)
-def test_a_damping_that_a_schedule_lets_fall_below_zero_takes_no_step(name):
-    """The sum with a positive curvature may be negative: such a step ascends."""
-    tx = BY_SCHEDULE[name](lambda count: 0.1 - 10.0 * count)
-    updates, state = update(tx, tx.init(ingredients().params))
+@pytest.mark.parametrize("name", FALLING)
+def test_a_schedule_that_falls_out_of_its_range_takes_no_step(name):
+    """With a negative damping steps may ascend; the root makes the rate no number."""
+    tx = FALLING[name](lambda count: 0.1 - 10.0 * count)
+    updates, state = first(tx)
     assert not is_zero(updates)
     assert num_counted(state) == 0
     updates, state = update(tx, state)
@@ -191,15 +210,122 @@ def test_parameters_do_not_leave_the_range_of_their_precision(dtype):
         for tree in (ingredients().params, ingredients().grads)
     )
     grads = jax.tree.map(lambda g: jnp.full_like(g, most / 2), grads)
-    curvature = ingredients().curvature
-
-    @jax.jit
-    def run(params, state):
-        updates, state = tx.update(grads, state, params, curvature=curvature)
-        return optax.apply_updates(params, updates), state
-
     state = tx.init(params)
     for _ in range(5):
-        params, state = run(params, state)
+        updates, state = update(tx, state, params=params, grads=grads)
+        params = optax.apply_updates(params, updates)
         assert is_finite(params)
     assert max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(params)) > most / 4
+
+
+# ------------------------------------------------------- systems in other units
+# ``(F + γI) x = b``: rows ``s a`` and ``t g`` have ``s²t² F``, so that with a damping
+# of ``s²t² γ`` and a right-hand side ``r b`` the solution is ``x r / s²t²``.
+
+EXACT = {"rtol": 1e-6, "max_steps": 60}
+SOLVERS = {
+    "tikhonov on rows": EXACT | {"space": "sample"},
+    "tikhonov on parameters": EXACT | {"space": "parameter"},
+    "factored by cg": EXACT | {"damping_form": "factored", "solver": "cg"},
+    "factored": {"damping_form": "factored"},
+    "block": EXACT | {"structure": "block"},
+    "full": EXACT | {"structure": "full"},
+    "kfac": None,
+}
+every_solver = pytest.mark.parametrize("name", SOLVERS)
+DAMPING = 0.3
+# Factors of a, g and b: gradients, losses and inputs in other units, balanced rows.
+UNITS = [(1.0, 1.0, 10.0**n) for n in (-33, -30, -25, -20, 20, 25, 30)]
+UNITS += [(1.0, math.sqrt(c), c) for c in (1e-20, 1e-12, 1e12, 1e20)]
+UNITS += [(s, 1.0, s) for s in (1e-10, 1e10)]
+UNITS += [(s, 1 / s, 1.0) for s in (1e-8, 1e-4, 1e4, 1e8)]
+
+
+@functools.cache
+def solver(name):
+    """``solve(a, g, b, damping, x0)`` for `steps`' network, compiled once."""
+    options, given = SOLVERS[name], ingredients()
+
+    @jax.jit
+    def solve(a, g, b, damping, x0, layers):
+        layers = {
+            k: rows._replace(a=a * rows.a, g=g * rows.g) for k, rows in layers.items()
+        }
+        curvature = dataclasses.replace(given.curvature, layers=layers)
+        if options is None:
+            tx = scale_by_kfac(damping)
+        else:
+            tx = scale_by_cgfac(damping, **options)
+        state = tx.init(given.params)
+        if state.warm_start is not None:
+            state = state._replace(warm_start=scaled(x0, given.params))
+        return tx.update(scaled(b, given.grads), state, curvature=curvature)
+
+    def run(*numbers, layers=given.curvature.layers):
+        return solve(*(jnp.asarray(x, jnp.float32) for x in numbers), layers)
+
+    return run
+
+
+def solve_in(name, units, x0=0.0):
+    a, g, b = units
+    curvature = (a * g) ** 2
+    solution, state = solver(name)(a, g, b, DAMPING * curvature, x0 * b / curvature)
+    assert num_counted(state) == 0, units
+    return jax.tree.map(lambda x: oracles.float64(x) * curvature / b, solution)
+
+
+@pytest.mark.parametrize("x0", [0.0, 1.0], ids=["cold", "warm"])
+@every_solver
+def test_solutions_have_the_units_of_their_systems(name, x0):
+    expected = solve_in(name, (1.0, 1.0, 1.0), x0)
+    for units in UNITS:
+        errors = jax.tree.map(
+            oracles.relative_error, solve_in(name, units, x0), expected
+        )
+        assert max(jax.tree.leaves(errors)) < 1e-3, units
+
+
+@every_solver
+def test_a_bad_start_does_not_become_the_solution(name):
+    """Neither one from an explosion, nor any start for a gradient of zero."""
+    expected = solve_in(name, (1.0, 1.0, 1.0))
+    for scale in (1e22, 1e30, 1e37):
+        actual, _ = solver(name)(1.0, 1.0, 1.0, DAMPING, scale)
+        for x, y in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+            assert np.max(np.abs(x)) < 1e3 * np.max(np.abs(y))
+    solution, state = solver(name)(1.0, 1.0, 0.0, DAMPING, 1.0)
+    assert is_zero((solution, state.info.num_replaced))
+
+
+@pytest.mark.parametrize("rows", ["none", "one direction", "full"])
+@every_solver
+def test_without_damping_no_step_is_out_of_measure(name, rows):
+    """Where the rows span little, rounding makes the operator indefinite."""
+    layers = ingredients().curvature.layers
+    if rows == "one direction":
+        layers = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape), layers)
+    for x0 in (0.0, 1.0):
+        factor = 0.0 if rows == "none" else 1.0
+        solution, _ = solver(name)(factor, 1.0, 1.0, 0.0, x0, layers=layers)
+        assert is_finite(solution)
+        if rows == "none":
+            assert max(jnp.max(jnp.abs(x)) for x in jax.tree.leaves(solution)) < 1e3
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])
+def test_the_first_damping_is_finite_and_waits_for_one(scale):
+    given, tx = ingredients(), cgfac()
+    layers = {
+        k: rows._replace(g=rows.g * scale) for k, rows in given.curvature.layers.items()
+    }
+    curvature = dataclasses.replace(given.curvature, layers=layers)
+    _, state = first(tx, curvature=curvature)
+    assert np.isfinite(state.damping)
+    assert state.damping > 0
+    _, state = update(tx, state)
+    # The square of 1e-30 or 1e30 is no number in float32: the first good one counts.
+    # That of 1e-15 is one, and far outgrown by the next.
+    waits = scale in (1e-30, 1e-15, 1e30)
+    fresh = float(first(tx)[1].initial_damping)
+    assert waits == (float(state.initial_damping) == fresh)

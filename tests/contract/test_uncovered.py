@@ -81,8 +81,7 @@ def test_an_apply_under_a_jax_transform_of_the_user_raises_a_clear_error(name):
 )
 def test_an_outermost_lifted_class_is_captured_or_refused_by_init(model):
     """What init accepts, update must be able to do."""
-    estimator = estimator_of(model)
-    params = init(model, X)
+    estimator, params = estimator_of(model), init(model, X)
     try:
         curvature = estimator.init(params, X)
     except ValueError as error:
@@ -125,18 +124,14 @@ def test_the_fallback_trains_the_rest_exactly_as_it_would_alone():
 
 
 def test_an_uncovered_parameter_without_a_fallback_stops_the_update():
-    model = WithScale()
-    params = init(model, X)
-    curvature = estimate(model, fallback=True)
-    tx = optax_cgfac.cgfac(0.1)
+    params, tx = init(WithScale(), X), optax_cgfac.cgfac(0.1)
+    curvature = estimate(WithScale(), fallback=True)
     with pytest.raises(ValueError, match=r"norm/bias, norm/scale.*fallback=optax.adam"):
         tx.update(params, tx.init(params), params, curvature=curvature)
 
 
 def test_left_out_parameters_get_their_plain_gradient():
-    model = WithScale()
-    params = init(model, X)
-    curvature = estimate(model, where=lambda path: "norm" not in path)
-    tx = optax_cgfac.scale_by_cgfac(0.1)
+    params, tx = init(WithScale(), X), optax_cgfac.scale_by_cgfac(0.1)
+    curvature = estimate(WithScale(), where=lambda path: "norm" not in path)
     updates, _ = tx.update(params, tx.init(params), params, curvature=curvature)
     np.testing.assert_array_equal(updates["norm"]["scale"], params["norm"]["scale"])

@@ -13,6 +13,8 @@ from optax_cgfac.optimize.quadratic_model import gauss_newton_products
 from optax_cgfac.utils.paths import leaves_by_path
 from problems import normal, ravel
 
+pytestmark = pytest.mark.usefixtures("x64")
+
 N, T, C = 5, 3, 2
 MASK = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 0]], float)
 
@@ -131,7 +133,7 @@ FACTORS = {
 
 
 @pytest.mark.parametrize(("reduction", "weighted"), FACTORS)
-def test_the_fisher_of_every_reduction_and_weight(reduction, weighted, x64):
+def test_the_fisher_of_every_reduction_and_weight(reduction, weighted):
     params = parameters()
     options = {"reduction": reduction, "weights": mask if weighted else None}
     curvature = estimate(first, "softmax_cross_entropy", params, **options)
@@ -139,7 +141,7 @@ def test_the_fisher_of_every_reduction_and_weight(reduction, weighted, x64):
     assert_exact(params, curvature, expected)
 
 
-def test_outputs_with_a_loss_each_add_up(x64):
+def test_outputs_with_a_loss_each_add_up():
     params = parameters()
     squared = optax_cgfac.Loss.named("squared_error", weight=0.3)
     curvature = estimate(both, ("softmax_cross_entropy", squared), params)
@@ -156,7 +158,7 @@ def test_outputs_with_a_loss_each_add_up(x64):
     ],
     ids=["weights", "sum", "heads"],
 )
-def test_many_samples_tend_to_the_exact_fisher(model_fn, loss, options, x64):
+def test_many_samples_tend_to_the_exact_fisher(model_fn, loss, options):
     params = parameters()
     exact = full(params, estimate(model_fn, loss, params, **options))
 
@@ -170,7 +172,7 @@ def test_many_samples_tend_to_the_exact_fisher(model_fn, loss, options, x64):
     assert last < 0.1
 
 
-def test_empirical_rows_are_the_examples_own_gradients(x64):
+def test_empirical_rows_are_the_examples_own_gradients():
     params = parameters()
     targets = jnp.asarray(np.random.default_rng(1).integers(0, C, (N, T)))
     loss = "softmax_cross_entropy"
@@ -187,7 +189,7 @@ def test_empirical_rows_are_the_examples_own_gradients(x64):
     assert oracles.relative_error(full(params, curvature), expected) < 1e-10
 
 
-def test_padded_tokens_count_for_nothing(x64):
+def test_padded_tokens_count_for_nothing():
     """Whatever stands at a position of weight zero, the rows are the same."""
     params, inputs = parameters(), batch()
     update, curvature = start(first, "softmax_cross_entropy", params, weights=mask)
@@ -200,7 +202,7 @@ def test_padded_tokens_count_for_nothing(x64):
         assert oracles.relative_error(one, other) < 1e-12
 
 
-def test_a_users_own_loss_needs_three_functions(x64):
+def test_a_users_own_loss_needs_three_functions():
     poisson = optax_cgfac.Loss(
         name="poisson",
         value=lambda z, t: jnp.sum(jnp.exp(z) - t * z, -1),
@@ -220,7 +222,7 @@ def test_a_users_own_loss_needs_three_functions(x64):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights": lambda x: x["mask"][:, :2]}, r"broadcasts to \(N, 3\)"),
+        ({"weights": lambda x: x["mask"][:, :2]}, r"broadcasts to \(5, 3\)"),
         (
             {"kind": "empirical", "targets": jnp.zeros((N - 1, T), int)},
             f"expected the {N} examples",

@@ -1,15 +1,24 @@
-"""What a wrong call is: the call, and what its error must say."""
+"""A wrong call, what its error must say, and builders of calls with one mistake."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
 
-import optax_cgfac
-from steps import ingredients, problem
-
-Mode = Literal["build", "step", "trace"]
+from optax_cgfac import (
+    Curvature,
+    Loss,
+    cgfac,
+    fisher_estimator,
+    scale_by_cgfac,
+    scale_by_kfac,
+    value_and_grad,
+)
+from steps import ingredients, model_fn, problem, value_fn
 
 
 class Given(NamedTuple):
@@ -17,11 +26,18 @@ class Given(NamedTuple):
 
     params: Any
     grads: Any
-    curvature: optax_cgfac.Curvature
+    curvature: Curvature
     value: jax.Array
     x: jax.Array
     y: jax.Array
     key: jax.Array
+
+
+@functools.cache
+def given() -> Given:
+    g, batch = ingredients(), problem().batch
+    key = jax.random.key(0)
+    return Given(g.params, g.grads, g.curvature, g.value, batch["x"], batch["y"], key)
 
 
 class Case(NamedTuple):
@@ -29,63 +45,146 @@ class Case(NamedTuple):
 
     Attributes:
       done: What was done, for the table.
-      error: The exception.
       call: Makes the call.
-      expected: Found in the message: what was expected.
-      got: Found in the message: what came.
-      remedy: Found in the message: what to do. The message ends with it, unless the
-        pattern has a group, which is what to use.
-      mode: ``"build"`` for calls outside of a step, ``"step"`` for those that must fail
-        alike with arrays and with tracers, ``"trace"`` for those before whose error
-        much would be computed with arrays.
+      ways: Whether arrays are tracers, for each way to make the call.
     """
 
     done: str
-    error: type[Exception]
     call: Callable[[Given], Any]
-    expected: str
-    got: str
-    remedy: str
-    mode: Mode
+    ways: tuple[bool, ...]
 
-    def run(self, *, traced: bool) -> Any:
-        """Makes the call, with tracers in the place of arrays or with arrays."""
-        if traced:
-            return jax.eval_shape(self.call, given())
-        return self.call(given())
-
-    @property
-    def ways(self) -> list[bool]:
-        """Whether the call is to be traced, for every way to make it."""
-        return {"build": [False], "step": [False, True], "trace": [True]}[self.mode]
+    def error(self, *, traced: bool) -> tuple[type, str]:
+        """Makes the call, and returns its error's class and text."""
+        try:
+            jax.eval_shape(self.call, given()) if traced else self.call(given())
+        except (ValueError, TypeError) as error:
+            return type(error), str(error)
+        raise AssertionError(f"{self.done}: nothing was raised.")
 
 
 class Topic(NamedTuple):
-    """Wrong calls of one function."""
+    """Wrong calls of one function.
+
+    Attributes:
+      title: The heading.
+      both: Calls that must fail alike with arrays and with tracers.
+      traced: Calls made with tracers only.
+    """
 
     title: str
-    mode: Mode
-    cases: list[Case]
+    both: dict[str, Callable[[Given], Any]]
+    traced: dict[str, Callable[[Given], Any]]
 
-    def add(self, done, error, call, expected, got, remedy, mode: Mode | None = None):
-        """Adds a case."""
-        mode = self.mode if mode is None else mode
-        self.cases.append(Case(done, error, call, expected, got, remedy, mode))
-
-
-def topic(title: str, mode: Mode) -> Topic:
-    return Topic(title, mode, [])
+    @property
+    def cases(self) -> list[Case]:
+        traced = [Case(*item, (True,)) for item in self.traced.items()]
+        return traced + [Case(*item, (False, True)) for item in self.both.items()]
 
 
-@functools.cache
-def given() -> Given:
-    of_step = ingredients()
-    return Given(
-        of_step.params,
-        of_step.grads,
-        of_step.curvature,
-        of_step.value,
-        problem().batch["x"],
-        problem().batch["y"],
-        jax.random.key(0),
-    )
+class Modes(nnx.Module):
+    """A module with a mode."""
+
+    def __init__(self):
+        self.layer = nnx.Linear(5, 3, rngs=nnx.Rngs(0))
+        self.dropout = nnx.Dropout(0.1, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.dropout(self.layer(x))
+
+
+def own_loss(**changes):
+    functions = {
+        "value": lambda z, t: jnp.sum((z - t) ** 2, -1),
+        "sample": lambda rng, z: z + jax.random.normal(rng, z.shape),
+        "hessian_product": lambda z, v: 2 * v,
+    }
+    return Loss(**{"name": "own", **functions, **changes})
+
+
+def of_one_pass(g, count=8):
+    """The curvature of `value_and_grad`."""
+    batch = {"x": g.x[:count], "y": g.y[:count]}
+    return value_and_grad(problem().loss)(g.params, batch)[2]
+
+
+def restored(g):
+    """A curvature with the rows of another window."""
+    layers = g.curvature.with_window(3).layers
+    return dataclasses.replace(g.curvature, layers=layers)
+
+
+def cast(g):
+    return jax.tree.map(lambda x: x.astype(jnp.float16) if x.ndim else x, g.curvature)
+
+
+# Neither `estimator.update` nor `tx.update` takes them.
+CURVATURES = {
+    "a stack of curvatures": lambda g: jax.tree.map(lambda x: x[None], g.curvature),
+    "a curvature whose rows were cast": cast,
+    "a curvature restored with the rows of another window": restored,
+}
+
+
+def estimating(loss="squared_error", fn=model_fn, **options):
+    return lambda g: fisher_estimator(fn, loss, **options)
+
+
+def init(params=None, inputs=None, fn=model_fn, loss="squared_error", **options):
+    """``init`` with parameters or inputs made from the right ones."""
+
+    def call(g):
+        estimator = fisher_estimator(fn, loss, **({"examples": 4} | options))
+        return estimator.init(
+            g.params if params is None else params(g),
+            g.x if inputs is None else inputs(g),
+        )
+
+    return call
+
+
+def update(**changes):
+    """``update`` with arguments made from the right ones."""
+
+    def call(g):
+        made = {"curvature": g.curvature, "params": g.params, "inputs": g.x}
+        made |= {"rng": g.key} | {name: make(g) for name, make in changes.items()}
+        return problem().estimator.update(**made)
+
+    return call
+
+
+def new_update(fn=model_fn, loss="squared_error", inputs=None, at=None, **options):
+    """``init`` and ``update`` of a new estimator; ``targets`` is of the second."""
+    targets = options.pop("targets", None)
+
+    def call(g):
+        estimator = fisher_estimator(fn, loss, examples=4, window=1, **options)
+        first = g.x if inputs is None else inputs(g)
+        curvature = estimator.init(g.params, first)
+        later = first if at is None else at(g)
+        made = {"rng": g.key} if targets is None else {"targets": targets(g)}
+        return estimator.update(curvature, g.params, later, **made)
+
+    return call
+
+
+BLOCK = {
+    "cgfac": cgfac,
+    "scale_by_cgfac": lambda: scale_by_cgfac(0.1),
+    "scale_by_kfac": lambda: scale_by_kfac(0.1),
+}
+
+
+def step(tx="cgfac", **changes):
+    """``tx.update`` with arguments made from the right ones."""
+
+    def call(g):
+        made = {name: make(g) for name, make in changes.items()}
+        own = BLOCK[tx]() if isinstance(tx, str) else tx()
+        params = made.pop("params", g.params)
+        grads = made.pop("grads", g.grads)
+        state = made.pop("state") if "state" in made else own.init(g.params)
+        extra = {"curvature": g.curvature, "value": g.value, "value_fn": value_fn}
+        return own.update(grads, state, params, **(extra | made))
+
+    return call

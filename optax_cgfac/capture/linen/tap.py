@@ -278,6 +278,8 @@ class _Tap:
 def _time_captured(rnn: Any) -> Iterator[None]:
     """Makes the scan of an `nn.RNN` carry the collections of capture along time."""
     axes = rnn.variable_axes
+    if rnn.cell.scope is not None:  # made before the call, if the RNN is an attribute
+        rnn.cell.scope.mutable = union_filters(rnn.cell.scope.mutable, INPUTS)
     # Linen modules are frozen; this one is Flax's bound copy, not the user's module.
     object.__setattr__(rnn, "variable_axes", {**axes, **capture_axes()})
     try:

@@ -78,7 +78,7 @@ _NOT_CARRIED = (
 )
 
 _NO_LAYER = (
-    "a parameter of {} itself, which is no layer of nnx and either not tagged with "
+    "a parameter of {} itself, which is not a layer of nnx and either not tagged with "
     "optax_cgfac.tag_layer, or below a transform that does not carry the capture's "
     "variables"
 )

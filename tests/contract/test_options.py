@@ -1,0 +1,154 @@
+"""Every option is used or refused, in every mode: none is accepted and ignored."""
+
+import functools
+import inspect
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import linen as nn
+
+from optax_cgfac import cgfac, fisher_estimator, scale_by_cgfac, scale_by_kfac
+from steps import ingredients, updating
+
+
+class Net(nn.Module):
+    """Layers with and without positions, and a parameter that no layer has."""
+
+    @nn.compact
+    def __call__(self, x):
+        shift = self.param("shift", nn.initializers.zeros, 4)
+        hidden = nn.tanh(nn.Dense(4, name="hidden")(x) + shift).mean(1)
+        return nn.Dense(3, name="out")(hidden)
+
+
+def model_fn(params, x):
+    return Net().apply({"params": params}, x)
+
+
+# Two values of every option.
+SOLVE = {
+    "structure": ("kronecker", "block"),
+    "damping_form": ("tikhonov", "factored"),
+    "space": ("parameter", "sample"),
+    "solver": ("cg", "cholesky"),
+    "max_steps": (3, 4),
+    "rtol": (0.1, 0.2),
+    "warm_start": (True, False),
+    "damping": (0.1, 0.2),
+}
+ADAPT = {
+    "learning_rate": (0.1, 0.2),
+    "momentum": (0.5, 0.6),
+    "l2": (0.1, 0.2),
+    "kl_clip": (0.1, 0.2),
+    "fallback": (optax.sgd(0.1), optax.sgd(0.2)),
+    "where": (lambda path: "out" in path, lambda path: "hidden" in path),
+    "damping_decay": (0.5, 0.6),
+    "damping_interval": (2, 3),
+    "model_interval": (2, 3),
+    "min_damping": (0.01, 0.02),
+    "max_damping": (100.0, 200.0),
+}
+ESTIMATOR = {
+    "model_fn": (model_fn, lambda params, x: 2 * model_fn(params, x)),
+    "loss": ("squared_error", "sigmoid_binary_cross_entropy"),
+    "kind": ("mc", "exact"),
+    "window": (2, 3),
+    "examples": (4, 5),
+    "model_examples": (6, 7),
+    "where": (None, lambda path: "out" in path),
+    "fallback": (False, True),
+    "input_axes": ("auto", None),
+    "whole_batch": (False, True),
+    "weight_sharing": ("expand", "reduce"),
+    "positions": (1, 2),
+    "rows_dtype": ("float32", "float16"),
+    "rank": (1, 2),
+    "refresh_every": (2, 3),
+    "capture_every": (2, 3),
+    "reduction": ("mean", "sum"),
+    "weights": (None, lambda x: x[:, 0, 0]),
+    "axis_name": (None, "batch"),
+}
+SOLVERS = {
+    "": {},
+    "cg": {"solver": "cg"},
+    "tikhonov": {"damping_form": "tikhonov"},
+    "parameter": {"space": "parameter"},
+    "sample": {"damping_form": "tikhonov", "space": "sample"},
+    "block": {"structure": "block"},
+    "block by cholesky": {"structure": "block", "solver": "cholesky"},
+    "full": {"structure": "full"},
+}
+MODES = {
+    scale_by_kfac: {"": {"damping": 0.1}},
+    scale_by_cgfac: {k: {"damping": 0.1} | mode for k, mode in SOLVERS.items()},
+    cgfac: {f"rate {k}": {"learning_rate": 0.1} | m for k, m in SOLVERS.items()}
+    | {name: SOLVERS[name] for name in ("", "cg", "block by cholesky")}
+    | {"fallback": {name: ADAPT[name][0] for name in ("fallback", "where")}},
+    fisher_estimator: {"mc": {}, "exact": {"kind": "exact"}},
+}
+VALUES = {cgfac: SOLVE | ADAPT, fisher_estimator: ESTIMATOR}
+
+
+def printed(function, *args):
+    """A traced program as text, with its constants, without addresses."""
+    closed = jax.make_jaxpr(function)(*args)
+    return re.sub("0x[0-9a-f]+", "", f"{closed.jaxpr} {closed.consts}")
+
+
+def of_optimizer(factory, options):
+    tx, given = factory(**options), ingredients()
+    return printed(lambda given: updating(tx)(tx.init(given.params), given), given)
+
+
+def of_estimator(factory, options):
+    """A step, as what is captured may matter in the solve only."""
+    x = jnp.ones((8, 3, 5))
+    params = jax.eval_shape(Net().init, jax.random.key(0), x)["params"]
+    required = {"model_fn": model_fn, "loss": "squared_error", "fallback": True}
+    usual = {"examples": 4, "window": 2, "rank": 2}
+    estimator = factory(**(required | usual | options))
+    curvature = estimator.init(params, x)
+    tx = cgfac(fallback=optax.sgd(0.1), where=curvature.covers)
+
+    def step(params, curvature, rng):
+        curvature = estimator.update(curvature, params, x, rng=rng)
+        more = {"curvature": curvature, "value": 1.0, "value_fn": lambda p: 1.0}
+        return tx.update(params, tx.init(params), params, **more)
+
+    return printed(step, params, curvature, jax.random.key(0))
+
+
+@functools.cache
+def program(factory, given):
+    """The program of a step with these options."""
+    of = of_estimator if factory is fisher_estimator else of_optimizer
+    return of(factory, dict(given))
+
+
+def cases():
+    for factory, modes in MODES.items():
+        for name, mode in modes.items():
+            for option in inspect.signature(factory).parameters:
+                # How a step is adapted does not depend on how it is solved.
+                if option in SOLVE or not mode.keys() & {*SOLVE} - {"damping"}:
+                    test_id = f"{factory.__name__} {name} {option}"
+                    yield pytest.param(factory, mode, option, id=test_id)
+
+
+@pytest.mark.parametrize(("factory", "mode", "option"), [*cases()])
+def test_an_option_is_used_or_refused(factory, mode, option):
+    program(factory, frozenset(mode.items()))  # the mode itself is legal
+    programs = set()
+    for value in VALUES.get(factory, SOLVE)[option]:
+        try:
+            found = program(factory, frozenset((mode | {option: value}).items()))
+        except (ValueError, TypeError) as error:
+            found = f"refused: {error}"
+        programs.add(found)
+    refused = all(text.startswith("refused") for text in programs)
+    assert refused or len(programs) == 2, f"{option} is accepted and ignored"
