@@ -1,11 +1,11 @@
 """A small problem and the training steps that the contract tests share."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 import optax_cgfac
@@ -99,6 +99,16 @@ def ingredients(num_updates=2) -> Ingredients:
     return make(p.params, p.curvature())
 
 
+def with_rows(a=1.0, g=1.0, layers=None):
+    """The curvature with its rows, or others, in other units."""
+    curvature = ingredients().curvature
+    layers = {
+        name: rows._replace(a=a * rows.a, g=g * rows.g)
+        for name, rows in (layers or curvature.layers).items()
+    }
+    return dataclasses.replace(curvature, layers=layers)
+
+
 def run(p: Problem, tx, num_steps, start=None):
     """``(state, losses)`` of a scan over steps."""
     step = p.step(tx)
@@ -140,31 +150,3 @@ def abstract_update(tx, **extra):
     """The shapes of the first update, which is not compiled."""
     given = ingredients()
     return jax.eval_shape(updating(tx, **extra), tx.init(given.params), given)
-
-
-def scaled(factor, tree):
-    return jax.tree.map(lambda x: factor * x, tree)
-
-
-def assert_trees_close(actual, expected, rtol=1e-4, atol=1e-6):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol),
-        actual,
-        expected,
-    )
-
-
-def is_finite(tree):
-    return all(
-        np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(tree)
-    )
-
-
-def is_zero(tree):
-    return not any(np.any(leaf) for leaf in jax.tree.leaves(tree))
-
-
-def describe(tree):
-    """Shapes, dtypes and weak types of a tree's leaves."""
-    return jax.tree.map(lambda x: (x.shape, str(x.dtype), x.weak_type), tree)

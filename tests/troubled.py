@@ -181,3 +181,17 @@ def steps(*troubles):
     ]
     stacked = [np.asarray(x, np.float32) for x in zip(*full, strict=True)]
     return Trouble(*stacked)
+
+
+# The steps of a sequence that are bad, and how many there are.
+BAD, COUNT = slice(3, 5), 20
+
+
+def sequence(trouble):
+    """A run in which two steps are bad."""
+    bad = range(COUNT)[BAD]
+    return steps(*[trouble if i in bad else Trouble() for i in range(COUNT)])
+
+
+def start(name):
+    return problem().start(transformation(name))

@@ -9,19 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_cgfac import cgfac, scale_by_cgfac, scale_by_kfac
-from steps import (
-    TRANSFORMS,
-    assert_trees_close,
-    first,
-    ingredients,
-    is_zero,
-    problem,
-    scaled,
-    update,
-)
+from optax_cgfac import cgfac, diagnostics, scale_by_cgfac, scale_by_kfac
+from steps import TRANSFORMS, first, ingredients, update
+from trees import assert_trees_close, is_zero, scaled
 
 
 def test_wrappers_hand_the_curvature_on_to_the_parameters_of_each():
@@ -55,19 +46,16 @@ def test_a_masked_bias_leaves_the_kernel_its_own_rows():
     expected = np.linalg.solve(dense, b.ravel()).reshape(b.shape)
     np.testing.assert_allclose(updates["hidden"]["kernel"], expected, rtol=1e-3)
     np.testing.assert_array_equal(updates["hidden"]["bias"], grads["hidden"]["bias"])
+    # What is left of another layer has no name among the parameters.
+    _, state = first(optax.masked(scale_by_kfac(0.1), {"hidden": False, "out": True}))
+    assert set(diagnostics(state, ingredients().params)["layers"]) == {"leaf_0"}
 
 
 @pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize(
-    ("factory", "arguments"),
-    [
-        (scale_by_cgfac, {}),
-        (scale_by_kfac, {}),
-        (cgfac, {"learning_rate": 0.1}),
-    ],
-)
-def test_inject_hyperparams_makes_the_damping_traced(factory, arguments, static):
+@pytest.mark.parametrize("factory", [scale_by_cgfac, scale_by_kfac, cgfac])
+def test_inject_hyperparams_makes_the_damping_traced(factory, static):
     """Every number of the signature becomes an array, unless it is excluded."""
+    arguments = {"learning_rate": 0.1} if factory is cgfac else {}
     others = set(inspect.signature(factory).parameters) - {"damping", *arguments}
     inject = optax.inject_hyperparams(factory, static_args=others if static else ())
     tx, traces = inject(damping=0.1, **arguments), []
@@ -117,21 +105,6 @@ def test_map_params_reaches_what_is_shaped_like_the_parameters(name):
         if before is not None:
             expected = jax.tree.map(lambda leaf: leaf + 1, before)
             assert_trees_close(getattr(mapped, field), expected)
-    # The documented use: shardings of the state from those of the parameters.
-    mesh = jax.make_mesh((1,), ("model",))
-    shardings = jax.tree.map(
-        lambda leaf: NamedSharding(mesh, PartitionSpec(*[None] * leaf.ndim)),
-        problem().params,
-    )
-    of_state = optax.tree.map_params(
-        tx,
-        lambda _, sharding: sharding,
-        state,
-        shardings,
-        transform_non_params=lambda _: NamedSharding(mesh, PartitionSpec()),
-    )
-    placed = jax.device_put(state, of_state)
-    assert jax.tree.structure(placed) == jax.tree.structure(state)
 
 
 COMMON = importlib.import_module("optax.contrib._common_test")

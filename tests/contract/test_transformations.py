@@ -9,17 +9,8 @@ import optax
 import pytest
 
 from optax_cgfac import cgfac, scale_by_cgfac
-from steps import (
-    TRANSFORMS,
-    assert_trees_close,
-    describe,
-    first,
-    ingredients,
-    is_finite,
-    make_problem,
-    problem,
-    run,
-)
+from steps import TRANSFORMS, first, ingredients, make_problem, problem, run
+from trees import assert_trees_close, describe, is_finite
 from troubled import transformation
 
 every_transform = pytest.mark.parametrize("name", TRANSFORMS)
@@ -121,23 +112,21 @@ def test_the_state_keeps_its_structure_shapes_and_dtypes(name):
             assert dtypes(after, jnp.integer) == {"int32"}
 
 
-def test_float64_parameters_are_solved_in_float64():
-    with jax.enable_x64(True):
-        tx = transformation("cgfac by cg")
-        state, losses = run(make_problem(jnp.float64), tx, 2)
-        params, opt_state, curvature = state
+@pytest.mark.parametrize("name", ["cgfac by cg", "scale_by_cgfac"])
+@pytest.mark.parametrize(
+    ("dtype", "solved"), [("float64", "float64"), ("bfloat16", "float32")]
+)
+def test_parameters_of_other_precisions_stay_and_have_rows_of_theirs(
+    name, dtype, solved
+):
+    with jax.enable_x64(dtype == "float64"):
+        p = make_problem(jnp.dtype(dtype))
+        (params, opt_state, curvature), losses = run(p, transformation(name), 2)
         assert is_finite((losses, params))
-        for tree in (params, curvature.layers, opt_state.warm_start):
-            assert dtypes(tree) == {"float64"}
-
-
-@pytest.mark.parametrize("name", ["cgfac", "scale_by_cgfac"])
-def test_bfloat16_parameters_stay_and_their_rows_are_float32(name):
-    p = make_problem(jnp.bfloat16)
-    (params, _, curvature), losses = run(p, transformation(name), 2)
-    assert is_finite(losses)
-    assert dtypes(params) == {"bfloat16"}
-    assert dtypes(curvature.layers) == {"float32"}
+        assert dtypes(params) == {dtype}
+        assert dtypes(curvature.layers) == {solved}
+        if name == "cgfac by cg":
+            assert dtypes(opt_state.warm_start) == {dtype}
 
 
 def test_gradients_narrower_than_state_and_rows():

@@ -1,6 +1,5 @@
 """Numbers that are not finite, dead layers and extreme scales do no harm."""
 
-import dataclasses
 import functools
 import math
 
@@ -11,44 +10,20 @@ import optax
 import pytest
 
 import oracles
+import steps
+import troubled
 from optax_cgfac import cgfac, scale_by_cgfac, scale_by_kfac
-from steps import (
-    TRANSFORMS,
-    assert_trees_close,
-    first,
-    ingredients,
-    is_finite,
-    is_zero,
-    make_problem,
-    problem,
-    scaled,
-    update,
-)
-from troubled import (
-    CASES,
-    LOSS,
-    POISON,
-    Trouble,
-    num_counted,
-    runner,
-    shared_runner,
-    steps,
-    transformation,
-)
+from steps import TRANSFORMS, first, ingredients, problem, update, with_rows
+from trees import assert_trees_close, is_finite, is_zero, scaled
+from troubled import Trouble, num_counted, sequence, shared_runner, start
 
 every_transform = pytest.mark.parametrize("name", TRANSFORMS)
 bad_numbers = pytest.mark.parametrize("bad", [np.nan, np.inf])
 
 # ------------------------------------------------------ every case befalls two steps
 
-BEFORE, BAD, AFTER = 3, 2, 15
 # They judge a step by its effect on the loss: some steps of a good run are not taken.
 ADAPTIVE = ("cgfac", "cgfac by cg")
-
-
-def sequence(trouble):
-    good = Trouble()
-    return steps(*[good] * BEFORE, *[trouble] * BAD, *[good] * AFTER)
 
 
 def explodes(trouble):
@@ -56,28 +31,24 @@ def explodes(trouble):
     return any(1 < number < np.inf for number in numbers)
 
 
-def start(name):
-    return problem().start(transformation(name))
-
-
 @every_transform
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", troubled.CASES)
 def test_a_run_survives_and_recovers(name, case):
-    trouble, run_with = CASES[case], shared_runner(name)
+    trouble, run_with = troubled.CASES[case], shared_runner(name)
     (params, _, curvature), run = run_with(start(name), sequence(trouble))
     assert is_finite((run.params, run.rows, params, curvature))
     counted = np.diff(run.counted, prepend=0)
-    if case in POISON or (case in LOSS and name.startswith("cgfac")):
-        assert (counted[BEFORE : BEFORE + BAD] > 0).all()
+    if case in troubled.POISON or (case in troubled.LOSS and name.startswith("cgfac")):
+        assert (counted[troubled.BAD] > 0).all()
     # The next good batches train as if nothing had been, unless a given learning rate
     # took a finite step along a gradient out of all measure.
     if name in ADAPTIVE or not explodes(trouble):
         assert run.losses[-1] < run.losses[0]
     # What the bad steps left behind, such as rows, is gone.
     if name not in ADAPTIVE and not explodes(trouble):
-        assert not counted[BEFORE + BAD :].any()
+        assert not counted[troubled.BAD.stop :].any()
     # A run of nothing else stays finite.
-    always = steps(*[trouble] * (BEFORE + BAD + AFTER))
+    always = troubled.steps(*[trouble] * troubled.COUNT)
     (params, _, curvature), run = run_with(start(name), always)
     assert is_finite((params, run.params, run.rows))
     assert is_finite((curvature.layers, curvature.dropped))
@@ -100,8 +71,8 @@ def test_dead_layers_do_no_harm(name, dead):
 @pytest.mark.parametrize("name", ["cgfac", "scale_by_cgfac"])
 def test_half_precision_stays_within_its_range(name, dtype):
     """In float16 sums of squares overflow at a norm of 256."""
-    p, tx = make_problem(jnp.dtype(dtype)), transformation(name)
-    run = runner(p, tx)
+    p, tx = steps.make_problem(jnp.dtype(dtype)), troubled.transformation(name)
+    run = troubled.runner(p, tx)
     for scale in (1e-4, 1.0, 30.0, 1e3):
         for field in ("x", "loss", "hidden"):
             bad = Trouble(**{field: scale})
@@ -115,12 +86,10 @@ def test_half_precision_stays_within_its_range(name, dtype):
 @bad_numbers
 def test_bad_batches_again_and_again_cost_no_more_than_themselves(name, bad):
     """Neither the step before is lost, nor does the damping grow."""
-    period, count = 4, BEFORE + BAD + AFTER
-    troubles = [Trouble(x=bad if i % period == 3 else 1.0) for i in range(count)]
-    (_, opt_state, _), run = shared_runner(name)(start(name), steps(*troubles))
+    troubles = [Trouble(x=bad if i % 4 == 3 else 1.0) for i in range(troubled.COUNT)]
+    (_, opt_state, _), run = shared_runner(name)(start(name), troubled.steps(*troubles))
     (_, good_state, _), good = shared_runner(name)(start(name), sequence(Trouble()))
-    of_good = count - count // period
-    assert np.nanmin(run.losses) < 1.2 * good.losses[of_good - 2]
+    assert np.nanmin(run.losses) < 1.2 * good.losses[troubled.COUNT * 3 // 4 - 2]
     assert float(opt_state.damping) < 3 * float(good_state.damping)
 
 
@@ -248,10 +217,7 @@ def solver(name):
 
     @jax.jit
     def solve(a, g, b, damping, x0, layers):
-        layers = {
-            k: rows._replace(a=a * rows.a, g=g * rows.g) for k, rows in layers.items()
-        }
-        curvature = dataclasses.replace(given.curvature, layers=layers)
+        curvature = with_rows(a, g, layers)
         if options is None:
             tx = scale_by_kfac(damping)
         else:
@@ -315,12 +281,8 @@ def test_without_damping_no_step_is_out_of_measure(name, rows):
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])
 def test_the_first_damping_is_finite_and_waits_for_one(scale):
-    given, tx = ingredients(), cgfac()
-    layers = {
-        k: rows._replace(g=rows.g * scale) for k, rows in given.curvature.layers.items()
-    }
-    curvature = dataclasses.replace(given.curvature, layers=layers)
-    _, state = first(tx, curvature=curvature)
+    tx = cgfac()
+    _, state = first(tx, curvature=with_rows(g=scale))
     assert np.isfinite(state.damping)
     assert state.damping > 0
     _, state = update(tx, state)
