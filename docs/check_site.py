@@ -1,4 +1,4 @@
-"""Checks a built site: every link inside of it leads somewhere, every name is there.
+"""Checks a built site: its links lead somewhere, and it has every public name.
 
 python docs/check_site.py build/site
 """
@@ -15,7 +15,7 @@ from optax_cgfac import plot
 
 
 class Page(html.parser.HTMLParser):
-    """What a page links to, and what in it can be linked to."""
+    """The links and the anchors of a page."""
 
     def __init__(self, path):
         super().__init__()

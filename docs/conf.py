@@ -7,7 +7,7 @@ import sys
 import tomllib
 
 ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))  # its modules know each other so
+sys.path.insert(0, str(ROOT / "benchmarks"))  # its modules import each other so
 
 project = "optax_cgfac"
 author = "The optax_cgfac authors"
@@ -20,11 +20,10 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-nb_execution_mode = "off"  # what runs the code of pages and notebooks are the tests
+nb_execution_mode = "off"  # the tests run the code of pages and notebooks
 
-# The notebooks stand beside docs/, where Sphinx does not look, and link to the
-# repository by full addresses, since Colab knows no others: copies of them link to the
-# pages here.
+# The notebooks are outside docs/, where Sphinx does not look. They link to the
+# repository by full addresses, which Colab needs; their copies link to the pages here.
 NOTEBOOKS = pathlib.Path(__file__).parent / "notebooks"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 FILES = PROJECT["urls"]["Repository"] + "/blob/main/"
@@ -64,8 +63,8 @@ OTHERS = "chex|flax|jax|jnp|lax|matplotlib|nn|nnx|np|numpy|optax|typing|collecti
 nitpick_ignore_regex = [
     ("py:.*", rf"({OTHERS})(\..*)?"),
     ("py:class", "Any|Array|ArrayTree|Axes|Callable|Literal|Mapping|Sequence|PyTree"),
-    # Types of private modules, in signatures; public ones are known by both names.
-    ("py:class", r"optax_cgfac\._.*"),
+    # Types of the folders in signatures; public ones are known by both names.
+    ("py:class", r"optax_cgfac\.\w+\..*"),
 ]
 
 # ---------------------------------------------------------------- how it looks
@@ -95,7 +94,7 @@ def results_page(app, docname, source):
             path = f"../benchmarks/results/{name}.png"
             picture = f"![{title}: what was measured]({path})"
             text = text.replace(f"## {title}\n", f"## {title}\n\n{picture}\n")
-    # The races first, what was wanted after them, the machines last.
+    # The races first, the targets after them, the machines last.
     wanted, *races = re.split("^(?=## )", text, flags=re.MULTILINE)[1:]
     first = next(name for name, result in results.items() if "environment" in result)
     measured, facts = "".join(races).split(f"\n\n{first}: ")

@@ -4,12 +4,12 @@
     python examples/char_transformer.py --optimizer adam   # the same with Adam
     python examples/char_transformer.py --fast             # a few seconds of training
 
-The text is what Python's own `help("assert")` and the like print. Every layer of the
+The text is that of Python's own `help("assert")` and other topics. Every layer of the
 transformer is preconditioned: embeddings, norms, attention and dense layers.
-`nnx.Optimizer` hands the keyword arguments on that CG-FAC takes.
+`nnx.Optimizer` forwards the keyword arguments of CG-FAC.
 
-On transformers this small CG-FAC takes fewer steps than Adam to the same loss, and
-about as much time; try both.
+On transformers this small, CG-FAC takes fewer steps than Adam to the same loss, and
+about the same time; try both.
 """
 
 import argparse

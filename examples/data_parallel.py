@@ -5,8 +5,9 @@
     python examples/data_parallel.py --processes 1    # the same training, by one
 
 The processes find each other through `jax.distributed` on the loopback address, as they
-would on the hosts of a cluster. CG-FAC needs nothing for that: the batch is an array
-that all devices share, `jax.jit` does the rest, and `train_step` is that of one device.
+would on the hosts of a cluster. CG-FAC needs no change: the batch is an array
+that all devices share, `jax.jit` distributes the work, and `train_step` is that of one
+device.
 """
 
 import argparse
@@ -173,7 +174,7 @@ def main(argv=None):
         "--all-rows",
         action="store_true",
         help="solve with all rows: eigenpairs amplify how sums are rounded, and so the "
-        "fourth digit of the loss tells the number of processes",
+        "fourth digit of the loss shows the number of processes",
     )
     parser.add_argument(
         "--out", type=pathlib.Path, help="JSON of losses and parameters"

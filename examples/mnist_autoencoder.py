@@ -7,7 +7,7 @@ The three optimizers start from the same parameters, see the same batches and ge
 same seconds: whichever has used the least time takes the next step. Compilation and
 evaluation are not on the clock. At the end you get a table and a picture.
 
-How to use CG-FAC is in `cgfac_training`; everything below it serves the comparison.
+`cgfac_training` shows how to use CG-FAC; everything below it serves the comparison.
 """
 
 import argparse
@@ -294,9 +294,9 @@ def main(argv=None):
     print(f"\nsquared error per image, over {len(evaluated):,} of the training images")
     print(table(results))
     _, opt_state, _ = runs[0].state
-    scalars = optax_cgfac.diagnostics(opt_state)
+    figures = optax_cgfac.diagnostics(opt_state)
     for name in ("damping", "step_size", "momentum"):
-        print(f"CG-FAC's last {name:11} {float(scalars[name]):.3g}")
+        print(f"CG-FAC's last {name:11} {float(figures[name]):.3g}")
     draw(args.out, runs, one_of_each)
     print(f"picture: {args.out}")
     return results

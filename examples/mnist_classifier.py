@@ -4,9 +4,9 @@
     python examples/mnist_classifier.py --optimizer cgfac   # one of the two
     python examples/mnist_classifier.py --fast              # a few seconds of training
 
-CG-FAC's step is a function of pytrees like Adam's, with one pytree more: the curvature.
+CG-FAC's step is a function of pytrees like Adam's, with one more pytree: the curvature.
 Both optimizers start from the same parameters and see the same batches; the table has
-their accuracy on 4,000 images of training and on 1,000 others.
+their accuracy on the 4,000 training images and on 1,000 test images.
 """
 
 import argparse

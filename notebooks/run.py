@@ -45,7 +45,7 @@ def execute(notebook, smoke, folder):
         timeout=600,
         record_timing=False,
         coalesce_streams=True,
-        # It warns that what it tells this process is not encrypted.
+        # It warns that its connection to this process is not encrypted.
         extra_arguments=["--IPKernelApp.log_level=40"],
         resources={"metadata": {"path": str(folder)}},
     )

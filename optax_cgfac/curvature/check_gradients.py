@@ -67,7 +67,8 @@ def check_gradients(
       **options: As in `value_and_grad`.
 
     Returns:
-      A `GradientCheck`; print it.
+      A report to print. Its ``mismatches`` are the names of the parameters whose rows
+      do not add up to their gradient.
 
     Example:
       >>> import jax, jax.numpy as jnp

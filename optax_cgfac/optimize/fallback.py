@@ -43,7 +43,7 @@ class Fallback:
         return optax.masked(optax.with_extra_args_support(self.fallback), mask)
 
     def split(self, kept: PyTree, others: PyTree) -> PyTree:
-        """Returns a tree of CG-FAC's leaves of ``kept`` and the rest of ``others``."""
+        """Returns a tree of CG-FAC's leaves of ``kept``, other leaves of ``others``."""
         return map_with_path(
             lambda path, x, y: x if self.keeps(text(path)) else y, kept, others
         )

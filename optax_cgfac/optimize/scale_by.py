@@ -67,9 +67,9 @@ def scale_by_cgfac(
       structure: The system: ``"kronecker"`` (K-FAC); ``"block"``, the exact Fisher
         block of each layer; ``"full"``, the Fisher of all layers together. The last two
         need all positions of an example (``fisher_estimator(..., positions=None)``) and
-        are solved in sample space. They are of low rank: outside the few samples, the
-        step is that of gradient descent with rate ``1/γ``, so ``γ`` must be larger than
-        for ``"kronecker"``.
+        are solved in sample space. Outside the span of the few samples the step is that
+        of gradient descent with rate ``1/γ``, so ``γ`` must be larger than for
+        ``"kronecker"``.
       damping_form: The system: ``"tikhonov"`` as above, or ``"factored"``:
         ``(A + αI) ⊗ (G + βI)`` with ``αβ = γ`` (Martens & Grosse 2015, section
         6.3), the more robust form with few rows.

@@ -13,7 +13,7 @@ a factorisation, and may be a few updates old.
 The eigenpairs come from subspace iteration, warm-started with the previous ones
 (Halko, Martinsson & Tropp 2011, "Finding structure with randomness", algorithm 4.4),
 on the Gram matrix ``a aᵀ``, whose size is the window's whatever the features are. Of a
-factor with no more features than pairs are kept all come from ``aᵀ a`` itself.
+factor with at most as many features as the rank they all come from ``aᵀ a`` itself.
 """
 
 import functools

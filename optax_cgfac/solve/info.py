@@ -15,8 +15,8 @@ class StopReason(enum.IntEnum):
     Attributes:
       UNSOLVED: Nothing has been solved so far.
       CONVERGED: The true residual fell to the tolerance.
-      DIRECT: By a factorisation: exact but for rounding.
-      EIGENPAIRS: With the leading eigenpairs of the factors: exact but for the rest.
+      DIRECT: By a factorization: exact but for rounding.
+      EIGENPAIRS: With the leading eigenpairs of the factors: exact but for the others.
       STEP_LIMIT: After the largest number of iterations.
       STAGNATED: Rounding left nothing to gain.
       INDEFINITE: The operator or the preconditioner is not positive definite.

@@ -1,4 +1,4 @@
-r"""The iterates of Algorithm 2, computed on row coefficients instead of parameters.
+r"""The iterates of Algorithm 2 in sample space: coefficients instead of parameters.
 
 Every vector of the Krylov space of ``F + γI`` with ``F V = s aᵀ(a V gᵀ)g`` and
 start ``x₀`` lies in ``span{d} + {aᵀ Θ g}``, where ``d = b - γ x₀``. The pair

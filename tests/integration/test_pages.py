@@ -1,6 +1,7 @@
 """README and docs: their code runs as printed, prints what they show, links lead on."""
 
 import math
+import re
 
 import jax
 import pytest
@@ -53,6 +54,15 @@ def test_both_sides_of_the_migration_from_adam_train(side):
         *state, loss = names["train_step"](*state, *rest)
         losses.append(float(loss))
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", ["vocabulary", "architecture"])
+def test_files_that_a_page_names_exist(name):
+    text = (pages.ROOT / "docs" / f"{name}.md").read_text("utf-8")
+    files = set(re.findall(r"`([a-z_]+/[\w/]*(?:\.py)?)`", text))
+    assert len(files) > 10
+    folders = pages.ROOT, pages.ROOT / "optax_cgfac"
+    assert not [f for f in files if not any((x / f).exists() for x in folders)]
 
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=pages.NAMES)
