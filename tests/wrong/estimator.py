@@ -32,7 +32,6 @@ OPTIONS = {
     "a module's class as `model_fn`": estimating(fn=MLP),
     "a `model_fn` of three arguments": estimating(fn=lambda params, x, mask: x),
     "an unknown loss": estimating("mse"),
-    "an empty tuple of losses": estimating(()),
     "a function as the loss": estimating(optax.squared_error),
     "`kind='fisher'`": estimating(kind="fisher"),
     "`window=0`": estimating(window=0),
