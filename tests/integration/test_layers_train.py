@@ -79,7 +79,7 @@ def train(data, model, steps=40, **options):
         return jnp.mean(losses)
 
     estimator = optax_cgfac.fisher_estimator(
-        model_fn, "softmax_cross_entropy", model_examples=64, **options
+        model_fn, "softmax_cross_entropy", **(options or {"model_examples": 64})
     )
     params, tx = variables["params"], optax_cgfac.cgfac()
     curvature = estimator.init(params, data["x"][:BATCH_SIZE])
