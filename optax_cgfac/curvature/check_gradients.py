@@ -18,7 +18,7 @@ from optax_cgfac.utils.types import Array, PyTree
 
 @dataclasses.dataclass(frozen=True)
 class GradientCheck:
-    """Differences between gradients rebuilt from rows and the real ones.
+    """Relative errors of gradients rebuilt from rows; larger ones are mismatches.
 
     Attributes:
       errors: By parameter, the norm of the difference over that of the gradient.
@@ -53,9 +53,8 @@ def check_gradients(
     rtol: float = 1e-3,
     **options: Any,
 ) -> GradientCheck:
-    r"""Rebuilds every gradient from the captured rows and compares.
+    """Rebuilds every gradient from the captured rows and compares.
 
-    Every example's gradient is :math:`\sum_p a_p g_pᵀ` over its rows, so that
     ``aᵀ g / N`` must be the gradient of the mean loss. It is not if the loss depends on
     a parameter in another way than through its layer, such as by weights that are
     normalised, masked, regularised or transformed.
@@ -64,7 +63,7 @@ def check_gradients(
       loss_fn: As in `value_and_grad`.
       params: The parameters.
       *args: Further arguments of ``loss_fn``.
-      rtol: Larger relative errors are mismatches; use more in half precision.
+      rtol: Larger errors are mismatches; use more in half precision.
       **options: As in `value_and_grad`.
 
     Returns:
@@ -110,15 +109,15 @@ def gradient_errors(
     errors = {}
     for tag in curvature.tags:
         rows = curvature.layers[tag.name]
-        matrix = transpose_times(rows.a, rows.g)
         scale = curvature.spec.examples if reduction == "mean" else 1
         like = {path: leaves[path] for path in tag.leaves}
-        absolute = jax.tree.map(jnp.abs, rows)
-        terms = transpose_times(absolute.a, absolute.g)
-        terms = leaves_from_matrix(tag, terms / scale, like)
-        for path, rebuilt in leaves_from_matrix(tag, matrix / scale, like).items():
-            size = jnp.maximum(_norm(like[path]), _CANCELLED * _norm(terms[path]))
-            difference = _norm(rebuilt - like[path])
+        rebuilt, terms = (
+            leaves_from_matrix(tag, transpose_times(x.a, x.g) / scale, like)
+            for x in (rows, jax.tree.map(jnp.abs, rows))
+        )
+        for path, gradient in like.items():
+            size = jnp.maximum(_norm(gradient), _CANCELLED * _norm(terms[path]))
+            difference = _norm(rebuilt[path] - gradient)
             error = difference / jnp.maximum(size, jnp.finfo(size.dtype).tiny)
             errors[text(path)] = jnp.where(difference == 0, 0.0, error)
     return errors

@@ -13,13 +13,8 @@ from optax_cgfac.curvature.report import format_report
 from optax_cgfac.curvature.spec import CaptureSpec
 from optax_cgfac.layers.layer import LayerTag
 from optax_cgfac.operators.exact_fisher import BlockFisherOperator, FullFisherOperator
-from optax_cgfac.operators.kronecker import (
-    DampedOperator,
-    FactoredDampedOperator,
-    KroneckerOperator,
-)
-from optax_cgfac.operators.rows import as_dtype, num_rows
-from optax_cgfac.problem.batch import num_kept
+from optax_cgfac.operators.kronecker import KroneckerOperator
+from optax_cgfac.operators.rows import as_dtype, num_bytes, num_rows
 from optax_cgfac.solve.choose import (
     DampingForm,
     SolveSpec,
@@ -28,16 +23,13 @@ from optax_cgfac.solve.choose import (
 )
 from optax_cgfac.solve.eigenpairs import LayerEigenpairs, empty_eigenpairs, refresh
 from optax_cgfac.solve.solver import damped_operator
-from optax_cgfac.utils.paths import leaves_by_path, text
+from optax_cgfac.utils.paths import text
 from optax_cgfac.utils.types import Array, LayerRows, PyTree
-from optax_cgfac.utils.validate import NOT_NEGATIVE, check_number
-
-AnyOperator = (
-    KroneckerOperator
-    | BlockFisherOperator
-    | FullFisherOperator
-    | DampedOperator
-    | FactoredDampedOperator
+from optax_cgfac.utils.validate import (
+    NOT_NEGATIVE,
+    check_alike,
+    check_number,
+    leaf_types,
 )
 
 
@@ -54,24 +46,9 @@ class Curvature:
       layers: Rows by layer name, all slots of the window one after the other.
       num_updates: How often rows were added, int32.
       num_calls: How often the estimator was called, int32.
-      dropped: Number of rows left out so far because they were not finite, int32 in the
-        order of ``tags``.
+      dropped: Rows left out so far as not finite, int32 in the order of ``tags``.
       model_inputs: A slice of the last inputs, for Gauss-Newton products.
-      eigenpairs: Leading eigenpairs of the factors, by layer name, where they are kept.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, optax_cgfac
-      >>> from flax import linen as nn
-      >>> model = nn.Dense(2)
-      >>> x = jnp.ones((8, 3))
-      >>> params = model.init(jax.random.key(0), x)["params"]
-      >>> estimator = optax_cgfac.fisher_estimator(
-      ...     lambda p, x: model.apply({"params": p}, x), "squared_error", examples=4
-      ... )
-      >>> curvature = estimator.init(params, x)
-      >>> curvature = estimator.update(curvature, params, x, rng=jax.random.key(1))
-      >>> int(curvature.num_rows("."))
-      4
+      eigenpairs: Leading eigenpairs of the factors kept, by layer name.
     """
 
     spec: CaptureSpec = dataclasses.field(metadata={"static": True})
@@ -102,7 +79,7 @@ class Curvature:
         damping: Array | float | None = None,
         structure: Structure = "kronecker",
         damping_form: DampingForm | None = None,
-    ) -> AnyOperator:
+    ) -> Any:
         """Returns the curvature of one layer as a linear operator.
 
         Args:
@@ -119,7 +96,7 @@ class Curvature:
           on a list of them in the order of ``tags``.
 
         Raises:
-          ValueError: If the layer or an option is unknown, or two exclude each other.
+          ValueError: If options are unknown or exclude each other.
         """
         form = damping_form or "tikhonov"
         SolveSpec(structure=structure, damping_form=form)
@@ -128,13 +105,12 @@ class Curvature:
         elif damping_form is not None:
             raise ValueError(
                 f"damping_form={damping_form!r} needs a damping, got None. Pass "
-                "operator('hidden', damping=0.1, damping_form=...)."
+                "damping=0.1, say."
             )
         if (path is None) != (structure == "full"):
             raise ValueError(
-                "structure='full' takes path=None, all layers together; the others "
-                f"take one layer. Got path={path!r}, structure={structure!r}. Pass "
-                "operator('hidden'), say, or operator(None, structure='full')."
+                "structure='full' takes path=None, the others take one layer; got "
+                f"path={path!r}, structure={structure!r}. Pass operator('hidden'), say."
             )
         if path is None:
             blocks = (self.block_operator(t, self.layers[t.name]) for t in self.tags)
@@ -158,8 +134,8 @@ class Curvature:
         if any(not use.is_exact for use in tag.uses):
             raise ValueError(
                 f"Layer {tag.name!r} keeps some of an example's positions, or their "
-                "mean: its exact Fisher block needs all. Pass "
-                "fisher_estimator(..., positions=None, weight_sharing='expand')."
+                "mean, but an exact Fisher block needs all. Pass fisher_estimator(..., "
+                "positions=None, weight_sharing='expand')."
             )
         per_sample = sum(use.kept for use in tag.uses)
         num_samples = num_rows(rows.a) // per_sample
@@ -181,11 +157,10 @@ class Curvature:
         return KroneckerOperator(*rows, 1 / active, g_scale)
 
     def push(self, other: "Curvature") -> "Curvature":
-        """Adds the rows of ``other``, one update's worth, dropping the oldest.
+        """Adds the rows of ``other``, a curvature of one update, dropping the oldest.
 
         Args:
-          other: A curvature with a window of 1 and the same layers, as
-            `value_and_grad` returns it.
+          other: With the same layers and a window of 1, as of `value_and_grad`.
 
         Returns:
           The curvature with the rows added.
@@ -194,15 +169,10 @@ class Curvature:
           ValueError: If the layers or their numbers of rows differ.
         """
         if other.tags != self.tags or other.spec.window != 1:
-            expected, got = (
-                ", ".join(f"{tag.name} ({tag.rows_per_step} rows)" for tag in tags)
-                for tags in (self.tags, other.tags)
-            )
             raise ValueError(
-                "push() takes a curvature of the same layers with window 1.\n"
-                f"  expected: {expected}, window 1\n"
-                f"  got:      {got}, window {other.spec.window}\n"
-                "Start the window with curvature.with_window(8) of a first curvature."
+                "push() takes a curvature of the same layers with window 1; got window "
+                f"{other.spec.window}, {', '.join(tag.name for tag in other.tags)}. "
+                "Start with curvature.with_window(8) of a first curvature."
             )
         pushed = self.push_rows(other.layers)
         return dataclasses.replace(pushed, dropped=pushed.dropped + other.dropped)
@@ -238,14 +208,7 @@ class Curvature:
         return {tag.name: x for tag, x in zip(tags, eigenpairs, strict=True)}
 
     def with_window(self, window: int) -> "Curvature":
-        """Returns an empty curvature of the same layers that keeps ``window`` updates.
-
-        Args:
-          window: Number of updates to keep.
-
-        Returns:
-          A curvature without rows, to `push` others onto.
-        """
+        """Returns a curvature without rows that keeps ``window`` updates."""
         spec = dataclasses.replace(self.spec, window=window)
         return empty_curvature(spec, self.model_inputs)
 
@@ -258,30 +221,15 @@ class Curvature:
         Returns:
           A curvature of `jax.sharding.PartitionSpec`: all is replicated but the
           examples of the quadratic model, of which every device has its own.
-
-        Raises:
-          ValueError: If these cannot be split over the devices of the mesh that
-            `jax.set_mesh` has set.
         """
-        devices = jax.sharding.get_abstract_mesh().shape.get(axis_name, 1)
-        # A curvature of value_and_grad has no inputs.
-        batched = self.spec.batched
-        kept = num_kept(self.model_inputs, batched) if batched else 0
-        if kept % devices:
-            raise ValueError(
-                f"The quadratic model has {kept} examples that cannot be split over "
-                f"the {devices} devices of the axis {axis_name!r}: pass "
-                f"fisher_estimator(..., model_examples=...) a multiple of {devices}."
-            )
         specs = jax.tree.map(lambda _: PartitionSpec(), self)
-        leaves, structure = jax.tree.flatten(self.model_inputs)
+        structure = jax.tree.structure(self.model_inputs)
         of_inputs = [
-            PartitionSpec(axis_name) if is_batched else PartitionSpec()
-            for _, is_batched in zip(leaves, batched, strict=True)
+            PartitionSpec(axis_name) if b else PartitionSpec()
+            for b in self.spec.batched
         ]
-        return dataclasses.replace(
-            specs, model_inputs=jax.tree.unflatten(structure, of_inputs)
-        )
+        model_inputs = jax.tree.unflatten(structure, of_inputs)
+        return dataclasses.replace(specs, model_inputs=model_inputs)
 
     def report(
         self,
@@ -301,11 +249,9 @@ class Curvature:
         """
         form = damping_form or default_damping_form(structure)
         config = SolveSpec(structure=structure, damping_form=form, **options)
-        num_bytes = sum(
-            x.size * x.dtype.itemsize for x in jax.tree.leaves(self.model_inputs)
-        )
         ranks = {name: x.ranks for name, x in self.eigenpairs.items()}
-        return format_report(self.spec, self.layers, config, num_bytes, ranks)
+        kept = num_bytes(self.model_inputs)
+        return format_report(self.spec, self.layers, config, kept, ranks)
 
     def _tag(self, name: str) -> LayerTag:
         for tag in self.tags:
@@ -313,8 +259,7 @@ class Curvature:
                 return tag
         raise ValueError(
             f"No tagged layer {name!r}. Tagged layers: "
-            f"{', '.join(tag.name for tag in self.tags) or 'none'}. Pass one of them, "
-            "or see curvature.report()."
+            f"{', '.join(tag.name for tag in self.tags) or 'none'}. Pass one of them."
         )
 
 
@@ -343,23 +288,13 @@ def check_rows(curvature: Curvature) -> None:
     # A restored or stacked curvature would otherwise fail deep inside a solve, or not
     # at all.
     like = jax.eval_shape(lambda: empty_curvature(curvature.spec))
-    expected, got = (
-        {
-            path: f"{leaf.dtype} {leaf.shape}"
-            for path, leaf in leaves_by_path([c.layers, c.eigenpairs]).items()
-        }
-        for c in (like, curvature)
+    check_alike(
+        "An array of the curvature does not fit its layers",
+        leaf_types({"layers": like.layers, "eigenpairs": like.eigenpairs}),
+        leaf_types({"layers": curvature.layers, "eigenpairs": curvature.eigenpairs}),
+        "Pass what estimator.init or estimator.update returned, restore checkpoints "
+        "into the former, and stack curvatures inside jax.vmap.",
     )
-    for path in sorted(expected.keys() | got.keys()):
-        if expected.get(path) != got.get(path):
-            raise ValueError(
-                f"The array {text(path[1:])!r} of the curvature does not fit its "
-                f"layers.\n  expected: {expected.get(path, 'none')}\n"
-                f"  got:      {got.get(path, 'none')}\n"
-                "Pass what estimator.init or estimator.update returned, restore "
-                "checkpoints into the former, and use stacked curvatures inside "
-                "jax.vmap."
-            )
 
 
 def check_samples_match(
@@ -369,7 +304,7 @@ def check_samples_match(
     for tag, block in zip(tags, blocks, strict=True):
         if tag.sharing > 1 or block.num_samples != blocks[0].num_samples:
             raise ValueError(
-                f"Layer {tag.name!r} has one input for all examples, so that no "
-                "example has a gradient of its own in it. Leave it out of the "
-                "structure 'full' by fisher_estimator(..., where=...)."
+                f"Layer {tag.name!r} has one input for all examples, and no gradients "
+                "of single examples. Leave it out of the structure 'full' by "
+                "fisher_estimator(..., where=...)."
             )

@@ -25,23 +25,13 @@ def format_report(
     table: list[tuple[str, ...]] = [_HEADER]
     total = 0
     for tag in spec.tags:
-        rows = layers[tag.name]
-        layer_bytes = num_bytes(rows.a) + num_bytes(rows.g)
-        total += layer_bytes
-        pair = ranks.get(tag.name)
+        rows, pair, step = layers[tag.name], ranks.get(tag.name), tag.rows_per_step
+        held = num_bytes(rows)
+        total += held
         plan = make_plan(config, num_rows(rows.a), tag.n_in, tag.n_out, pair)
-        table.append(
-            (
-                tag.name,
-                tag.kind,
-                _shape(tag),
-                str(tag.rows_per_step),
-                f"{spec.window} x {tag.rows_per_step}",
-                human_bytes(layer_bytes),
-                f"{_space(plan, config, rows, pair)}, {plan.solver}",
-                plan.reason,
-            )
-        )
+        solve = f"{_space(plan, config, rows, pair)}, {plan.solver}"
+        cells = tag.name, tag.kind, _shape(tag), step, f"{spec.window} x {step}"
+        table.append((*map(str, cells), human_bytes(held), solve, plan.reason))
     parameters = sum(tag.size for tag in spec.tags)
     lines = [
         *_align(table),
@@ -74,21 +64,16 @@ def _space(
         return " | ".join(f"rank {rank}" for rank in ranks)
     if plan.space != "sample" or config.damping_form != "factored":
         return plan.space
-    sizes = num_features(rows.a), num_features(rows.g)
-    count = num_rows(rows.a)
-    return " | ".join(
-        f"sample {count}" if in_sample_space else f"factor {size}"
-        for in_sample_space, size in zip(
-            sides_in_sample_space(rows), sizes, strict=True
-        )
-    )
+    count, texts = num_rows(rows.a), []
+    for side, in_sample_space in zip(rows, sides_in_sample_space(rows), strict=True):
+        factor = f"factor {num_features(side)}"
+        texts.append(f"sample {count}" if in_sample_space else factor)
+    return " | ".join(texts)
 
 
 def _shape(tag: LayerTag) -> str:
-    matrix = f"{tag.n_in}x{tag.n_out}"
-    if tag.bias is not None:
-        matrix = f"({tag.n_in - 1}+1)x{tag.n_out}"
-    return "x".join([*map(str, tag.stack), matrix])
+    n_in = tag.n_in if tag.bias is None else f"({tag.n_in - 1}+1)"
+    return "x".join(map(str, (*tag.stack, n_in, tag.n_out)))
 
 
 def _align(table: list[tuple[str, ...]]) -> list[str]:

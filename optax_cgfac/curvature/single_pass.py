@@ -24,8 +24,6 @@ from optax_cgfac.utils.validate import (
     check_function,
     check_parameters,
     check_positive,
-    is_real_scalar,
-    summarize,
 )
 
 
@@ -42,8 +40,7 @@ def value_and_grad(
 
     Every example of the batch is a row: ``a`` the input of a layer and ``g`` the
     gradient of the example's own loss with respect to the layer's output, so that
-    ``aᵀ g / N`` is the layer's gradient. Nothing is computed twice (Chen 2021,
-    section 3).
+    ``aᵀ g / N`` is the layer's gradient (Chen 2021, section 3).
 
     Args:
       loss_fn: ``loss_fn(params, *args)`` returns a scalar, or ``(scalar, aux)``;
@@ -62,9 +59,6 @@ def value_and_grad(
       A function of ``loss_fn``'s arguments that returns
       ``(value or (value, aux), grads, curvature)``. The curvature has a window of
       one batch; `Curvature.push` it onto ``curvature.with_window(8)`` to keep more.
-
-    Raises:
-      ValueError: If an option has no meaning.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -92,19 +86,17 @@ def value_and_grad(
         function, params, args = bind(loss_fn, params, *args)
         check_parameters(params)
         discovery = discover(function, params, *args)
-        _check_scalar(discovery.outputs, has_aux)
         count = num_examples or _count_examples(discovery, params, args)
-        options = RowOptions(count, positions=None)
+        row_options = RowOptions(count, positions=None)
         more = _doubled(args, count)
         discovery = with_example_axes(discovery, function, params, *more)
         tags, uncovered = make_tags(
-            discovery, params, options, where=where, fallback=fallback
+            discovery, params, row_options, where=where, fallback=fallback
         )
 
         def tapped(params, probes):
-            capture = run_captured(
-                function, (params, *args), probes, lifted=discovery.lifted
-            )
+            inputs = (params, *args)
+            capture = run_captured(function, inputs, probes, lifted=discovery.lifted)
             value, aux = capture.outputs if has_aux else (capture.outputs, None)
             calls = [root.calls for root in capture.roots]
             return value, (aux, calls, capture.state)
@@ -115,19 +107,10 @@ def value_and_grad(
         if isinstance(module, nnx.Module):
             nnx.update(module, state)
         scale = count if loss_reduction == "mean" else 1
-        rows = {
-            tag.name: _rows(tag, calls, probe_calls(cotangents), count, scale)
-            for tag in tags
-        }
-        spec = CaptureSpec(
-            kind="empirical",
-            window=1,
-            examples=count,
-            positions=None,
-            rank=None,
-            tags=tags,
-            uncovered=uncovered,
-        )
+        by_call = probe_calls(cotangents)
+        rows = {tag.name: _rows(tag, calls, by_call, count, scale) for tag in tags}
+        options = {"kind": "empirical", "positions": None, "rank": None, "window": 1}
+        spec = CaptureSpec(**options, examples=count, tags=tags, uncovered=uncovered)
         value = (value, aux) if has_aux else value
         return value, grads, empty_curvature(spec).push_rows(rows)
 
@@ -142,26 +125,13 @@ def _rows(tag: LayerTag, calls: Any, by_call: Any, count: int, scale: int) -> La
     return example_rows(tag, found, count, Draw())
 
 
-def _check_scalar(outputs: Any, has_aux: bool) -> None:
-    is_pair = isinstance(outputs, tuple) and len(outputs) == 2
-    value: Any = outputs[0] if has_aux and is_pair else outputs
-    is_loss = is_real_scalar(value) and jnp.issubdtype(value.dtype, jnp.floating)
-    if not is_loss or has_aux != is_pair:
-        raise ValueError(
-            f"loss_fn must return {'(scalar, aux)' if has_aux else 'a scalar'}, the "
-            f"loss a real number; got {jax.tree.map(summarize, outputs)}. Set "
-            "has_aux=True if it returns (loss, aux), and take the mean over examples."
-        )
-
-
 def _doubled(args: PyTree, count: int) -> PyTree:
     """Returns the shapes of the arguments with twice as many examples."""
 
     def double(leaf: Any) -> Any:
-        leaf = jax.eval_shape(jnp.asarray, leaf)
-        if leaf.shape[:1] != (count,):
-            return leaf
-        return jax.ShapeDtypeStruct((2 * count, *leaf.shape[1:]), leaf.dtype)
+        like = jax.eval_shape(jnp.asarray, leaf)
+        first = tuple(2 * n if n == count else n for n in like.shape[:1])
+        return jax.ShapeDtypeStruct(first + like.shape[1:], like.dtype)
 
     return jax.tree.map(double, args)
 
@@ -188,12 +158,10 @@ def _count_examples(discovery: Discovery, params: PyTree, args: PyTree) -> int:
     ranked = sorted(
         counts, key=lambda n: (n not in both, n not in from_args, -counts[n])
     )
-    for count in ranked:
-        if positions and count and not any(rows % count for rows in positions):
-            return count
-    if positions and counts:
-        return ranked[0]
-    raise ValueError(
-        "loss_fn was traced without meeting a layer that can be tagged. It must call "
-        "model.apply un-jitted; the whole training step may be jitted."
-    )
+    if not positions or not ranked:
+        raise ValueError(
+            "loss_fn was traced without meeting a layer that can be tagged. It must "
+            "call model.apply un-jitted; the whole training step may be jitted."
+        )
+    divide_all = (n for n in ranked if n and not any(rows % n for rows in positions))
+    return next(divide_all, ranked[0])

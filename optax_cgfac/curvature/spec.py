@@ -10,36 +10,28 @@ from optax_cgfac.layers.layer import LayerTag
 from optax_cgfac.problem.objective import Kind, Objective
 from optax_cgfac.utils.paths import Path, leaves_by_path, text
 from optax_cgfac.utils.types import PyTree
-from optax_cgfac.utils.validate import check_choice, check_positive
+from optax_cgfac.utils.validate import check_alike, check_choice, check_positive
 
 # With at most this many outputs half the eigenpairs suffice, and rows may be captured,
 # and quadratic models built, half as often.
 FEW_OUTPUTS = 32
 
-_COUNTS = (
-    "window",
-    "examples",
-    "model_examples",
-    "positions",
-    "refresh_every",
-    "capture_every",
-)
+_COUNTS = "window examples model_examples positions refresh_every capture_every"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CaptureSpec:
     """What is captured, and how rows are kept.
 
-    The options of `fisher_estimator` are checked here, alone and in pairs. `filled`
-    adds a model, and replaces ``"auto"`` and None by the numbers that follow from it.
+    Checks the options of `fisher_estimator`, alone and in pairs. `filled` adds a model
+    and replaces ``"auto"`` and None by the numbers that follow from it.
 
     Attributes:
       objective: The losses; None for a curvature of `value_and_grad`.
       kind: As in `fisher_estimator`, like all options down to ``capture_every``.
       tags: The tagged layers.
       uncovered: Parameters without a tag, by path, with the reason.
-      model_fn: The model as a pure function of parameters and inputs; None for a
-        curvature of `value_and_grad`.
+      model_fn: The model as a pure function of parameters and inputs; None likewise.
       batched: For every leaf of the inputs, whether it has an axis of examples.
       batch_size: Examples of the user's batch.
       few_outputs: Whether the model has at most 32 outputs.
@@ -68,59 +60,54 @@ class CaptureSpec:
         """Checks every option, and those that exclude each other."""
         check_choice("kind", self.kind, ("mc", "empirical", "exact"))
         check_choice("weight_sharing", self.weight_sharing, ("expand", "reduce"))
-        for name in _COUNTS:
+        for name in _COUNTS.split():
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))
         if self.rank not in ("auto", None):
             check_positive("rank", self.rank)
         if self.rank is None and self.refresh_every is not None:
             raise ValueError(
-                "refresh_every is for eigenpairs, of which rank=None keeps none; got "
-                f"refresh_every={self.refresh_every}. Leave one of the two out."
+                f"refresh_every={self.refresh_every} needs eigenpairs, got rank=None. "
+                "Leave one of the two out."
             )
         if self.whole_batch and self.model_examples is not None:
             raise ValueError(
-                "whole_batch=True keeps all examples for the quadratic model; got "
+                "whole_batch=True keeps all examples and takes no model_examples, got "
                 f"model_examples={self.model_examples}. Leave one of the two out."
             )
         dtype = self.rows_dtype
         if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
             raise ValueError(
                 f"rows_dtype must be a floating-point dtype, got {dtype}. Pass "
-                "rows_dtype='float32' or rows_dtype='bfloat16'."
+                "rows_dtype='float32', say."
             )
         losses = self.objective.losses if self.objective is not None else ()
-        for loss in losses if self.kind == "exact" else ():
-            if loss.hessian_columns is None:
-                raise ValueError(
-                    f"kind='exact' needs Loss.hessian_columns, which {loss.name!r} "
-                    "lacks. Pass one with hessian_columns=..., or use kind='mc'."
-                )
+        lacking = [loss.name for loss in losses if loss.hessian_columns is None]
+        if self.kind == "exact" and lacking:
+            raise ValueError(
+                f"kind='exact' needs Loss.hessian_columns, which {lacking[0]!r} "
+                "lacks. Pass one with hessian_columns=..., or use kind='mc'."
+            )
 
     def filled(self, **model: Any) -> "CaptureSpec":
         """Adds a model, ``tags`` to ``few_outputs``, and the numbers it implies."""
         spec = dataclasses.replace(self, **model)
-        rank, refresh_every, capture_every = (
-            self.rank,
-            self.refresh_every,
-            self.capture_every,
-        )
+        rank, every = self.rank, self.capture_every
         if rank == "auto":
             # Keeps products with eigenvectors cheap relative to one gradient. Every
             # example adds as many directions to the curvature as there are outputs.
             share = 8 if spec.few_outputs else 4
             rank = max(16, min(spec.batch_size // share, 64))
-        if rank is not None and refresh_every is None:
-            refresh_every = 8
-        if capture_every is None:
+        rank = None if rank is None else int(rank)
+        refresh = None if rank is None else self.refresh_every or 8
+        if every is None:
             # Captures then cost about a sixteenth of the gradients, or half of that.
             # With small batches dispatch dominates, and skipping captures saves little.
             times = 32 if spec.few_outputs else 16
-            capture_every = min(-(-times * spec.captured // spec.batch_size), 8)
-            if spec.batch_size < 64:
-                capture_every = 1
+            every = min(-(-times * spec.captured // spec.batch_size), 8)
+            every = every if spec.batch_size >= 64 else 1
         return dataclasses.replace(
-            spec, rank=rank, refresh_every=refresh_every, capture_every=capture_every
+            spec, rank=rank, refresh_every=refresh, capture_every=every
         )
 
     def is_from(self, options: "CaptureSpec", model_fn: Callable[..., Any]) -> bool:
@@ -132,28 +119,18 @@ class CaptureSpec:
 
     def check_parameters(self, params: PyTree) -> None:
         """Checks that parameters are those of ``init`` in name, shape and precision."""
-        leaves = leaves_by_path(params)
-        known = {leaf for tag in self.tags for leaf in tag.leaves}
-        known |= {path for path, _ in self.uncovered}
-        again = "Call estimator.init(params, inputs) again if the model has changed."
-        if leaves.keys() != known:
-            raise ValueError(
-                "params must have the parameters that estimator.init was given.\n"
-                f"  absent: {_listed(known - leaves.keys())}\n"
-                f"  new:    {_listed(leaves.keys() - known)}\n{again}"
-            )
+        # Half precision is solved in float32. The other dtypes of a layer are free.
+        dtypes = {tag.leaves[0]: tag.dtype for tag in self.tags}
+        got = {}
+        for path, leaf in leaves_by_path(params).items():
+            dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+            got[text(path)] = f"{dtype if path in dtypes else ''} {leaf.shape}"
+        expected = {text(p): got.get(text(p), "an array") for p, _ in self.uncovered}
         for tag in self.tags:
             for path, shape in zip(tag.leaves, tag.shapes, strict=True):
-                # Half precision is solved in float32.
-                dtype = jnp.promote_types(leaves[path].dtype, jnp.float32)
-                if leaves[path].shape != shape or (
-                    path == tag.leaves[0] and dtype != tag.dtype
-                ):
-                    raise ValueError(
-                        f"Parameter {text(path)!r} has another shape or dtype than at "
-                        f"estimator.init.\n  expected: {tag.dtype} {shape}\n"
-                        f"  got:      {dtype} {leaves[path].shape}\n{again}"
-                    )
+                expected[text(path)] = f"{dtypes.get(path, '')} {shape}"
+        again = "Call estimator.init(params, inputs) again if the model has changed."
+        check_alike("A parameter must be as at estimator.init", expected, got, again)
 
     @property
     def captured(self) -> int:
@@ -183,7 +160,3 @@ class CaptureSpec:
         # last digit of bfloat16.
         halves = self.positions == 1 and tag.dtype == "float32"
         return "bfloat16" if halves and self.keeps_eigenpairs(tag) else tag.dtype
-
-
-def _listed(paths: set[tuple[str, ...]]) -> str:
-    return ", ".join(map(text, sorted(paths))) or "none"

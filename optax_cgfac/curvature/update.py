@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,25 +18,19 @@ from optax_cgfac.layers.extract import Draw, calls_of, example_rows, merge_colum
 from optax_cgfac.problem.batch import (
     check_examples,
     check_targets,
+    choose,
     num_kept,
     strided_examples,
     strided_indices,
 )
-from optax_cgfac.problem.objective import Kind, cotangents
-from optax_cgfac.utils.devices import axis_size, own_key, per_device
+from optax_cgfac.problem.objective import Kind, cotangents, with_random_signs
+from optax_cgfac.utils.devices import axis_size, per_device
 from optax_cgfac.utils.types import Array, LayerRows, PyTree, user_inputs
 from optax_cgfac.utils.validate import summarize
 
-# Seeds the draws of updates without a key; no user has it by chance.
-_SEED = 0xCFAC
-
 
 def updated(
-    curvature: Curvature,
-    params: PyTree,
-    inputs: PyTree,
-    rng: Array | None,
-    targets: PyTree,
+    curvature: Curvature, params: PyTree, inputs: PyTree, rng: Any, targets: PyTree
 ) -> Curvature:
     """Returns the curvature after one update, whether or not it captures rows."""
     spec = curvature.spec
@@ -45,13 +39,9 @@ def updated(
         return captured_rows(curvature, params, inputs, rng, targets)
 
     every = spec.capture_every or 1
-    if every == 1:
-        updated = capture()
-    else:
-        # Every update counts until the window is full.
-        due = curvature.num_updates < spec.window
-        due |= curvature.num_calls % every == 0
-        updated = jax.lax.cond(due, capture, lambda: curvature)
+    # Every update counts until the window is full.
+    due = (curvature.num_updates < spec.window) | (curvature.num_calls % every == 0)
+    updated = capture() if every == 1 else jax.lax.cond(due, capture, lambda: curvature)
     # Of this batch, the one of the gradient: examples of an older batch are fitted
     # already, and the quadratic model would promise too much.
     count = curvature.num_calls + 1
@@ -61,11 +51,7 @@ def updated(
 
 
 def captured_rows(
-    curvature: Curvature,
-    params: PyTree,
-    inputs: PyTree,
-    rng: Array | None,
-    targets: PyTree,
+    curvature: Curvature, params: PyTree, inputs: PyTree, rng: Any, targets: PyTree
 ) -> Curvature:
     """Adds rows of a few of the examples to a curvature of `fisher_estimator`."""
     spec = curvature.spec
@@ -75,25 +61,25 @@ def captured_rows(
     axis_name = objective.axis_name
     count = per_device("examples", spec.examples, axis_name)
     num_examples = num_kept(inputs, spec.batched)
-    choice = _choose(rng, curvature.num_updates, num_examples, axis_name)
-    indices = strided_indices(choice.start, count, num_examples)
+    start, keys = choose(rng, curvature.num_updates, num_examples, axis_name)
+    target_rng, position_rng, sign_rng, entry_rng = keys
+    indices = strided_indices(start, count, num_examples)
     if spec.whole_batch:
         seen, captured, examples = inputs, num_examples, indices
     else:
-        seen = strided_examples(inputs, spec.batched, choice.start, count)
+        seen = strided_examples(inputs, spec.batched, start, count)
         captured, examples = count, None
     discovery = discover_few(function, params, seen, captured)
 
     def forward(probes):
-        capture = run_captured(
-            function, (params, seen), probes, lifted=discovery.lifted
-        )
+        args = (params, seen)
+        capture = run_captured(function, args, probes, lifted=discovery.lifted)
         return capture.outputs, [root.calls for root in capture.roots]
 
     returned, backward, calls = jax.vjp(forward, discovery.probes, has_aux=True)
     outputs = objective.outputs(returned)
     cycle = curvature.num_updates // (num_examples // count)
-    draw = Draw(choice.position_rng, indices + cycle, examples, choice.entry_rng)
+    draw = Draw(position_rng, indices + cycle, examples, entry_rng)
     few = [draw.pick(output, 0) for output in outputs]
     is_target = [True] * len(jax.tree.leaves(targets))
     columns = cotangents(
@@ -102,21 +88,22 @@ def captured_rows(
         [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in few],
         objective.scales(user_inputs(inputs), few, indices, num_examples),
         factor=objective.factor(num_examples * axis_size(axis_name)),
-        rng=choice.sample_rng,
-        targets=strided_examples(targets, is_target, choice.start, count),
+        rng=target_rng,
+        targets=strided_examples(targets, is_target, start, count),
     )
     if spec.kind != "mc" and any(tag.sharing > 1 for tag in spec.tags):
-        columns = _with_random_signs(columns, choice.sign_rng)
+        columns = with_random_signs(columns, sign_rng)
+
+    structure = jax.tree.structure(returned)
 
     def rows_of(tangents: Sequence[Array], column: Array | int) -> dict[str, LayerRows]:
         # The columns of an example share its positions, but not the sampled entries.
-        own = draw._replace(entries=jax.random.fold_in(choice.entry_rng, column))
+        own = draw._replace(entries=jax.random.fold_in(entry_rng, column))
         cast = [
             draw.place(t.astype(output.dtype), output)
             for t, output in zip(tangents, outputs, strict=True)
         ]
-        cotangent = jax.tree.unflatten(jax.tree.structure(returned), cast)
-        by_call = probe_calls(*backward(cotangent))
+        by_call = probe_calls(*backward(jax.tree.unflatten(structure, cast)))
         return {
             tag.name: example_rows(
                 tag, calls_of(tag, calls, by_call), captured, own.of_part(number)
@@ -125,37 +112,10 @@ def captured_rows(
         }
 
     new = _all_columns(rows_of, columns)
+    dtypes = {tag.name: spec.rows_dtype_of(tag) for tag in spec.tags}
     return curvature.push_rows(
-        {
-            tag.name: gathered(new[tag.name], spec.rows_dtype_of(tag), axis_name)
-            for tag in spec.tags
-        }
+        {name: gathered(new[name], dtypes[name], axis_name) for name in dtypes}
     )
-
-
-class _Choice(NamedTuple):
-    """The first example of an update, and keys for all further draws."""
-
-    start: Array
-    sample_rng: Array | None
-    position_rng: Array | None
-    sign_rng: Array
-    entry_rng: Array
-
-
-def _choose(
-    rng: Array | None, num_updates: Array, num_examples: int, axis_name: str | None
-) -> _Choice:
-    if rng is None:
-        # Examples and positions cycle. Signs and entries must be random, and are the
-        # same in every run.
-        fixed = jax.random.fold_in(jax.random.key(_SEED), num_updates)
-        sign_rng, entry_rng = jax.random.split(own_key(fixed, axis_name))
-        return _Choice(num_updates, None, None, sign_rng, entry_rng)
-    start_rng, *others = jax.random.split(own_key(rng, axis_name), 5)
-    # One random number where `randint` takes three; nearly uniform.
-    start = (jax.random.bits(start_rng) % num_examples).astype(jnp.int32)
-    return _Choice(start, *others)
 
 
 def _all_columns(
@@ -177,23 +137,10 @@ def discover_few(
     got = jax.tree.leaves(discovery.outputs)[0].shape
     if got[:1] != (count,):
         raise ValueError(
-            f"With {count} examples sliced from inputs the outputs have shape "
-            f"{got}. Pass fisher_estimator(..., input_axes=...) to name the leaves of "
-            "inputs that have an axis of examples."
+            f"With {count} examples sliced from inputs the outputs have shape {got}. "
+            "Pass fisher_estimator(..., input_axes=...)."
         )
     return discovery
-
-
-def _with_random_signs(columns: Sequence[Array], rng: Array) -> list[Array]:
-    """Gives the cotangents of every example and column a random sign."""
-    # In a layer whose input all examples share, their cotangents arrive added up. With
-    # independent signs, as with independent draws, the cross terms of squares vanish
-    # in the mean. The squares of a single example do not change.
-    signs = jax.random.rademacher(rng, columns[0].shape[:2])
-    return [
-        x * signs.reshape(*x.shape[:2], *([1] * (x.ndim - 2))).astype(x.dtype)
-        for x in columns
-    ]
 
 
 def check_key(rng: Any, kind: Kind, inputs: PyTree) -> None:
@@ -205,9 +152,8 @@ def check_key(rng: Any, kind: Kind, inputs: PyTree) -> None:
         )
     if rng is not None and any(leaf is rng for leaf in jax.tree.leaves(inputs)):
         raise ValueError(
-            "rng must be a key of its own, got one that inputs hold too: the model and "
-            "the estimator would draw the same numbers. Split it before, key, rng = "
-            "jax.random.split(key)."
+            "rng must be a key of its own, got one that inputs hold too, which gives "
+            "equal draws. Split it before, key, rng = jax.random.split(key)."
         )
 
 
@@ -218,18 +164,14 @@ def check_curvature(
     if not isinstance(curvature, Curvature):
         raise TypeError(
             "estimator.update takes the Curvature that estimator.init returned, got "
-            f"{summarize(curvature)}. Call estimator.update(curvature, params, inputs, "
-            "...) with curvature = estimator.init(params, inputs)."
+            f"{summarize(curvature)}. Call estimator.update(curvature, params, inputs)."
         )
-    spec = curvature.spec
-    if not spec.is_from(options, model_fn):
-        check_same_module(spec.model_fn, model_fn)
+    if not curvature.spec.is_from(options, model_fn):
+        check_same_module(curvature.spec.model_fn, model_fn)
         raise ValueError(
             "estimator.update needs a curvature of its own estimator, got one that "
-            f"comes from another estimator or from value_and_grad (window "
-            f"{spec.window}, layers {', '.join(tag.name for tag in spec.tags)}). "
-            "Call estimator.init(params, inputs) of the one that updates it, and make "
-            "the estimator once, not at every step."
+            "comes from another estimator or from value_and_grad. Call "
+            "estimator.init(params, inputs) of the one that updates it, made once."
         )
     check_rows(curvature)
 
@@ -238,15 +180,8 @@ def check_batch(curvature: Curvature, inputs: PyTree, targets: PyTree) -> None:
     """Checks inputs and targets against those of ``init``."""
     spec = curvature.spec
     assert spec.objective is not None
-    if (spec.kind == "empirical") != (targets is not None):
-        raise ValueError(
-            "Only kind='empirical' takes targets, and needs them; got "
-            f"kind={spec.kind!r} and targets={summarize(targets)}. Pass "
-            "targets=batch_targets with it, and leave them out of other kinds."
-        )
     captured = per_device("examples", spec.examples, spec.objective.axis_name)
-    num_examples = check_examples(
-        inputs, spec.batched, curvature.model_inputs, captured
-    )
-    if targets is not None:
-        check_targets(targets, num_examples, spec.objective.num_targets)
+    kept = curvature.model_inputs
+    num_examples = check_examples(inputs, spec.batched, kept, captured)
+    is_needed = spec.kind == "empirical"
+    check_targets(targets, num_examples, spec.objective.num_targets, is_needed)

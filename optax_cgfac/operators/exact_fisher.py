@@ -5,11 +5,12 @@ products, :math:`d_m = \sum_p a_{mp} g_{mp}ᵀ`. With these ``M`` gradients as t
 a matrix ``D``, the Fisher is ``F = s DᵀD``, and a solve needs only the ``M x M`` matrix
 ``K = DDᵀ``; with one row per example, ``K = (a aᵀ) ∘ (g gᵀ)``.
 
-Ren & Goldfarb (2019), "Efficient subsampled Gauss-Newton and natural gradient methods
-for training neural networks", section 3.
+See Ren & Goldfarb (2019), "Efficient subsampled Gauss-Newton and natural gradient
+methods for training neural networks", section 3.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 
@@ -37,8 +38,6 @@ from optax_cgfac.utils.types import Array
 @dataclasses.dataclass(frozen=True)
 class BlockFisherOperator:
     """The exact Fisher block ``s Σ_m vec(d_m) vec(d_m)ᵀ`` of a layer.
-
-    Leading axes of ``a`` and ``g``, if any, are stacked layers.
 
     Attributes:
       a: Input activations, shape ``(*stack, R, n_in)``, rows of an example adjacent.
@@ -70,8 +69,7 @@ class BlockFisherOperator:
 
     def diagonal(self) -> Array:
         """Returns the diagonal as a matrix of shape ``(*stack, n_in, n_out)``."""
-        gradients = self.sample_gradients()
-        return self._scaled(jnp.sum(gradients**2, -3))
+        return self._scaled(jnp.sum(self.sample_gradients() ** 2, -3))
 
     def trace(self) -> Array:
         """Returns ``tr F``, of shape ``stack``."""
@@ -92,7 +90,7 @@ class BlockFisherOperator:
         )  # pyright: ignore[reportReturnType]
 
     def lift(self, coefficients: Array) -> Array:
-        """Returns ``Dᵀ z``, shape ``(*stack, n_in, n_out)``."""
+        """Returns ``Dᵀ z``, shape ``(*stack, n_in, n_out)``; ``z`` may lack a stack."""
         return sum(
             transpose_times(a, jnp.repeat(coefficients, count, -1)[..., None] * g)
             for a, g, count in self._parts()
@@ -111,13 +109,11 @@ class BlockFisherOperator:
 
     def sample_gradients(self) -> Array:
         """Returns the gradients ``d_m``, shape ``(*stack, M, n_in, n_out)``."""
+        outer = functools.partial(
+            jnp.einsum, "...pi,...po->...io", precision=jax.lax.Precision.HIGHEST
+        )
         return sum(
-            jnp.einsum(
-                "...pi,...po->...io",
-                per_example(to_dense(a), count),
-                per_example(g, count),
-                precision=jax.lax.Precision.HIGHEST,
-            )
+            outer(per_example(to_dense(a), count), per_example(g, count))
             for a, g, count in self._parts()
         )  # pyright: ignore[reportReturnType]
 
@@ -202,11 +198,7 @@ class FullFisherOperator:
 
     def lift(self, coefficients: Array) -> list[Array]:
         """Returns ``Dᵀ z``, a matrix for each layer."""
-        shapes = [(*b.g.shape[:-2], *coefficients.shape) for b in self.blocks]
-        return [
-            block.lift(jnp.broadcast_to(coefficients, shape))
-            for block, shape in zip(self.blocks, shapes, strict=True)
-        ]
+        return [block.lift(coefficients) for block in self.blocks]
 
     def gram(self) -> Array:
         """Returns ``K``, the sum of the layers' own."""

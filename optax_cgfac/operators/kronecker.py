@@ -1,8 +1,7 @@
 """Linear operators on a layer's matrix: Kronecker factors kept as rows, damped or not.
 
 A layer's parameters are one matrix ``V`` of shape ``(n_in, n_out)``, a bias its last
-row. Every operator acts on such matrices, is a pytree, and its ``matvec`` forms no
-``n_in x n_in`` or ``n_out x n_out`` matrix.
+row. No ``matvec`` forms an ``n_in x n_in`` or ``n_out x n_out`` matrix.
 """
 
 import dataclasses
@@ -113,8 +112,7 @@ class DampedOperator:
 
     def diagonal(self) -> Array:
         """Returns the diagonal of ``F`` plus ``γ``."""
-        diagonal = self.operator.diagonal()
-        return jax.tree.map(lambda x: x + self._damping(x), diagonal)
+        return jax.tree.map(lambda x: x + self._damping(x), self.operator.diagonal())
 
     def trace(self) -> Array:
         """Returns ``tr F + γ n`` with ``n`` the number of parameters."""

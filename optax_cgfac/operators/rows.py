@@ -19,10 +19,7 @@ from optax_cgfac.utils.types import Array
 class IndexRows:
     """Rows ``weights[r] · e(indices[r])`` with unit vectors ``e`` of length ``size``.
 
-    Attributes:
-      indices: Shape ``(*stack, R)``, int32, in ``[0, size)``.
-      weights: Shape ``(*stack, R)``; zero for a row that does not count.
-      size: The number of features ``n``.
+    Both arrays have shape ``(*stack, R)``; a row of weight zero does not count.
     """
 
     indices: Array
@@ -146,13 +143,10 @@ def keep_where(rows: Rows, mask: Array) -> Rows:
     """Returns the rows with zeros in place of those where ``mask`` is false."""
     if isinstance(rows, StackedRows):
         split = num_rows(rows.top)
-        return StackedRows(
-            keep_where(rows.top, mask[..., :split]),
-            keep_where(rows.bottom, mask[..., split:]),
-        )
+        top = keep_where(rows.top, mask[..., :split])
+        return StackedRows(top, keep_where(rows.bottom, mask[..., split:]))
     if isinstance(rows, IndexRows):
-        weights = jnp.where(mask, rows.weights, 0)
-        return dataclasses.replace(rows, weights=weights)
+        return dataclasses.replace(rows, weights=jnp.where(mask, rows.weights, 0))
     return jnp.where(mask[..., None], rows, 0)
 
 
@@ -167,11 +161,9 @@ def as_dtype(rows: Rows, dtype: jnp.dtype | str) -> Rows:
 
 def update_slot(buffer: Rows, new: Rows, slot: Array) -> Rows:
     """Puts ``new`` into a slot of a ring buffer of rows."""
-    if isinstance(buffer, StackedRows) and isinstance(new, StackedRows):
-        return StackedRows(
-            update_slot(buffer.top, new.top, slot),
-            update_slot(buffer.bottom, new.bottom, slot),
-        )
+    if isinstance(buffer, StackedRows):
+        top = update_slot(buffer.top, new.top, slot)
+        return StackedRows(top, update_slot(buffer.bottom, new.bottom, slot))
 
     def update(old: Any, new: Any, axis: int) -> Array:
         start = slot * new.shape[axis]
@@ -179,12 +171,9 @@ def update_slot(buffer: Rows, new: Rows, slot: Array) -> Rows:
         new = narrowed(new, old.dtype) if is_real else new.astype(old.dtype)
         return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis)
 
-    if isinstance(buffer, IndexRows) and isinstance(new, IndexRows):
-        return IndexRows(
-            update(buffer.indices, new.indices, -1),
-            update(buffer.weights, new.weights, -1),
-            buffer.size,
-        )
+    if isinstance(buffer, IndexRows):
+        indices = update(buffer.indices, new.indices, -1)
+        return IndexRows(indices, update(buffer.weights, new.weights, -1), buffer.size)
     return update(buffer, new, -2)
 
 
@@ -197,7 +186,7 @@ def split_rows(like: Rows, rows: Array) -> list[Array]:
 
 
 def num_bytes(rows: Rows) -> int:
-    """Returns how much memory the rows take."""
+    """Returns the memory that rows, or a tree of arrays, take."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(rows))
 
 
@@ -214,7 +203,5 @@ def cross_gram(x: Rows, y: Rows) -> Array:
 def per_example(rows: Rows, count: int) -> Rows:
     """Returns rows of one form as ``(*stack, R/count, count, n)``."""
     if isinstance(rows, IndexRows):
-        shape = (*rows.indices.shape[:-1], -1, count)
-        indices, weights = rows.indices.reshape(shape), rows.weights.reshape(shape)
-        return IndexRows(indices, weights, rows.size)
+        return jax.tree.map(lambda x: x.reshape(*x.shape[:-1], -1, count), rows)
     return rows.reshape(*rows.shape[:-2], -1, count, rows.shape[-1])

@@ -218,7 +218,7 @@ HOW_TO_UPDATE = """\
   updates, opt_state = tx.update(
       grads, opt_state, params, curvature=curvature,
       value=loss, value_fn=lambda p: loss_fn(p, batch))
-or with nnx.Optimizer, whose loop help(optax_cgfac.fisher_estimator) shows,
+or with nnx.Optimizer (see docs/first_loop.md)
   optimizer.update(
       module, grads, curvature=curvature, value=loss,
       value_fn=lambda p: loss_fn(nnx.merge(graphdef, p, rest, copy=True)))"""

@@ -1,24 +1,25 @@
 """Which leaves of the inputs hold examples, and slices of a few of them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from optax_cgfac.utils.devices import own_key
 from optax_cgfac.utils.types import Array, ModuleInputs, PyTree
-from optax_cgfac.utils.validate import summarize
+from optax_cgfac.utils.validate import check_alike, leaf_types, summarize
 
 
 def check_input_axes(input_axes: PyTree) -> None:
     """Checks that ``input_axes`` holds 0 and None only, or is ``"auto"``."""
-    for axis in jax.tree.leaves(input_axes, is_leaf=_is_none):
-        is_zero = type(axis) is int and axis == 0
-        if axis is not None and not is_zero and input_axes != "auto":
-            raise ValueError(
-                "input_axes must be 'auto' or a pytree prefix of inputs with 0 and "
-                f"None, got {summarize(axis)} in it. Bring examples to the first axis, "
-                "and pass {'x': 0, 'scale': None}, say."
-            )
+    axes = jax.tree.leaves(input_axes)
+    if input_axes != "auto" and any(type(x) is not int or x != 0 for x in axes):
+        raise ValueError(
+            "input_axes must be 'auto' or a pytree prefix of inputs with 0 and None, "
+            f"got {input_axes!r}. Bring examples to the first axis, and pass "
+            "{'x': 0, 'scale': None}, say."
+        )
 
 
 def batched_leaves(
@@ -35,8 +36,8 @@ def batched_leaves(
       One bool per leaf, in the order of `jax.tree.leaves`.
 
     Raises:
-      ValueError: If no leaf has an axis of examples, one that should has another
-        length, or ``input_axes`` is not a prefix.
+      ValueError: If no leaf has an axis of examples, or one that should has another
+        length.
     """
     if isinstance(inputs, ModuleInputs):
         # A statistic or a key has no examples, whatever its length.
@@ -47,29 +48,17 @@ def batched_leaves(
     if isinstance(input_axes, str):
         batched = fits
     else:
-        try:
-            axes = jax.tree.broadcast(input_axes, inputs, is_leaf=_is_none)
-        except ValueError:
-            raise ValueError(
-                "input_axes must be a pytree prefix of inputs with 0 and None.\n"
-                f"  expected: a prefix of {jax.tree.structure(inputs)}\n"
-                f"  got:      {input_axes!r}\n"
-                "Write 0 or None for every leaf, or for a whole subtree."
-            ) from None
-        batched = tuple(axis == 0 for axis in jax.tree.leaves(axes, is_leaf=_is_none))
-    for leaf, is_batched, fit in zip(leaves, batched, fits, strict=True):
-        if is_batched and not fit:
-            raise ValueError(
-                f"A leaf of inputs with input_axes 0 has shape {jnp.shape(leaf)}, but "
-                f"the outputs have {num_examples} examples on their first axis. Write "
-                "None for it if it has no axis of examples."
-            )
-    if not any(batched):
+        is_none = {"is_leaf": lambda axis: axis is None}
+        axes = jax.tree.broadcast(input_axes, inputs, **is_none)
+        batched = tuple(axis == 0 for axis in jax.tree.leaves(axes, **is_none))
+    wrong = [b and not fit for b, fit in zip(batched, fits, strict=True)]
+    if any(wrong) or not any(batched):
         raise ValueError(
-            f"The model's outputs have {num_examples} examples on their first axis, "
-            "and no leaf of inputs has a first axis of that length; shapes of inputs: "
-            f"{[jnp.shape(leaf) for leaf in leaves]}. The first axis of inputs and "
-            "outputs must be the batch."
+            f"The model's outputs have {num_examples} examples on their first axis, so "
+            "must the leaves of inputs with input_axes 0, at least one of them; got "
+            f"shapes {[jnp.shape(leaf) for leaf in leaves]} with input_axes "
+            f"{input_axes!r}. Bring the batch to the first axis of inputs and outputs, "
+            "and write None for leaves without examples."
         )
     return batched
 
@@ -78,57 +67,55 @@ def check_examples(
     inputs: PyTree, batched: Sequence[bool], model_inputs: PyTree, captured: int
 ) -> int:
     """Returns the number of examples in ``inputs``, checked against ``init``'s."""
-    structure, expected = jax.tree.structure(inputs), jax.tree.structure(model_inputs)
-    if structure != expected:
-        raise ValueError(
-            "inputs must have the structure that estimator.init was given.\n"
-            f"  expected: {expected}\n  got:      {structure}\n"
-            "Pass the same tree at every update, or initialise a new curvature."
-        )
-    sizes = set()
-    leaves = zip(
-        jax.tree.leaves(inputs), jax.tree.leaves(model_inputs), batched, strict=True
+    check_alike(
+        "A leaf of inputs has another name, shape or dtype than at estimator.init",
+        _example_types(model_inputs, batched),
+        _example_types(inputs, batched),
+        "Pass inputs like those, or initialise a new curvature.",
     )
-    for leaf, kept_leaf, is_batched in leaves:
-        # A slice of the examples has the shape of all but the first axis.
-        likes = [
-            f"{jnp.result_type(x)} {('N',) * is_batched + jnp.shape(x)[is_batched:]}"
-            for x in (kept_leaf, leaf)
-        ]
-        if likes[0] != likes[1]:
-            raise ValueError(
-                "A leaf of inputs has another shape or dtype than at estimator.init.\n"
-                f"  expected: {likes[0]}\n  got:      {likes[1]}\n"
-                "Pass inputs like those, or initialise a new curvature."
-            )
-        if is_batched:
-            sizes.add(jnp.shape(leaf)[0])
+    leaves = zip(jax.tree.leaves(inputs), batched, strict=True)
+    sizes = sorted({jnp.shape(leaf)[0] for leaf, is_batched in leaves if is_batched})
     if len(sizes) != 1:
         raise ValueError(
-            "Leaves of inputs must agree on the number of examples, got "
-            f"{sorted(sizes)}. Pass fisher_estimator(..., input_axes=...) if some of "
-            "them have no examples."
+            f"Leaves of inputs must agree on the number of examples, got {sizes}. Pass "
+            "fisher_estimator(..., input_axes=...) if some of them have no examples."
         )
-    (num_examples,) = sizes
-    check_enough(num_examples, captured, num_kept(model_inputs, batched))
-    return num_examples
+    check_enough(sizes[0], captured, num_kept(model_inputs, batched))
+    return sizes[0]
+
+
+def _example_types(inputs: PyTree, batched: Sequence[bool]) -> dict[str, str]:
+    """Returns the types of leaves, with one example where there are several."""
+    leaves, structure = jax.tree.flatten(jax.eval_shape(lambda: inputs))
+    if len(leaves) != len(batched):
+        return leaf_types(inputs)
+    one = [
+        jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) if b and x.ndim else x
+        for x, b in zip(leaves, batched, strict=True)
+    ]
+    return leaf_types(jax.tree.unflatten(structure, one))
 
 
 def check_enough(num_examples: int, captured: int, kept: int = 1) -> None:
     """Checks that a batch has the examples that are captured and kept of it."""
     if num_examples < max(captured, kept, 1):
         raise ValueError(
-            f"The batch has {num_examples} examples; the estimator captures "
-            f"examples={captured}, and the curvature keeps {kept} for the quadratic "
-            "model. Drop smaller batches, or pass fewer examples and model_examples to "
-            "fisher_estimator."
+            f"The batch must hold examples={captured} to capture, and {kept} that are "
+            f"kept; got {num_examples}. Drop smaller batches, or pass fewer examples "
+            "and model_examples to fisher_estimator."
         )
 
 
-def check_targets(targets: PyTree, num_examples: int, num_outputs: int | None) -> None:
+def check_targets(
+    targets: PyTree, num_examples: int, num_outputs: int | None, is_needed: bool
+) -> None:
     """Checks that targets belong to the batch, a tuple if ``num_outputs`` is given."""
-    is_tuple = isinstance(targets, (tuple, list))
-    if num_outputs is not None and (not is_tuple or len(targets) != num_outputs):
+    if (targets is not None) != is_needed:
+        raise ValueError(
+            "kind='empirical' needs targets, and other kinds take none; got "
+            f"targets={summarize(targets)}. Pass targets=batch_targets with it only."
+        )
+    if is_needed and num_outputs and len(targets) != num_outputs:
         raise ValueError(
             f"targets must be a tuple of {num_outputs}, as the losses are; got "
             f"{summarize(targets)}. Pass targets=(targets_of_first, ...)."
@@ -141,14 +128,28 @@ def check_targets(targets: PyTree, num_examples: int, num_outputs: int | None) -
             )
 
 
-def _is_none(axis: object) -> bool:
-    return axis is None
-
-
 def num_kept(model_inputs: PyTree, batched: Sequence[bool]) -> int:
     """Returns the number of examples in the slice that the curvature holds."""
     leaves = zip(jax.tree.leaves(model_inputs), batched, strict=True)
     return next(leaf.shape[0] for leaf, is_batched in leaves if is_batched)
+
+
+# Seeds the draws of updates without a key; no user has it by chance.
+_SEED = 0xCFAC
+
+
+def choose(
+    rng: Array | None, num_updates: Array, num_examples: int, axis_name: str | None
+) -> tuple[Array, list[Any]]:
+    """Returns the first example, and keys for targets, positions, signs, entries."""
+    if rng is None:
+        # Examples and positions cycle. Signs and entries must be random, and are the
+        # same in every run.
+        fixed = jax.random.fold_in(jax.random.key(_SEED), num_updates)
+        return num_updates, [None, None, *jax.random.split(own_key(fixed, axis_name))]
+    start_rng, *keys = jax.random.split(own_key(rng, axis_name), 5)
+    # One random number where `randint` takes three; nearly uniform.
+    return (jax.random.bits(start_rng) % num_examples).astype(jnp.int32), keys
 
 
 def strided_indices(start: Array, count: int, num_examples: int) -> Array:

@@ -52,11 +52,6 @@ class Objective:
         if self.weights is not None:
             example = "lambda inputs: inputs['mask']"
             check_function("weights", self.weights, ["inputs"], example)
-        if not self.losses:
-            raise ValueError(
-                "loss must be a loss, or a tuple of them; got an empty tuple. Pass a "
-                "loss for each output."
-            )
 
     def outputs(self, returned: PyTree) -> tuple[Array, ...]:
         """Returns the model's outputs as a tuple, checked."""
@@ -69,19 +64,13 @@ class Objective:
                 f"losses; got {jax.tree.structure(returned)}. For several outputs pass "
                 "a tuple of losses; return nothing else, such as updated statistics."
             )
-        for output in outputs:
-            if not is_floating(output) or len(output.shape) < 2:
-                raise ValueError(
-                    "model_fn must return real floating-point arrays of shape "
-                    "(N, ..., C), examples first and one prediction on the last axis; "
-                    f"got {summarize(output)}. Return predictions and not the loss or "
-                    "classes, with outputs[:, None] for one number per example."
-                )
-        if len({output.shape[0] for output in outputs}) != 1:
+        real = all(is_floating(output) and len(output.shape) > 1 for output in outputs)
+        if not real or len({output.shape[0] for output in outputs}) != 1:
             raise ValueError(
-                "The model's outputs must agree on the number of examples, got shapes "
-                f"{[output.shape for output in outputs]}. Bring the batch to the first "
-                "axis of each."
+                "model_fn must return real floating-point arrays of shape (N, ..., C), "
+                "the same N examples first and one prediction on the last axis; got "
+                f"{', '.join(map(summarize, outputs))}. Return predictions and not the "
+                "loss or classes, with outputs[:, None] for one number per example."
             )
         return outputs
 
@@ -246,6 +235,18 @@ def cotangents(
     return tuple(_gradient(*one)[None] for one in every)
 
 
+def with_random_signs(columns: Sequence[Array], rng: Array) -> list[Array]:
+    """Gives the cotangents of every example and column a random sign."""
+    # In a layer whose input all examples share, their cotangents arrive added up. With
+    # independent signs, as with independent draws, the cross terms of squares vanish
+    # in the mean. The squares of a single example do not change.
+    signs = jax.random.rademacher(rng, columns[0].shape[:2])
+    return [
+        x * signs.reshape(*x.shape[:2], *([1] * (x.ndim - 2))).astype(x.dtype)
+        for x in columns
+    ]
+
+
 def _gradient(loss: Loss, output: Array, targets: PyTree, scale: Array) -> Array:
     def total(output: Array) -> Array:
         value = loss.value(output, targets)
@@ -283,9 +284,8 @@ def _check_returned(loss: Loss, field: str, got: Any, expected: tuple) -> None:
     """Checks the shape of the result of a function of the user's loss."""
     if jnp.shape(got) != expected:
         raise ValueError(
-            f"Loss {loss.name!r}: {field} returned shape {jnp.shape(got)}; expected "
-            f"{expected}. Return an array of that shape, as optax_cgfac.Loss "
-            "describes it."
+            f"Loss {loss.name!r}: {field} must return shape {expected}, got "
+            f"{jnp.shape(got)}. Return an array as optax_cgfac.Loss describes it."
         )
 
 

@@ -8,23 +8,8 @@ from optax_cgfac.utils.types import Array, PyTree
 
 
 def tree_dot(x: PyTree, y: PyTree) -> Array:
-    """Returns the Euclidean inner product of two pytrees of equal structure.
-
-    Sums in float32, or the leaves' precision if higher: sums of squares leave the
-    range of half precision.
-
-    Args:
-      x: A pytree of arrays.
-      y: A pytree with the structure and shapes of ``x``.
-
-    Returns:
-      The scalar sum of the elementwise products.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> print(tree_dot({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, 4.0])}))
-      11.0
-    """
+    """Returns the Euclidean inner product of two pytrees of equal structure."""
+    # Sums of squares leave the range of half precision.
     dtype = jnp.promote_types(tree_dtype((x, y)), jnp.float32)
 
     def dot(x: PyTree, y: PyTree) -> Array:
@@ -67,22 +52,9 @@ def scaled(x: Array, scale: Array | float) -> Array:
 
 
 def power_of_two(largest: Array) -> Array:
-    """Returns powers of two that bring nonnegative numbers into ``[1, 4)``.
-
-    Squaring very large or small values over- or underflows; dividing by a power of two
-    first is exact. The result is 1 where a number is zero or not finite.
-
-    Args:
-      largest: Nonnegative numbers.
-
-    Returns:
-      For each the divisor, in its precision.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> print(power_of_two(jnp.array([5.0, 0.3, 0.0])))
-      [4.   0.25 1.  ]
-    """
+    """Returns powers of two that bring nonnegative numbers into ``[1, 4)``."""
+    # Squaring very large or small values over- or underflows; dividing by a power of
+    # two first is exact. It is 1 where a number is zero or not finite.
     usable = (largest > 0) & jnp.isfinite(largest)
     _, exponent = jnp.frexp(jnp.where(usable, largest, 1))
     most = jnp.finfo(largest.dtype).maxexp - 2  # the inverse must be representable too

@@ -1,5 +1,7 @@
 """Explicitly sharded meshes, and batches that `jax.shard_map` splits over an axis."""
 
+import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +22,7 @@ def with_auto_axes(
     Args:
       function: Returns arrays.
       *args: Its arguments, pytrees of arrays.
-      like: A tree with the structure and shardings of the results; None to replicate.
+      like: A tree with the shardings of the results; None to replicate them.
 
     Returns:
       ``function(*args)``.
@@ -48,10 +50,9 @@ def axis_size(axis_name: str | None) -> int:
         return jax.lax.axis_size(axis_name)
     except NameError:
         raise ValueError(
-            f"fisher_estimator(axis_name={axis_name!r}) splits the batch over a named "
-            "axis, and there is no such axis here. Call update() and tx.update() "
-            f"inside jax.shard_map over a mesh with the axis {axis_name!r}, or leave "
-            "axis_name out: under jax.jit alone sharded batches need none."
+            f"axis_name={axis_name!r} is the name of a mesh axis, and there is no such "
+            "axis here. Call update() and tx.update() inside jax.shard_map over it, or "
+            "leave axis_name out: under jax.jit alone sharded batches need none."
         ) from None
 
 
@@ -77,3 +78,17 @@ def own_key(rng: Array, axis_name: str | None) -> Array:
 def mean_over(x: Array, axis_name: str | None) -> Array:
     """Returns the mean over the devices; ``x`` without an axis."""
     return x if axis_name is None else jax.lax.pmean(x, axis_name)
+
+
+def warn_of_hanging_lapack() -> None:
+    """Warns where several CPU devices of this process would call OpenBLAS at once."""
+    # Its threads may then wait for each other for ever (seen with 8 devices on 2 cores,
+    # jaxlib 0.10.2, `jnp.linalg.eigh`).
+    is_cpu = jax.default_backend() == "cpu" and jax.local_device_count() > 1
+    if is_cpu and os.environ.get("OPENBLAS_NUM_THREADS") != "1":
+        warnings.warn(
+            "Several CPU devices of one process call LAPACK at once, and OpenBLAS may "
+            "then hang. Set OPENBLAS_NUM_THREADS=1 before Python starts.",
+            RuntimeWarning,
+            stacklevel=4,
+        )

@@ -34,24 +34,9 @@ _BLOCK = 32
 
 
 def spd_inverses(matrices: Sequence[Array]) -> list[Array]:
-    """Returns the inverses of symmetric positive definite matrices.
-
-    Matrices of about the same size are inverted as one batch, far faster on every
-    backend than one after the other.
-
-    Args:
-      matrices: Arrays of shapes ``(*stack, n, n)``, each with its own ``stack``, ``n``.
-
-    Returns:
-      The inverses, not finite where a matrix is not positive definite.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> [inverse] = spd_inverses([jnp.array([[2.0, 1.0], [1.0, 1.0]])])
-      >>> print(inverse)
-      [[ 1. -1.]
-       [-1.  2.]]
-    """
+    """Returns the inverses of positive definite matrices, or non-finite ones."""
+    # Matrices of about the same size are inverted as one batch, far faster on every
+    # backend than one after the other.
     groups: dict[tuple[int, jnp.dtype], list[int]] = {}
     for index, matrix in enumerate(matrices):
         size = -(-matrix.shape[-1] // _BLOCK) * _BLOCK
@@ -149,18 +134,15 @@ def cholesky_qr(matrices: Array) -> Array:
 
     Three rounds, each with a shift that keeps the matrix definite: ``QᵀQ ≤ I`` always,
     and columns that depend on others come out shorter than one, where `jnp.linalg.qr`
-    makes up directions.
+    makes up directions. Fukaya et al. (2020), "Shifted Cholesky QR for computing the QR
+    factorization of ill-conditioned matrices", algorithm 4.2, with the shift of its
+    first round in all three.
 
     Args:
       matrices: Shape ``(k, m, n)``, ``m >= n``.
 
     Returns:
       The bases, like ``matrices``.
-
-    References:
-      Fukaya, Kannan, Nakatsukasa, Yamamoto & Yanagisawa (2020), "Shifted Cholesky QR
-      for computing the QR factorization of ill-conditioned matrices", algorithm 4.2,
-      with the shift of its first round in all three.
     """
     identity = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
     for _ in range(3):

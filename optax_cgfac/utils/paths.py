@@ -10,23 +10,9 @@ Path = tuple[str, ...]
 
 
 def normalize(key_path: tuple[Any, ...]) -> Path:
-    """Returns a JAX key path as strings, without the ``.value`` of a box.
-
-    A boxed leaf (``nn.Partitioned``, an NNX variable) and a plain array at the same
-    place get the same name.
-
-    Args:
-      key_path: From `jax.tree_util.tree_flatten_with_path`.
-
-    Returns:
-      The names from the root to the leaf.
-
-    Example:
-      >>> import jax
-      >>> [(path, _)] = jax.tree_util.tree_leaves_with_path({"Dense_0": {"bias": 1}})
-      >>> normalize(path)
-      ('Dense_0', 'bias')
-    """
+    """Returns a JAX key path as strings, without the ``.value`` of a box."""
+    # A boxed leaf (``nn.Partitioned``, an NNX variable) and a plain array at the same
+    # place get the same name.
     names = tuple(_key_name(key) for key in key_path)
     is_box = key_path and getattr(key_path[-1], "name", None) == "value"
     return names[:-1] if is_box and len(names) > 1 else names

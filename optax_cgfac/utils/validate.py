@@ -69,18 +69,15 @@ def summarize(value: Any) -> str:
 
 def check_number(name: str, value: Any, allowed: Range, example: Any) -> None:
     """Checks an option that is one real number, plain or traced."""
-    schedule = ", or let optax.inject_hyperparams take the schedule"
-    hint = schedule if callable(value) else ""
-    way_out = f"Pass a number such as {name}={example}{hint}"
+    hint = ", or let optax.inject_hyperparams take the schedule" * callable(value)
+    way_out = f"got {summarize(value)}. Pass a number such as {name}={example}{hint}."
     if getattr(value, "shape", ()) != ():
-        raise ValueError(
-            f"{name} must be one number, got {summarize(value)}. {way_out}."
-        )
+        raise ValueError(f"{name} must be one number, {way_out}")
     if not is_real_scalar(value):
-        raise TypeError(f"{name} must be a number, got {summarize(value)}. {way_out}.")
+        raise TypeError(f"{name} must be a number, {way_out}")
     is_known = is_number(value) or isinstance(value, np.ndarray)
     if is_known and not allowed.holds(float(np.asarray(value))):
-        raise ValueError(f"{name} must {allowed.text}, got {value}. {way_out}.")
+        raise ValueError(f"{name} must {allowed.text}, {way_out}")
 
 
 def check_number_or_schedule(
@@ -95,12 +92,7 @@ def check_number_or_schedule(
 
 def check_scheduled(name: str, value: Any) -> None:
     """Checks the result of a schedule."""
-    if not is_real_scalar(value):
-        error = ValueError if getattr(value, "shape", ()) else TypeError
-        raise error(
-            f"The schedule {name} must return one real number, got {summarize(value)}. "
-            f"Write {name}=lambda count: ... with a scalar for the count of updates."
-        )
+    check_number(f"The result of {name}", value, Range("be", lambda x: True), 0.1)
 
 
 def check_positive(name: str, value: Any, *, may_be_array: bool = False) -> None:
@@ -154,23 +146,31 @@ def wrong_signature(
     return None
 
 
-def check_parameters(params: PyTree) -> None:
-    """Checks that parameters are a tree of real floating-point arrays.
+def leaf_types(tree: PyTree) -> dict[str, str]:
+    """Returns the dtype and shape of every leaf by its path."""
+    leaves = leaves_by_path(tree).items()
+    return {text(p): f"{jnp.result_type(x)} {jnp.shape(x)}" for p, x in leaves}
 
-    Raises:
-      ValueError: If there are none.
-      TypeError: If there is anything else.
-    """
+
+def check_alike(
+    rule: str, expected: dict[str, str], got: dict[str, str], way_out: str
+) -> None:
+    """Checks that two trees have the same `leaf_types`."""
+    for name in sorted(expected.keys() | got.keys()):
+        if expected.get(name) != got.get(name):
+            raise ValueError(
+                f"{rule}: {name!r}\n  expected: {expected.get(name)}\n"
+                f"  got:      {got.get(name)}\n{way_out}"
+            )
+
+
+def check_parameters(params: PyTree) -> None:
+    """Checks that parameters are a tree of real floating-point arrays."""
     leaves = leaves_by_path(params)
-    if not leaves:
-        raise ValueError(
-            f"params has no leaves (got {summarize(params)}). Pass the tree of "
-            "parameters, such as model.init(key, x)['params'], or an nnx.Module."
-        )
-    if () in leaves:
+    if not leaves or () in leaves:
         raise TypeError(
-            "params must be a tree of named parameters, got "
-            f"{summarize(params)}. Pass the parameters first and the inputs second."
+            f"params must be a tree of named parameters, got {summarize(params)}. Pass "
+            "model.init(key, x)['params'] or an nnx.Module first, and inputs second."
         )
     for path, leaf in leaves.items():
         if not is_floating(leaf):

@@ -44,7 +44,7 @@ def test_time_major_layers_get_the_rows_of_every_example(time):
     options = {} if time == 3 else {"num_examples": 6}
     run = value_and_grad(lambda p, batch: loss_of(model)(p, batch["x"]), **options)
     _, grads, curvature = run(params, batch)
-    assert curvature.spec.num_examples == 6
+    assert curvature.spec.examples == 6
     assert curvature.layers["norm"].g.shape == (6, 8)
     # An example's row of the norm is its own gradient.
     for n, row in enumerate(curvature.layers["norm"].g):

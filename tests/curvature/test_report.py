@@ -1,5 +1,7 @@
 """The printed report: what is covered, how it is solved, and what is left."""
 
+import re
+
 import jax
 import pytest
 
@@ -10,22 +12,17 @@ from steps import problem
 
 def table(report):
     """The rows of the table by layer name, cells by column name."""
-    lines = report.splitlines()
-    marks = lines[1]
-    starts = [i for i, c in enumerate(marks) if c == "-" and marks[i - 1 : i] != "-"]
-    ends = [*starts[1:], None]
+    lines = report.split(" layers, ")[0].splitlines()[:-1]
+    ends = [m.end() for m in re.finditer(r"-+ *", lines[1])]
+    starts = [0, *ends[:-1]]
 
     def cells(line):
-        return [line[i:j].strip() for i, j in zip(starts, ends, strict=True)]
+        return [
+            line[i:j].strip() for i, j in zip(starts, [*ends[:-1], None], strict=True)
+        ]
 
-    header = cells(lines[0])
-    rows = {}
-    for line in lines[2:]:
-        if "preconditioned" in line:
-            break
-        row = dict(zip(header, cells(line), strict=True))
-        rows[row["layer"]] = row
-    return rows
+    rows = [dict(zip(cells(lines[0]), cells(line), strict=True)) for line in lines[2:]]
+    return {row["layer"]: row for row in rows}
 
 
 def estimate(model, inputs, **options):
@@ -41,11 +38,9 @@ def estimate(model, inputs, **options):
 def test_the_table_names_layers_kinds_shapes_and_rows():
     rows = table(problem().curvature().report())
     assert list(rows) == ["hidden", "out"]
-    assert rows["hidden"]["kind"] == "dense"
-    assert rows["hidden"]["matrix"] == "(5+1)x4"
+    expected = {"kind": "dense", "matrix": "(5+1)x4", "rows/step": "4"}
+    assert rows["hidden"].items() >= (expected | {"window": "2 x 4"}).items()
     assert rows["out"]["matrix"] == "4x3"
-    assert rows["hidden"]["rows/step"] == "4"
-    assert rows["hidden"]["window"] == "2 x 4"
 
 
 def test_stacked_layers_show_their_stack():
@@ -86,16 +81,15 @@ def test_the_solve_column_follows_the_options_and_says_why(options, solve):
     assert row["why"].startswith("asked for") == ("space" in options)
 
 
-def test_tikhonov_takes_the_space_that_costs_less():
-    model_examples = {"window": 8}
-    few = estimate(Heads(), normal(0, NUM_EXAMPLES, 2, 5), **model_examples)
-    row = table(few.report(damping_form="tikhonov"))["heads"]
-    assert row["solve"] == "parameter, cg"
-    assert ">" in row["why"]
-    wide = estimate(Heads(), normal(0, NUM_EXAMPLES, 2, 500), window=1)
-    row = table(wide.report(damping_form="tikhonov"))["heads"]
-    assert row["solve"] == "sample, cg"
-    assert "≤" in row["why"]
+@pytest.mark.parametrize(
+    ("width", "window", "solve", "sign"),
+    [(5, 8, "parameter, cg", ">"), (500, 1, "sample, cg", "≤")],
+)
+def test_tikhonov_takes_the_space_that_costs_less(width, window, solve, sign):
+    curvature = estimate(Heads(), normal(0, NUM_EXAMPLES, 2, width), window=window)
+    row = table(curvature.report(damping_form="tikhonov"))["heads"]
+    assert row["solve"] == solve
+    assert sign in row["why"]
 
 
 def test_uncovered_parameters_are_listed_with_the_reason():
@@ -113,10 +107,6 @@ def test_uncovered_parameters_are_listed_with_the_reason():
     assert "blocks/Dense_0" not in table(report)
 
 
-def test_full_coverage_is_said():
-    assert problem().curvature().report().endswith("Every parameter is covered.")
-
-
 def test_a_report_is_static_and_works_under_jit():
     reports = []
 
@@ -127,3 +117,4 @@ def test_a_report_is_static_and_works_under_jit():
 
     traced(problem().curvature())
     assert reports == [problem().curvature().report()]
+    assert reports[0].endswith("Every parameter is covered.")

@@ -27,7 +27,8 @@ def last(x):
 class Compact(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(3)(nn.tanh(nn.Dense(4)(x)))
+        x = nn.tanh(nn.Dense(4)(x))  # Dense_0
+        return nn.Dense(3)(x)
 
 
 class RematMethod(nn.Module):

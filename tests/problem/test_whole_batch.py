@@ -39,7 +39,7 @@ def rows_of(model_fn, params, inputs, **options):
 )
 def test_models_without_such_layers_have_the_rows_of_a_slice(name):
     case = LAYER_CASES[name]()
-    curvatures = [
+    few, whole = (
         rows_of(
             case.model_fn,
             case.params,
@@ -48,8 +48,7 @@ def test_models_without_such_layers_have_the_rows_of_a_slice(name):
             input_axes=case.input_axes,
         )
         for whole in (False, True)
-    ]
-    few, whole = curvatures
+    )
     assert few.tags == whole.tags
     assert any(np.any(rows.g) for rows in few.layers.values())
     jax.tree.map(
@@ -126,9 +125,8 @@ def test_gauss_newton_products_are_those_of_the_whole_batch():
 
 def test_a_smaller_batch_than_at_init_is_refused():
     model_fn, params = normalized()
-    estimator = fisher_estimator(
-        model_fn, "squared_error", examples=ROWS, whole_batch=True
-    )
+    options = {"examples": ROWS, "whole_batch": True}
+    estimator = fisher_estimator(model_fn, "squared_error", **options)
     curvature = estimator.init(params, X)
-    with pytest.raises(ValueError, match="The batch has 4 examples"):
+    with pytest.raises(ValueError, match="got 4"):
         estimator.update(curvature, params, X[:4], rng=jax.random.key(0))

@@ -1,3 +1,5 @@
+"""Helpers on arrays and trees, and linear algebra against NumPy in float64."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,16 +33,10 @@ def test_tree_dtype_is_the_promoted_dtype(x64):
     assert arrays.tree_dot(tree, tree).dtype == jnp.float64
 
 
-@pytest.mark.parametrize(
-    ("value", "is_finite"),
-    [(1.0, True), (jnp.nan, False), (jnp.inf, False), (-jnp.inf, False)],
-)
-def test_tree_is_finite_looks_at_every_entry(value, is_finite):
+@pytest.mark.parametrize("value", [1.0, jnp.nan, jnp.inf, -jnp.inf])
+def test_tree_is_finite_looks_at_every_entry(value):
     tree = {"a": jnp.zeros(3), "b": (jnp.zeros((2, 2)).at[1, 0].set(value),)}
-    assert arrays.tree_is_finite(tree) == is_finite
-
-
-def test_an_empty_tree_is_finite():
+    assert arrays.tree_is_finite(tree) == np.isfinite(value)
     assert arrays.tree_is_finite({})
 
 
@@ -50,11 +46,6 @@ def test_safe_divide_gives_zero_where_the_denominator_is_zero(dtype):
     quotient = arrays.safe_divide(numerator, denominator)
     assert quotient.dtype == dtype
     np.testing.assert_array_equal(quotient, [3.0, 0.0, 0.0, -0.75])
-
-
-def test_dot_products_ask_for_full_precision():
-    x = jnp.ones((2, 3))
-    assert "HIGHEST" in str(jax.make_jaxpr(lambda x: arrays.tree_dot(x, x))(x))
 
 
 @pytest.mark.parametrize("size", [2, 30, 120])
@@ -73,11 +64,11 @@ def test_the_tiny_shift_of_a_zero_matrix_can_be_divided_by(dtype):
     assert shift.dtype == dtype
     assert shift > 0
     assert np.isfinite(1 / shift)
-    # Over both factors of a layer it is no number that a step could be taken with.
+    # Over both factors of a layer no step can be taken with it.
     assert np.isinf(1 / shift**2)
 
 
-@pytest.mark.parametrize("exponent", [-120, -30, -1, 0, 1, 30, 120])
+@pytest.mark.parametrize("exponent", [-120, -1, 0, 30, 120])
 def test_a_power_of_two_changes_no_digit(exponent, dtype):
     x = jnp.asarray([1.0, 1.5, 1.99, 1 / 3], dtype) * 2.0**exponent
     unit = arrays.power_of_two(jnp.max(x))
@@ -104,8 +95,7 @@ def test_narrowed_numbers_end_at_the_range():
 def test_dot_products_in_half_precision_have_the_range_of_single():
     x = {"large": jnp.full(100, 300, jnp.float16), "small": jnp.full(3, 1e-4)}
     assert float(arrays.tree_dot(x, x)) == pytest.approx(9e6, rel=1e-6)
-    small = jnp.full(10, 1e-4, jnp.float16)
-    assert float(arrays.tree_dot(small, small)) == pytest.approx(1e-7, rel=1e-2)
+    assert "HIGHEST" in str(jax.make_jaxpr(lambda x: arrays.tree_dot(x, x))(x))
 
 
 def test_inverses_of_many_sizes_stacks_and_positions(dtype):
@@ -122,12 +112,6 @@ def test_inverses_of_many_sizes_stacks_and_positions(dtype):
         assert oracles.relative_error(inverse, expected) < oracles.tolerance(
             dtype, condition=100
         )
-
-
-def test_each_inverse_keeps_its_own_dtype(x64):
-    matrices = [random_matrices(4, dtype=name) for name in ("float32", "float64")]
-    inverses = linalg.spd_inverses(matrices)
-    assert [inverse.dtype for inverse in inverses] == [jnp.float32, jnp.float64]
 
 
 @pytest.mark.parametrize("size", [1, 33, 200])
@@ -150,19 +134,11 @@ INDEFINITE = {
 }
 
 
-@pytest.mark.parametrize(
-    "invert",
-    [
-        lambda matrix: linalg.spd_inverses([matrix])[0],
-        lambda matrix: linalg.blocked_inverse(matrix[None])[0],
-        lambda matrix: linalg.cholesky_inverse(matrix[None])[0],
-    ],
-    ids=["grouped", "blocked", "unblocked"],
-)
 @pytest.mark.parametrize("name", INDEFINITE)
-def test_the_inverse_of_what_is_not_positive_definite_is_not_finite(name, invert):
-    inverse = invert(jnp.asarray(INDEFINITE[name], jnp.float32))
-    assert not np.all(np.isfinite(inverse))
+def test_the_inverse_of_what_is_not_positive_definite_is_not_finite(name):
+    matrix = jnp.asarray(INDEFINITE[name], jnp.float32)[None]
+    for invert in (linalg.blocked_inverse, linalg.cholesky_inverse):
+        assert not np.all(np.isfinite(invert(matrix)))
 
 
 def test_a_bad_matrix_does_not_spoil_the_others_of_its_batch():
@@ -196,8 +172,7 @@ def test_dependent_columns_leave_the_others_alone():
     np.testing.assert_allclose(gram[:3, :3], np.eye(3), atol=1e-5)
     # No direction twice, whatever rounding made of the dependent columns.
     assert np.linalg.eigvalsh(gram).max() < 1 + 1e-5
-    zero = linalg.cholesky_qr(jnp.zeros((1, 5, 2)))
-    np.testing.assert_array_equal(zero, 0)
+    np.testing.assert_array_equal(linalg.cholesky_qr(jnp.zeros((1, 5, 2))), 0)
 
 
 def test_a_gpu_orthonormalizes_by_products_and_a_cpu_by_reflections():

@@ -32,12 +32,16 @@ OPTIONS = {
     "a module's class as `model_fn`": estimating(fn=MLP),
     "a `model_fn` of three arguments": estimating(fn=lambda params, x, mask: x),
     "an unknown loss": estimating("mse"),
+    "an empty tuple of losses": estimating(()),
     "a function as the loss": estimating(optax.squared_error),
     "`kind='fisher'`": estimating(kind="fisher"),
     "`window=0`": estimating(window=0),
     "`kind='exact'`, no `hessian_columns`": estimating(own_loss(), kind="exact"),
     "a text as `where`": estimating(where="Dense"),
-    "an optimizer as the estimator's `fallback`": estimating(fallback=optax.adam(1e-3)),
+    "`refresh_every=8` and `rank=None`": estimating(rank=None, refresh_every=8),
+    "`whole_batch` and `model_examples=4`": estimating(
+        whole_batch=True, model_examples=4
+    ),
     "`1` in `input_axes`": estimating(input_axes={"x": 1}),
     "`rows_dtype='int32'`": estimating(rows_dtype="int32"),
     "`weights` of two arguments": estimating(weights=lambda params, inputs: inputs),
@@ -69,7 +73,6 @@ INIT = {
     "the state of an `nnx.Module` for a `model_fn` that calls a module": calling(
         lambda module: nnx.state(module, nnx.Param)
     ),
-    "a text among the inputs": init(inputs=lambda g: {"x": g.x, "mode": "train"}),
     "an empty batch": init(inputs=lambda g: g.x[:0]),
     "fewer examples than `examples`": init(inputs=lambda g: g.x[:3]),
     "a `model_fn` that returns the loss": outputs(lambda z: z.sum()),
@@ -79,9 +82,14 @@ INIT = {
     "a tuple of losses for one output": init(loss=TWO),
     "two outputs of other lengths": outputs(lambda z: (z, z[:4]), loss=TWO),
     "outputs whose first axis is not the batch": outputs(lambda z: z.T[:2], examples=2),
-    "`input_axes` that is no prefix of the inputs": init(input_axes=(0, None)),
+    "`input_axes` None for all inputs": init(input_axes=None),
     "a `where` that is never true": init(where=lambda path: "Dense" in path),
     "a `where` for a bias without its kernel": init(where=lambda path: "bias" in path),
+    "`input_axes` 0 for a leaf without examples": init(
+        inputs=lambda g: {"x": g.x, "scale": g.x[0]},
+        fn=lambda p, inputs: model_fn(p, inputs["x"]),
+        input_axes=0,
+    ),
     "a parameter that no layer reads": adding(lambda g: {"old": {"kernel": g.x}}),
     # A new function every time: JAX remembers what it has traced.
     "a `model_fn` that is jitted": lambda g: init(
@@ -138,9 +146,6 @@ UPDATE_TRACED = {
 
 KEYS = {
     "no key for `kind='mc'`": update(rng=lambda g: None),
-    "a seed instead of a key": update(rng=lambda g: 0),
-    "an `nnx.Rngs` instead of a key": update(rng=lambda g: nnx.Rngs(0)),
-    "several keys": update(rng=lambda g: jax.random.split(g.key, 3)),
     "the key of the inputs": update(inputs=lambda g: {"x": g.x, "dropout": g.key}),
 }
 
@@ -154,6 +159,7 @@ BATCHES = {
     "inputs of another dtype": update(inputs=lambda g: g.x.astype(jnp.bfloat16)),
     "inputs of another structure": update(inputs=lambda g: {"x": g.x}),
     "a smaller batch than the curvature keeps": update(inputs=lambda g: g.x[:6]),
+    "a batch without examples": update(inputs=lambda g: g.x[:0]),
     "`targets` for `kind='mc'`": update(targets=lambda g: g.y),
 }
 BATCHES_TRACED = {
@@ -165,10 +171,11 @@ BATCHES_TRACED = {
     "no `targets` for `kind='empirical'`": new_update(kind="empirical"),
     "targets of fewer examples": empirical(lambda g: g.y[:7], "squared_error"),
     "targets of another rank": empirical(lambda g: g.y[:, :1].astype(int)),
-    "classes as floating-point numbers": empirical(lambda g: g.y[:, 0]),
     "a list of numbers as targets": empirical(lambda g: [0] * 8),
+    "a tuple of targets for one output": empirical(lambda g: (g.y[:, 0] > 0,)),
     "one array of targets for two outputs": empirical(lambda g: g.y, TWO, two),
     "weights that do not fit the outputs": new_update(weights=lambda x: x[:7, 0]),
+    "`weights` that return nothing": new_update(weights=lambda x: None),
     "three weights for two outputs": new_update(two, TWO, weights=lambda x: (x,) * 3),
     "a loss whose `value` sums over examples": new_update(
         loss=own_loss(value=lambda z, t: jnp.sum((z - t) ** 2))

@@ -9,7 +9,6 @@ from flax import nnx
 from optax_cgfac import (
     TrainState,
     cgfac,
-    check_gradients,
     conjugate_gradient,
     diagnostics,
     tag_layer,
@@ -28,14 +27,7 @@ def one_pass(loss_fn, **options):
 
 
 SINGLE_PASS = {
-    "a module as `loss_fn`": lambda g: value_and_grad(MLP()),
     "`loss_reduction='max'`": one_pass(loss_of, loss_reduction="max"),
-    "a `loss_fn` that returns losses of examples": one_pass(lambda p, x, y: y[:, 0]),
-    "a `loss_fn` that returns `(loss, aux)`": one_pass(lambda p, x, y: (y[0, 0], x)),
-    "arguments of the loss by name": lambda g: value_and_grad(loss_of)(
-        g.params, x=g.x, y=g.y
-    ),
-    "an argument of the loss too few": lambda g: value_and_grad(loss_of)(g.params, g.x),
     "the state of an `nnx.Module` for a loss that calls a module": lambda g: (
         value_and_grad(lambda m, x: m(x).mean())(nnx.state(Modes(), nnx.Param), g.x)
     ),
@@ -43,9 +35,6 @@ SINGLE_PASS = {
     "a loss whose `model.apply` is jitted": lambda g: one_pass(
         jax.jit(lambda p, x, y: jnp.mean(MLP().apply({"params": p}, x)))
     )(g),
-    "`check_gradients` under `jax.jit`": lambda g: check_gradients(
-        loss_of, g.params, g.x, g.y
-    ),
 }
 
 
@@ -75,16 +64,20 @@ TAGS = {
     "the parameter itself instead of its name": tagged(kernel="itself"),
     "a matrix as the scale": tagged(scale="w"),
     "inputs and outputs of other lengths": tagged(kernel="w", cut=1),
+    "a number as the input": lambda g: tag_layer(Modes(), 1.0, g.x, bias="b"),
     "a Linen module that is not being applied": lambda g: tag_layer(
         MLP(), g.x, g.x, bias="b"
     ),
 }
 
 METHODS = {
-    "a path as a tuple in `covers`": lambda g: g.curvature.covers(("out", "kernel")),
     "an unknown layer in `operator`": lambda g: g.curvature.operator("Dense_7"),
     "a negative damping": lambda g: g.curvature.operator("out", damping=-1.0),
+    "a form without a damping": lambda g: g.curvature.operator(
+        "out", damping_form="factored"
+    ),
     "all layers in one factored operator": lambda g: g.curvature.operator(None),
+    "something else in `push`": lambda g: g.curvature.push(g.curvature.layers),
     "the rows of several updates in `push`": lambda g: g.curvature.push(g.curvature),
     "the rows of a smaller batch in `push`": lambda g: (
         of_one_pass(g).with_window(2).push(of_one_pass(g, 4))
@@ -118,6 +111,7 @@ class Summed:
 
 OPERATORS = {
     "integers as the right-hand side": solving(lambda g: g.x.astype(int)),
+    "no array as the right-hand side": solving(lambda g: {}),
     "a matrix as the operator": solving(operator=jnp.ones((3, 3))),
     "an operator whose `matvec` returns another shape": solving(operator=Summed()),
     "a warm start of another shape": solving(x0=lambda g: g.x[0]),
