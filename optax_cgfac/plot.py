@@ -375,18 +375,5 @@ def _as_series(history: History) -> dict[str, Any]:
     """Returns a history as one dict of arrays, with an entry for each update."""
     stacked = isinstance(history, Mapping)
     entries: list[Any] = [history] if stacked else list(history)
-    if not entries:
-        raise ValueError(
-            "The history is empty: append optax_cgfac.diagnostics(opt_state) to a list "
-            "after each update."
-        )
     trees = [jax.tree.map(np.asarray, dict(entry)) for entry in entries]
-    series = trees[0] if stacked else jax.tree.map(lambda *xs: np.stack(xs), *trees)
-    shapes = {x.shape for x in jax.tree.leaves(series)}
-    if any(len(shape) != 1 for shape in shapes):
-        raise ValueError(
-            "Every number of the history must be one scalar an update, got shapes "
-            f"{sorted(shapes)}. Of several seeds draw one: "
-            "jax.tree.map(lambda x: x[0], history)."
-        )
-    return series
+    return trees[0] if stacked else jax.tree.map(lambda *xs: np.stack(xs), *trees)
