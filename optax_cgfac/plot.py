@@ -36,7 +36,6 @@ __all__ = ["cost", "coverage", "damping", "residuals", "spectrum"]
 
 # What `optax_cgfac.diagnostics` returned after each update, or its arrays stacked.
 History = Sequence[Mapping[str, Any]] | Mapping[str, Any]
-
 _INK, _PAPER, _SHADE = "black", "white", "0.6"
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D", "v", "x", "P")

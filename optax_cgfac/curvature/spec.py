@@ -15,7 +15,6 @@ from optax_cgfac.utils.validate import check_alike, check_choice, check_positive
 # With at most this many outputs half the eigenpairs suffice, and rows may be captured,
 # and quadratic models built, half as often.
 FEW_OUTPUTS = 32
-
 _COUNTS = "window examples model_examples positions refresh_every capture_every"
 
 
