@@ -265,12 +265,6 @@ def spectrum(
     """
     operator: Any = curvature.operator(layer, structure=structure)
     values = _eigenvalues(operator)
-    if not values.size:
-        raise ValueError(
-            f"The window holds no rows of the layer {layer!r} yet, or all are zero: "
-            "call curvature = estimator.update(curvature, params, inputs, rng=rng) "
-            "first."
-        )
     size = num_features(operator.a) * operator.g.shape[-1]
     total = math.prod(operator.g.shape[:-2]) * size
     ax = _new_axes(ax)
@@ -317,13 +311,8 @@ def _new_axes(ax: "Axes | None", num_bars: int | None = None) -> "Axes":
     """Returns where to draw: the axes that were given, or those of a new figure."""
     if ax is not None:
         return ax
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ImportError(
-            "optax_cgfac.plot needs matplotlib, which is not installed here: "
-            "pip install 'optax_cgfac[plot]'."
-        ) from error
+    from matplotlib import pyplot  # of the extra "plot"
+
     height = 4.0 if num_bars is None else 1.2 + 0.32 * max(num_bars, 2)
     _, ax = pyplot.subplots(figsize=(7.0, height), layout="constrained")
     return ax

@@ -19,7 +19,6 @@ from optax_cgfac.optimize.scale_by import (
     ScalarOrSchedule,
     check_curvature,
     check_fit,
-    check_state,
     check_trained,
     current,
     gradient_transformation,
@@ -307,7 +306,6 @@ def _compose(
         value_fn: Callable[[PyTree], Array] | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, CGFACState]:
-        check_state("cgfac", state, CGFACState)
         curvature = check_curvature(curvature)
         others = {"parameters": params, "optimizer state": state.velocity}
         check_fit("cgfac", updates, others, fallback.keeps)

@@ -102,11 +102,7 @@ def mean_curvature(curvature: Curvature) -> Array:
 
 
 def typical_damping(curvature: Curvature) -> Array:
-    """Returns the damping to start from with a thousand parameters and more.
-
-    Returns:
-      Ten times the mean curvature; 0 where that is no number of use, as without rows.
-    """
+    """Returns ten times the mean curvature; 0 where that is not finite."""
     damping = _MULTIPLE * mean_curvature(curvature)
     return jnp.where(jnp.isfinite(damping), damping, 0)
 

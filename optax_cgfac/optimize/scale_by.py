@@ -175,7 +175,6 @@ def _scale_by(
         **extra_args: Any,
     ) -> tuple[PyTree, ScaleByCGFACState]:
         del params, extra_args
-        check_state(name, state, ScaleByCGFACState)
         curvature = check_curvature(curvature)
         kept = state.warm_start
         check_fit(name, updates, {} if kept is None else {"optimizer state": kept})
@@ -239,16 +238,6 @@ def check_curvature(curvature: Any) -> Curvature:
         )
     check_rows(curvature)
     return curvature
-
-
-def check_state(name: str, state: Any, kind: type) -> None:
-    """Checks that an optimizer state is the transformation's own."""
-    if not isinstance(state, kind):
-        raise TypeError(
-            f"{name}: the optimizer state must be the {kind.__name__} of its own init, "
-            f"got {summarize(state)}. Call tx.update(grads, opt_state, params, ...) "
-            "with opt_state = tx.init(params), and restore checkpoints into the latter."
-        )
 
 
 def check_fit(

@@ -243,8 +243,8 @@ def _columns(
     """All columns of the loss Hessian's square root, one prediction at a time."""
     blocks = []
     for loss, output, scale in zip(objective.losses, outputs, scales, strict=True):
-        assert loss.hessian_columns is not None  # CaptureSpec checks it
-        columns = loss.hessian_columns(output)
+        of_loss: Any = loss.hessian_columns  # not None: CaptureSpec checks it
+        columns = of_loss(output)
         shape = (output.shape[-1], *output.shape)
         _check_returned(loss, "hessian_columns", columns, shape)
         columns = columns * jnp.sqrt(scale)[..., None]

@@ -171,19 +171,12 @@ class Space(NamedTuple):
 
 
 class LoopEnd(NamedTuple):
-    """Where the iteration ended, one system or ``k`` columns of them.
+    """Where the iteration ended, one system or ``k`` columns of them."""
 
-    Attributes:
-      x: The last iterate.
-      squared_norm: Its squared residual norm.
-      num_steps: Iterations of the slowest system.
-      reason: Why each of them ended, a `StopReason` as int32.
-    """
-
-    x: PyTree
-    squared_norm: Array
-    num_steps: Array
-    reason: Array
+    x: PyTree  # the last iterate
+    squared_norm: Array  # of its residual
+    num_steps: Array  # of the slowest system
+    reason: Array  # why each of them ended, a `StopReason` as int32
 
     def info(self) -> CGInfo:
         """Returns the info of one system."""
