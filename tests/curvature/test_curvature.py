@@ -88,14 +88,6 @@ def test_rows_without_cotangents_are_not_counted_as_dropped():
     assert not np.any(empty(window=1).push_rows(rows).dropped)
 
 
-def test_pushing_keeps_what_was_not_given():
-    before = empty()
-    after = before.push_rows(rows_of(1.0))
-    np.testing.assert_array_equal(after.model_inputs, before.model_inputs)
-    assert after.spec is before.spec
-    assert slots(before) == [0, 0, 0]
-
-
 # ---------------------------------------------------------------- push
 
 

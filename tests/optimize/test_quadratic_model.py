@@ -38,10 +38,7 @@ def setup(loss, dtype, shape=(6, 4)):
     vectors = np.random.default_rng(1).normal(size=(2, len(flat)))
     directions = tuple(unravel(jnp.asarray(v, dtype)) for v in vectors)
     dense = oracles.gauss_newton(
-        lambda flat, inputs: model_fn(unravel(flat), inputs),
-        flat,
-        inputs,
-        ONE_PREDICTION[loss],
+        lambda flat: model_fn(unravel(flat), inputs), flat, ONE_PREDICTION[loss]
     )
     return curvature, params, directions, dense, vectors
 

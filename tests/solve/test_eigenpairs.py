@@ -7,7 +7,14 @@ from flax import linen as nn
 import oracles
 import problems
 import steps
-from optax_cgfac import KroneckerOperator, cgfac, fisher_estimator, scale_by_cgfac
+from optax_cgfac import (
+    KroneckerOperator,
+    StopReason,
+    cgfac,
+    diagnostics,
+    fisher_estimator,
+    scale_by_cgfac,
+)
 from optax_cgfac.solve.eigenpairs import (
     LayerEigenpairs,
     empty_eigenpairs,
@@ -15,6 +22,7 @@ from optax_cgfac.solve.eigenpairs import (
     solve_with_eigenpairs,
     split_dampings,
 )
+from trees import assert_trees_close
 
 DAMPING = 0.1
 ROWS, N_IN, N_OUT = 24, 40, 30
@@ -92,17 +100,6 @@ def test_stacked_layers_are_those_one_by_one():
         assert oracles.relative_error(x, expected_solution(layer, 6)) < 2e-3
 
 
-@pytest.mark.parametrize("dead", ["ag", "a", "g", ""])
-def test_without_damping_a_dead_layer_takes_no_step(dead):
-    """Nothing is known of it; what would divide by rounding is not finite, or huge."""
-    problem = decaying(dtype="float32")
-    zeros = {name: jnp.zeros_like(getattr(problem, name)) for name in dead}
-    eigenpairs = refreshed(operator(problem._replace(**zeros)), empty(problem, 4))
-    [solution], is_finite = solve(eigenpairs, [problem.b], 0.0)
-    assert np.isfinite(solution).all()
-    assert bool(is_finite) == np.any(solution) == (not dead)
-
-
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_what_is_not_finite_falls_back_to_the_mean_curvature(bad):
@@ -114,14 +111,6 @@ def test_what_is_not_finite_falls_back_to_the_mean_curvature(bad):
     traces = eigenpairs.a.trace * eigenpairs.g.trace
     expected = problem.b / (traces / problem.b.size + DAMPING)
     np.testing.assert_allclose(solution, expected.at[2, 3].set(0), rtol=1e-6)
-
-
-@pytest.mark.usefixtures("x64")
-def test_a_refresh_recovers_from_eigenvectors_that_are_not_finite():
-    problem = decaying()
-    old = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), empty(problem, 4))
-    eigenpairs = refreshed(operator(problem), old)
-    assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(eigenpairs))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +138,7 @@ def test_renewals_are_every_few_updates_once_the_window_is_full(
 
 @pytest.mark.parametrize(
     ("batch_size", "outputs", "rank", "every"),
-    [(8, 3, 16, 1), (128, 40, 32, 4), (256, 32, 32, 4), (512, 33, 32, 1), (512, 3, 32, 2)],
+    [(8, 3, 16, 1), (256, 32, 32, 4), (512, 33, 64, 1), (512, 3, 64, 2)],
 )
 def test_rank_and_captures_follow_the_batch_and_the_outputs(
     batch_size, outputs, rank, every
@@ -177,24 +166,17 @@ def test_step_size_and_momentum_stay_between_two_fits(interval, fits):
     assert any(changed[i] for i in (10, 12, 13, 14)) == fits
 
 
-class Normed(nn.Module):
-    """A norm between layers, wide enough for eigenpairs of its own."""
-
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(3)(nn.LayerNorm()(nn.Dense(20)(x)))
-
-
 def test_scale_and_bias_of_a_norm_lie_side_by_side():
     """With every eigenvalue that is not zero kept it is the solve with all rows."""
-    model, few = Normed(), jax.random.normal(jax.random.key(0), (8, 6))
+    model = nn.Sequential([nn.Dense(20), nn.LayerNorm(), nn.Dense(3)])
+    few = jax.random.normal(jax.random.key(0), (8, 6))
     x = jnp.tile(few, (4, 1))  # cotangents of rank 8 * 3
-    params = model.init(jax.random.key(1), x)["params"]
+    params = model.init(jax.random.key(1), x)
     grads = jax.tree.map(lambda p: jnp.cos(3 * p + 1), params)
     solutions = []
     for rank in (26, None):
         estimator = fisher_estimator(
-            lambda p, x: model.apply({"params": p}, x),
+            model.apply,
             "squared_error",
             kind="exact",
             examples=32,
@@ -204,22 +186,11 @@ def test_scale_and_bias_of_a_norm_lie_side_by_side():
         )
         curvature = estimator.init(params, x)
         curvature = estimator.update(curvature, params, x)
-        assert ("LayerNorm_0" in curvature.eigenpairs) == (rank is not None)
+        assert any("layers_1" in name for name in curvature.eigenpairs) == bool(rank)
         tx = scale_by_cgfac(0.1, damping_form="factored")
-        solved, _ = tx.update(grads, tx.init(params), params, curvature=curvature)
+        solved, state = tx.update(grads, tx.init(params), params, curvature=curvature)
         solutions.append(solved)
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), *solutions
-    )
-
-
-@pytest.mark.parametrize("scale", [1e-28, 1e-22, 1e22, 1e35])
-def test_gradients_of_all_sizes_have_the_solution_in_their_units(scale):
-    """Their squares are no numbers in float32."""
-    problem = decaying(dtype="float32")
-    eigenpairs = refreshed(operator(problem), empty(problem, 10))
-    [expected], _ = solve(eigenpairs, [problem.b])
-    [actual], is_finite = solve(eigenpairs, [jnp.float32(scale) * problem.b])
-    assert is_finite
-    actual = oracles.float64(actual) / float(np.float32(scale))
-    assert oracles.relative_error(actual, expected) < 1e-5
+        found = diagnostics(state, params)["layers"].values()
+        reason = StopReason.EIGENPAIRS if rank else StopReason.DIRECT
+        assert reason in {int(layer["stop_reason"]) for layer in found}
+    assert_trees_close(*solutions, rtol=1e-3, atol=1e-4)
