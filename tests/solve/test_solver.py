@@ -33,7 +33,7 @@ def test_options_that_make_no_sense_are_refused(options, message):
         SolveSpec(**options)
 
 
-@pytest.mark.parametrize("num_rows", [8, 64, 1000])
+@pytest.mark.parametrize("num_rows", [8, 64, 1000, 10**6])
 @pytest.mark.parametrize("sizes", [(1000, 1000), (30, 10), (784, 1000)])
 def test_the_cheaper_space_is_chosen(sizes, num_rows):
     costs = {
