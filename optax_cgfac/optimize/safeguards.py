@@ -19,7 +19,7 @@ class Verdict(NamedTuple):
     finite: Array  # whether gradients, direction, step size and loss are finite
     blown_up: Array  # whether the loss is not finite
     undone: (
-        Array  # whether to take the last step back, before which the loss was finite
+        Array  # whether to take the last step back
     )
 
 
