@@ -18,6 +18,7 @@ from models import (
     rebuild_gradients,
 )
 from optax_cgfac import value_and_grad
+from training import squared_error
 
 X = normal(0, NUM_EXAMPLES, 5)
 Y = normal(1, NUM_EXAMPLES, 3)
@@ -29,12 +30,13 @@ def outputs_of(params, x):
 
 
 def loss_fn(params, x, y):
-    return jnp.mean(jnp.sum((outputs_of(params, x) - y) ** 2, -1))
+    return squared_error(outputs_of(params, x), y)
 
 
 def test_has_aux_returns_the_pair_with_the_value():
     def with_aux(params, x, y):
-        return loss_fn(params, x, y), {"outputs": outputs_of(params, x)}
+        outputs = outputs_of(params, x)
+        return squared_error(outputs, y), {"outputs": outputs}
 
     run = jax.jit(value_and_grad(with_aux, has_aux=True))
     (value, aux), *others = run(PARAMS, X, Y)

@@ -217,22 +217,3 @@ def test_a_users_own_loss_needs_three_functions():
         ValueError, match=r"needs Loss.hessian_columns, which 'poisson'"
     ):
         estimate(first, poisson, params)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"weights": lambda x: x["mask"][:, :2]}, r"broadcasts to \(5, 3\)"),
-        (
-            {"kind": "empirical", "targets": jnp.zeros((N - 1, T), int)},
-            f"expected the {N} examples",
-        ),
-        (
-            {"kind": "empirical", "targets": jnp.zeros((N, T, 1), int)},
-            r"have shape \(5, 3, 1\); expected \(5, 3\) or",
-        ),
-    ],
-)
-def test_weights_and_targets_of_another_shape_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        estimate(first, "softmax_cross_entropy", parameters(), **options)

@@ -186,23 +186,3 @@ def test_sample_space_has_the_iterates_of_parameter_space(structure):
             updates, _ = tx.update(grads, state, params, curvature=curvature)
             results.append(ravel(updates))
         assert oracles.relative_error(*results) < 1e-10
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"positions": 1}, {"weight_sharing": "reduce"}],
-    ids=["some positions", "reduced"],
-)
-def test_rows_without_an_examples_whole_gradient_are_refused(options):
-    *_, curvature = make("shared", **options)
-    with pytest.raises(ValueError, match=r"'shared' keeps some .*positions=None"):
-        curvature.operator("shared", structure="block")
-    with pytest.raises(ValueError, match=r"'shared' keeps some .*positions=None"):
-        curvature.operator(None, structure="full")
-
-
-def test_full_takes_no_path_and_the_others_need_one():
-    *_, curvature = make("shared")
-    for arguments in ({"path": "shared", "structure": "full"}, {"path": None}):
-        with pytest.raises(ValueError, match="structure='full' takes path=None"):
-            curvature.operator(**arguments)

@@ -97,27 +97,3 @@ def test_a_product_is_precise_and_forms_no_matrix_as_large_as_a_factor(name):
 def test_a_product_with_many_rows_takes_the_small_factor():
     shapes, _ = products("factored damped", (50, 4, 3))
     assert shapes == {(50, 3), (4, 3), (3, 3)}
-
-
-def test_scales_default_to_the_sum_over_rows(dtype):
-    a, g, vector = rows((), dtype)
-    expected = np.kron(oracles.moment(a, 1.0), oracles.moment(g, 1.0))
-    expected = oracles.apply(expected, vector)
-    product = KroneckerOperator(a, g).matvec(vector)
-    assert oracles.relative_error(product, expected) < oracles.tolerance(dtype)
-
-
-def test_factors_are_the_scaled_moments(dtype):
-    a, g, _ = rows((2,), dtype)
-    factors = KroneckerOperator(a, g, A_SCALE, G_SCALE).factors()
-    for factor, side, scale in zip(factors, (a, g), (A_SCALE, G_SCALE), strict=True):
-        expected = np.stack([oracles.moment(layer, scale) for layer in side])
-        assert oracles.relative_error(factor, expected) < oracles.tolerance(dtype)
-
-
-@pytest.mark.parametrize("name", ["kronecker", "factored damped"])
-@pytest.mark.parametrize("shape", [(3, 3), (5, 3), (4, 2), (12,)])
-def test_an_operator_takes_matrices_of_its_own_shape_only(name, shape):
-    a, g, _ = rows((), "float32")
-    with pytest.raises(ValueError, match=r"expected: \(\.\.\., 4, 3\)"):
-        make(name, a, g).matvec(jnp.ones(shape))

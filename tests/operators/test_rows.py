@@ -112,11 +112,5 @@ def test_a_slot_of_the_ring_buffer_is_replaced(make, stack, dtype, slot):
     assert float(left) == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_half_precision_halves_the_bytes_of_dense_rows(stack):
-    rows = dense_rows(9, stack, "float32")
-    half = rows_module.as_dtype(rows, "bfloat16")
-    assert 2 * rows_module.num_bytes(half) == rows_module.num_bytes(rows)
-
-
 def test_products_ask_for_full_precision():
     assert "HIGHEST" in str(jax.make_jaxpr(rows_module.gram)(jnp.ones((2, 3))))

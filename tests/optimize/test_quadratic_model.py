@@ -38,10 +38,7 @@ def setup(loss, dtype, shape=(6, 4)):
     vectors = np.random.default_rng(1).normal(size=(2, len(flat)))
     directions = tuple(unravel(jnp.asarray(v, dtype)) for v in vectors)
     dense = oracles.gauss_newton(
-        lambda flat, inputs: model_fn(unravel(flat), inputs),
-        flat,
-        inputs,
-        ONE_PREDICTION[loss],
+        lambda flat: model_fn(unravel(flat), inputs), flat, ONE_PREDICTION[loss]
     )
     return curvature, params, directions, dense, vectors
 
@@ -89,14 +86,6 @@ def test_damping_and_l2_enter_the_model_where_they_should(x64):
         assert oracles.relative_error(actual, expected) < 1e-12
 
 
-def test_the_value_is_the_quadratic_at_the_coefficients():
-    matrix, slope = np.array([[3.0, 1.0], [1.0, 2.0]]), np.array([-1.0, 0.5])
-    coefficients = np.array([0.4, -0.3])
-    value = model_value(*map(jnp.asarray, (slope, matrix, coefficients)))
-    expected = oracles.quadratic(matrix, slope, coefficients)
-    np.testing.assert_allclose(value, expected, rtol=1e-6)
-
-
 def model_of(matrix, slope):
     matrix = jnp.asarray(matrix, jnp.float32)
     return QuadraticModel(matrix, matrix, jnp.asarray(slope, jnp.float32))
@@ -126,26 +115,18 @@ def test_the_step_is_the_minimizer_in_the_box(regime, coupling):
     np.testing.assert_allclose(step, expected, atol=2 / 400)
 
 
-def random_models(num_models):
+def test_a_step_lowers_the_model_as_far_as_its_momentum_allows():
     rng = np.random.default_rng(0)
-    factors = rng.normal(size=(num_models, 2, 3))
-    slopes = rng.normal(size=(num_models, 2))
+    factors = rng.normal(size=(500, 2, 3))
+    matrices, slopes = factors @ factors.mT, rng.normal(size=(500, 2))
     slopes[:, 0] = -np.abs(slopes[:, 0])
-    return factors @ np.swapaxes(factors, 1, 2), slopes
-
-
-def test_a_step_never_raises_the_model():
-    matrices, slopes = random_models(500)
     models = QuadraticModel(*map(jnp.asarray, (matrices, matrices, slopes)))
-    steps = jax.vmap(minimize_in_box)(models)
-    values = jax.vmap(model_value)(slopes, matrices, jnp.stack(steps, -1))
+    steps = jnp.stack(jax.vmap(minimize_in_box)(models), -1)
+    values = jax.vmap(model_value)(slopes, matrices, steps)
+    expected = map(oracles.quadratic, matrices, slopes, oracles.float64(steps))
+    np.testing.assert_allclose(values, [*expected], rtol=1e-4, atol=1e-6)
     assert np.max(values) <= 1e-6
-
-
-def test_the_step_size_is_the_best_for_its_momentum():
-    matrices, slopes = random_models(500)
-    models = QuadraticModel(*map(jnp.asarray, (matrices, matrices, slopes)))
-    step_size, momentum = jax.vmap(minimize_in_box)(models)
+    step_size, momentum = steps.T
     best = -(slopes[:, 0] + matrices[:, 0, 1] * momentum) / matrices[:, 0, 0]
     np.testing.assert_allclose(step_size, np.clip(best, 0, 1), atol=1e-4)
     assert np.all((momentum >= 0) & (momentum <= 0.95))
@@ -169,23 +150,26 @@ def test_a_momentum_can_be_fixed(momentum):
     np.testing.assert_allclose(step.step_size, 0.4 + 0.25 * (0.5 - momentum), rtol=1e-5)
 
 
-def test_without_a_velocity_the_step_size_minimizes_alone():
-    step = minimize_in_box(model_of([[4.0, 0.0], [0.0, 0.0]], [-2.0, 0.0]))
-    np.testing.assert_allclose(step, (0.5, 0.0), rtol=1e-6)
-
-
-@pytest.mark.parametrize("factor", [0.5, 1.0, -2.0, 1e-4])
-def test_a_parallel_velocity_gets_no_momentum(factor):
+def parallel(factor):
     v = np.array([1.0, factor])
-    step = minimize_in_box(model_of(2 * np.outer(v, v), -v))
-    np.testing.assert_allclose(step, (0.5, 0.0), rtol=1e-5)
+    return 2 * np.outer(v, v), -v
 
 
-def test_a_flat_velocity_stays_in_the_box():
-    step = minimize_in_box(model_of([[1.0, 0.0], [0.0, 1e-6]], [-0.5, 0.1]))
-    assert step.momentum == 0
-    step = minimize_in_box(model_of([[1.0, 0.0], [0.0, 1e-6]], [-0.5, -0.1]))
-    np.testing.assert_allclose(step.momentum, 0.95, rtol=1e-6)
+@pytest.mark.parametrize(
+    ("matrix", "slope", "expected"),
+    [
+        ([[4.0, 0.0], [0.0, 0.0]], [-2.0, 0.0], (0.5, 0.0)),  # no velocity
+        *((*parallel(factor), (0.5, 0.0)) for factor in (0.5, 1.0, -2.0, 1e-4)),
+        ([[1.0, 0.0], [0.0, 1e-6]], [-0.5, 0.1], (0.5, 0.0)),  # a flat one
+        ([[1.0, 0.0], [0.0, 1e-6]], [-0.5, -0.1], (0.5, 0.95)),
+        (np.zeros((2, 2)), [-1.0, 0.0], (1.0, 0.0)),
+    ],
+)
+def test_models_that_do_not_determine_a_step_give_one_in_the_box(
+    matrix, slope, expected
+):
+    step = minimize_in_box(model_of(matrix, slope))
+    np.testing.assert_allclose(step, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -197,11 +181,6 @@ def test_a_model_that_is_not_finite_gives_no_step(bad):
     ):
         step = minimize_in_box(model_of(matrix, slope))
         assert step.step_size == 0
-
-
-def test_a_direction_without_curvature_is_followed_to_the_end_of_the_box():
-    step = minimize_in_box(model_of(np.zeros((2, 2)), [-1.0, 0.0]))
-    np.testing.assert_array_equal(step, (1.0, 0.0))
 
 
 @pytest.mark.parametrize(

@@ -121,12 +121,3 @@ def test_gauss_newton_products_are_those_of_the_whole_batch():
     expected = 2 * np.sum((jacobian @ np.asarray(direction)) ** 2) / NUM_EXAMPLES
     product = gauss_newton_products(curvature, params, [unravel(direction)])
     assert float(product[0, 0]) == pytest.approx(expected, rel=1e-10)
-
-
-def test_a_smaller_batch_than_at_init_is_refused():
-    model_fn, params = normalized()
-    options = {"examples": ROWS, "whole_batch": True}
-    estimator = fisher_estimator(model_fn, "squared_error", **options)
-    curvature = estimator.init(params, X)
-    with pytest.raises(ValueError, match="got 4"):
-        estimator.update(curvature, params, X[:4], rng=jax.random.key(0))

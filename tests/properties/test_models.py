@@ -48,8 +48,8 @@ def structures(curvature):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
-def run(module, params, x, y, weight, copies, pushes):
-    """The gradient and the curvature of copies of a batch, and of a window of three."""
+def run(module, params, x, y, weight=1.0, copies=1):
+    """The gradient and the curvature of copies of a batch."""
 
     def loss(params, x, y):
         outputs = module.apply({"params": params}, x)
@@ -57,13 +57,7 @@ def run(module, params, x, y, weight, copies, pushes):
 
     x, y = (jnp.concatenate([z] * copies) for z in (x, y))
     _, grads, curvature = value_and_grad(loss, num_examples=len(x))(params, x, y)
-    window = curvature.with_window(3)
-    window = jax.lax.fori_loop(0, pushes, lambda _, w: w.push(curvature), window)
-    return grads, structures(curvature), structures(window)
-
-
-def once(*given, weight=1.0):
-    return run(*given, weight, 1, 0)[:2]
+    return grads, structures(curvature)
 
 
 def assert_same(actual, expected, allowed):
@@ -78,8 +72,8 @@ def assert_same(actual, expected, allowed):
 def test_a_loss_times_c_has_a_curvature_times_c_squared(model, dtype, seed, weight):
     with precision(dtype):
         given = make(model, dtype, seed)
-        _, expected = once(*given)
-        _, found = once(*given, weight=weight)
+        _, expected = run(*given)
+        _, found = run(*given, weight)
     found = {name: oracles.float64(x) / weight**2 for name, x in found.items()}
     assert_same(found, expected, oracles.tolerance(dtype))
 
@@ -89,23 +83,13 @@ def test_a_loss_times_c_has_a_curvature_times_c_squared(model, dtype, seed, weig
 def test_a_batch_repeated_twice_is_the_batch(model, dtype, seed):
     with precision(dtype):
         given = make(model, dtype, seed)
-        grads, expected = once(*given)
-        same_grads, found, _ = run(*given, 1.0, 2, 0)
+        grads, expected = run(*given)
+        same_grads, found = run(*given, 1.0, 2)
     assert_same(found, expected, oracles.tolerance(dtype))
     leaves = zip(jax.tree.leaves(same_grads), jax.tree.leaves(grads), strict=True)
     for actual, leaf in leaves:
         size = np.linalg.norm(leaf) + np.finfo(dtype).tiny
         assert np.linalg.norm(actual - leaf) <= oracles.tolerance(dtype, 10) * size
-
-
-@properties
-@given(**drawn, count=st.integers(1, 7))
-def test_a_window_of_identical_batches_is_one_batch(model, dtype, seed, count):
-    with precision(dtype):
-        given = make(model, dtype, seed)
-        _, expected = once(*given)
-        *_, found = run(*given, 1.0, 1, count)
-    assert_same(found, expected, oracles.tolerance(dtype))
 
 
 @properties
@@ -120,9 +104,9 @@ def test_inputs_times_c_and_weights_over_c_transform_the_first_layer(
     """
     with precision(dtype):
         module, params, x, y = make(model, dtype, seed)
-        old_grads, expected = once(module, params, x, y)
+        old_grads, expected = run(module, params, x, y)
         first = params["Dense_0"] | {"kernel": params["Dense_0"]["kernel"] / scale}
-        grads, found = once(module, params | {"Dense_0": first}, scale * x, y)
+        grads, found = run(module, params | {"Dense_0": first}, scale * x, y)
     kernel = oracles.float64(old_grads["Dense_0"]["kernel"])
     error = oracles.float64(grads["Dense_0"]["kernel"]) / scale - kernel
     allowed = oracles.tolerance(dtype, 100)

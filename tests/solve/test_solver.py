@@ -5,9 +5,9 @@ import pytest
 
 import oracles
 import problems
-from optax_cgfac import DampedOperator, FactoredDampedOperator, KroneckerOperator
+from optax_cgfac import KroneckerOperator
 from optax_cgfac.solve.choose import SolveSpec, make_plan
-from optax_cgfac.solve.solver import damped_operator, solve_layers
+from optax_cgfac.solve.solver import solve_layers
 
 DAMPING = 0.1
 TO_CONVERGENCE = {"max_steps": 300, "rtol": 1e-13}
@@ -16,22 +16,14 @@ TO_CONVERGENCE = {"max_steps": 300, "rtol": 1e-13}
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"damping_form": "tikonov"}, r"damping_form .*'tikhonov', 'factored', got"),
-        ({"space": "rows"}, "space .*'auto', 'parameter', 'sample', got 'rows'"),
         ({"solver": "lu"}, "solver .*'cg', 'cholesky', .*got 'lu'"),
-        ({"structure": "rows"}, "structure .*'kronecker', 'block', 'full', got"),
-        ({"structure": "block", "damping_form": "factored"}, "has no factors"),
         ({"structure": "full", "solver": "eigendecomposition"}, "has no factors"),
-        ({"max_steps": 0}, "max_steps .*at least 1, got 0"),
         ({"rtol": 1.0}, r"rtol .*\[0, 1\), got 1\.0"),
-        ({"rtol": -0.1}, r"rtol .*\[0, 1\), got -0\.1"),
-        ({"solver": "cholesky"}, "needs damping_form='factored'.*solver='cg'"),
         (
             {"solver": "cholesky", "damping_form": "factored", "space": "parameter"},
             "space must be left out where no conjugate gradients run",
         ),
         ({"damping_form": "factored", "max_steps": 5}, "max_steps must be left out"),
-        ({"damping_form": "factored", "rtol": 0.1}, "rtol must be left out"),
         ({"solver": "eigendecomposition", "warm_start": True}, "warm_start must be"),
         ({"structure": "block", "solver": "cholesky", "space": "sample"}, "space must"),
     ],
@@ -39,20 +31,6 @@ TO_CONVERGENCE = {"max_steps": 300, "rtol": 1e-13}
 def test_options_that_make_no_sense_are_refused(options, message):
     with pytest.raises(ValueError, match=f"(?s){message}"):
         SolveSpec(**options)
-
-
-@pytest.mark.parametrize(
-    ("options", "is_iterative"),
-    [
-        ({}, True),
-        ({"damping_form": "factored"}, False),
-        ({"damping_form": "factored", "solver": "cg"}, True),
-        ({"damping_form": "factored", "space": "parameter"}, True),
-        ({"solver": "eigendecomposition"}, False),
-    ],
-)
-def test_only_iterative_solves_take_a_warm_start(options, is_iterative):
-    assert SolveSpec(**options).is_iterative == is_iterative
 
 
 @pytest.mark.parametrize("num_rows", [8, 64, 1000])
@@ -67,37 +45,10 @@ def test_the_cheaper_space_is_chosen(sizes, num_rows):
     assert plan.flops == min(costs.values())
 
 
-def test_few_rows_are_solved_on_rows_and_many_in_parameter_space():
-    assert make_plan(SolveSpec(), 64, 500, 500).space == "sample"
-    assert make_plan(SolveSpec(), 5000, 500, 500).space == "parameter"
-
-
 @pytest.mark.parametrize("num_rows", [8, 1000])
 def test_a_factored_system_is_solved_side_by_side(num_rows):
     plan = make_plan(SolveSpec(damping_form="factored"), num_rows, 60, 40)
     assert (plan.space, plan.solver) == ("sample", "cholesky")
-
-
-def test_more_steps_cost_more():
-    def flops(max_steps, **options):
-        return make_plan(SolveSpec(max_steps=max_steps, **options), 64, 90, 80).flops
-
-    for space in ("sample", "parameter"):
-        assert flops(20, space=space) > flops(5, space=space)
-
-
-def test_a_plan_says_why():
-    assert "≤ parameter" in make_plan(SolveSpec(), 64, 500, 500).reason
-    assert "> parameter" in make_plan(SolveSpec(), 5000, 500, 500).reason
-    asked = make_plan(SolveSpec(space="parameter"), 64, 500, 500).reason
-    assert asked.startswith("asked for")
-
-
-def test_the_damped_operator_has_the_form_asked_for():
-    operator = KroneckerOperator(jnp.ones((2, 3)), jnp.ones((2, 1)))
-    assert isinstance(damped_operator(operator, 0.1, "tikhonov"), DampedOperator)
-    factored = damped_operator(operator, 0.1, "factored")
-    assert isinstance(factored, FactoredDampedOperator)
 
 
 SOLVES = {
