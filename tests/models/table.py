@@ -510,3 +510,9 @@ TABLE = MODELS | LAYERS
 CASES = {name: row.linen for name, row in MODELS.items() if row.linen}
 LAYER_CASES = {name: row.linen for name, row in LAYERS.items() if row.linen}
 NNX_CASES = {name: row.nnx for name, row in TABLE.items() if row.nnx}
+COVERED = [
+    (framework, name)
+    for name, row in TABLE.items()
+    for framework in row._fields
+    if getattr(row, framework)
+]
