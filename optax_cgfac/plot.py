@@ -36,7 +36,6 @@ __all__ = ["cost", "coverage", "damping", "residuals", "spectrum"]
 
 # What `optax_cgfac.diagnostics` returned after each update, or its arrays stacked.
 History = Sequence[Mapping[str, Any]] | Mapping[str, Any]
-
 _INK, _PAPER, _SHADE = "black", "white", "0.6"
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D", "v", "x", "P")
@@ -266,12 +265,6 @@ def spectrum(
     """
     operator: Any = curvature.operator(layer, structure=structure)
     values = _eigenvalues(operator)
-    if not values.size:
-        raise ValueError(
-            f"The window holds no rows of the layer {layer!r} yet, or all are zero: "
-            "call curvature = estimator.update(curvature, params, inputs, rng=rng) "
-            "first."
-        )
     size = num_features(operator.a) * operator.g.shape[-1]
     total = math.prod(operator.g.shape[:-2]) * size
     ax = _new_axes(ax)
@@ -318,13 +311,8 @@ def _new_axes(ax: "Axes | None", num_bars: int | None = None) -> "Axes":
     """Returns where to draw: the axes that were given, or those of a new figure."""
     if ax is not None:
         return ax
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ImportError(
-            "optax_cgfac.plot needs matplotlib, which is not installed here: "
-            "pip install 'optax_cgfac[plot]'."
-        ) from error
+    from matplotlib import pyplot  # of the extra "plot"
+
     height = 4.0 if num_bars is None else 1.2 + 0.32 * max(num_bars, 2)
     _, ax = pyplot.subplots(figsize=(7.0, height), layout="constrained")
     return ax
@@ -375,18 +363,5 @@ def _as_series(history: History) -> dict[str, Any]:
     """Returns a history as one dict of arrays, with an entry for each update."""
     stacked = isinstance(history, Mapping)
     entries: list[Any] = [history] if stacked else list(history)
-    if not entries:
-        raise ValueError(
-            "The history is empty: append optax_cgfac.diagnostics(opt_state) to a list "
-            "after each update."
-        )
     trees = [jax.tree.map(np.asarray, dict(entry)) for entry in entries]
-    series = trees[0] if stacked else jax.tree.map(lambda *xs: np.stack(xs), *trees)
-    shapes = {x.shape for x in jax.tree.leaves(series)}
-    if any(len(shape) != 1 for shape in shapes):
-        raise ValueError(
-            "Every number of the history must be one scalar an update, got shapes "
-            f"{sorted(shapes)}. Of several seeds draw one: "
-            "jax.tree.map(lambda x: x[0], history)."
-        )
-    return series
+    return trees[0] if stacked else jax.tree.map(lambda *xs: np.stack(xs), *trees)

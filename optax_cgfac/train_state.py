@@ -21,11 +21,9 @@ class TrainState(train_state.TrainState):
     Example:
       >>> import jax, jax.numpy as jnp, optax_cgfac
       >>> from flax import linen as nn
-      >>> model, x = nn.Dense(1), jax.random.normal(jax.random.key(0), (8, 3))
+      >>> model, x = nn.Dense(1), jax.random.normal(jax.random.key(0), (32, 3))
       >>> params = model.init(jax.random.key(1), x)
-      >>> estimator = optax_cgfac.fisher_estimator(
-      ...     model.apply, "squared_error", examples=8
-      ... )
+      >>> estimator = optax_cgfac.fisher_estimator(model.apply, "squared_error")
       >>> state = optax_cgfac.TrainState.create(
       ...     apply_fn=model.apply,
       ...     params=params,

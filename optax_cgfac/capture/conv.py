@@ -78,9 +78,6 @@ def patches_at(x: Array, spatial_dims: Sequence[SpatialDim], positions: Array) -
       spatial_dims: The spatial dimensions.
       positions: Shape ``(N, P)``, numbers of output positions, ``E`` slowest and the
         last spatial dimension fastest.
-
-    Returns:
-      The patches, the taps of all dimensions row-major.
     """
     sizes = (x.shape[1], *output_sizes(spatial_dims))
     extra, *places = jnp.unravel_index(positions, sizes)

@@ -25,9 +25,6 @@ def run_captured(
       probes: One pytree per outermost module call, from `probes_like`; None to
         discover: the capture then holds outputs of tagged layers besides the inputs.
       lifted: Whether to look below Linen's lifted transforms too.
-
-    Returns:
-      The outputs and all that was captured.
     """
     if isinstance(function, ModuleFunction):
         return _nnx.run_captured(function, args, probes)

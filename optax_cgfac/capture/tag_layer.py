@@ -108,13 +108,6 @@ def _check_shapes(
         if shape != expected[role] and not scalar:
             raise ValueError(
                 f"tag_layer: with x {x} and y {y} the {role} must have shape "
-                f"{expected[role]}, got {shape}. {_PASS}"
+                f"{expected[role]}, got {shape}. Pass the x and y between which the "
+                "parameters act."
             )
-    if x[:-1] != y[:-1]:
-        raise ValueError(
-            "tag_layer: x and y must agree on all axes but the last, "
-            f"got {x} and {y}. {_PASS}"
-        )
-
-
-_PASS = "Pass the x and y between which the parameters act."

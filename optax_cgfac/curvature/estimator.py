@@ -241,7 +241,6 @@ def _init(
     function, params, (inputs,) = bind(model_fn, params, inputs)
     check_parameters(params)
     objective = options.objective
-    assert objective is not None
     outputs = objective.outputs(jax.eval_shape(function, params, inputs))
     batch_size = outputs[0].shape[0]
     check_enough(batch_size, options.examples)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from optax_cgfac.layers.layer import LayerTag
-from optax_cgfac.problem.objective import Kind, Objective
+from optax_cgfac.problem.objective import Kind
 from optax_cgfac.utils.paths import Path, leaves_by_path, text
 from optax_cgfac.utils.types import PyTree
 from optax_cgfac.utils.validate import check_alike, check_choice, check_positive
@@ -15,7 +15,6 @@ from optax_cgfac.utils.validate import check_alike, check_choice, check_positive
 # With at most this many outputs half the eigenpairs suffice, and rows may be captured,
 # and quadratic models built, half as often.
 FEW_OUTPUTS = 32
-
 _COUNTS = "window examples model_examples positions refresh_every capture_every"
 
 
@@ -27,7 +26,7 @@ class CaptureSpec:
     and replaces ``"auto"`` and None by the numbers that follow from it.
 
     Attributes:
-      objective: The losses; None for a curvature of `value_and_grad`.
+      objective: An `Objective`; None for a curvature of `value_and_grad`.
       kind: As in `fisher_estimator`, like all options down to ``capture_every``.
       tags: The tagged layers.
       uncovered: Parameters without a tag, by path, with the reason.
@@ -35,9 +34,10 @@ class CaptureSpec:
       batched: For every leaf of the inputs, whether it has an axis of examples.
       batch_size: Examples of the user's batch.
       few_outputs: Whether the model has at most 32 outputs.
+      asks_for_eigenpairs: Whether the user set ``rank`` or ``refresh_every``.
     """
 
-    objective: Objective | None = None
+    objective: Any = None
     kind: Kind = "mc"
     whole_batch: bool = False
     window: int = 8
@@ -55,6 +55,7 @@ class CaptureSpec:
     batched: tuple[bool, ...] = ()
     batch_size: int = 1
     few_outputs: bool = False
+    asks_for_eigenpairs: bool = False
 
     def __post_init__(self):
         """Checks every option, and those that exclude each other."""
@@ -93,6 +94,7 @@ class CaptureSpec:
         """Adds a model, ``tags`` to ``few_outputs``, and the numbers it implies."""
         spec = dataclasses.replace(self, **model)
         rank, every = self.rank, self.capture_every
+        asked = rank not in ("auto", None) or self.refresh_every is not None
         if rank == "auto":
             # Keeps products with eigenvectors cheap relative to one gradient. Every
             # example adds as many directions to the curvature as there are outputs.
@@ -107,7 +109,11 @@ class CaptureSpec:
             every = min(-(-times * spec.captured // spec.batch_size), 8)
             every = every if spec.batch_size >= 64 else 1
         return dataclasses.replace(
-            spec, rank=rank, refresh_every=refresh, capture_every=every
+            spec,
+            rank=rank,
+            refresh_every=refresh,
+            capture_every=every,
+            asks_for_eigenpairs=asked,
         )
 
     def is_from(self, options: "CaptureSpec", model_fn: Callable[..., Any]) -> bool:

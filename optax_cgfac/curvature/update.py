@@ -55,9 +55,8 @@ def captured_rows(
 ) -> Curvature:
     """Adds rows of a few of the examples to a curvature of `fisher_estimator`."""
     spec = curvature.spec
-    function, objective = spec.model_fn, spec.objective
-    assert function is not None
-    assert objective is not None
+    function: Any = spec.model_fn
+    objective: Any = spec.objective
     axis_name = objective.axis_name
     count = per_device("examples", spec.examples, axis_name)
     num_examples = num_kept(inputs, spec.batched)
@@ -178,10 +177,9 @@ def check_curvature(
 
 def check_batch(curvature: Curvature, inputs: PyTree, targets: PyTree) -> None:
     """Checks inputs and targets against those of ``init``."""
-    spec = curvature.spec
-    assert spec.objective is not None
-    captured = per_device("examples", spec.examples, spec.objective.axis_name)
+    spec, objective = curvature.spec, curvature.spec.objective
+    captured = per_device("examples", spec.examples, objective.axis_name)
     kept = curvature.model_inputs
     num_examples = check_examples(inputs, spec.batched, kept, captured)
     is_needed = spec.kind == "empirical"
-    check_targets(targets, num_examples, spec.objective.num_targets, is_needed)
+    check_targets(targets, num_examples, objective.num_targets, is_needed)

@@ -50,20 +50,9 @@ def make_tags(
 ) -> tuple[tuple[LayerTag, ...], tuple[tuple[Path, str], ...]]:
     """Builds the tags, and the list of parameters without one.
 
-    Args:
-      discovery: The layers that were found.
-      params: The user's parameters, arrays or shapes.
-      options: How many rows a tag gets.
-      where: Keeps the parameters for which it is true; None keeps all.
-      fallback: Whether parameters without a tag are accepted.
-
     Returns:
       The tags in the order of the parameter tree, and the uncovered parameters
       with the reason of each.
-
-    Raises:
-      ValueError: If a parameter has no tag although ``where`` keeps it and
-        ``fallback`` is false, or ``where`` keeps none.
     """
     leaves = leaves_by_path(params)
     kept = {path for path in leaves if where is None or where(text(path))}

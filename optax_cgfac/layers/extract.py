@@ -85,12 +85,6 @@ def example_rows(
 ) -> LayerRows:
     """Brings the calls of one layer to rows.
 
-    Args:
-      tag: The layer.
-      calls: Its calls, in any order.
-      num_examples: Examples of the captured batch.
-      draw: Which examples and positions are chosen.
-
     Returns:
       Rows ``(*stack, R, n)``, those of an example next to each other, with a column
       of ones in ``a`` for a bias. One-hot rows of a look-up come before the rows of

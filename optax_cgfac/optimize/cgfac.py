@@ -19,7 +19,6 @@ from optax_cgfac.optimize.scale_by import (
     ScalarOrSchedule,
     check_curvature,
     check_fit,
-    check_state,
     check_trained,
     current,
     gradient_transformation,
@@ -307,7 +306,6 @@ def _compose(
         value_fn: Callable[[PyTree], Array] | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, CGFACState]:
-        check_state("cgfac", state, CGFACState)
         curvature = check_curvature(curvature)
         others = {"parameters": params, "optimizer state": state.velocity}
         check_fit("cgfac", updates, others, fallback.keeps)
@@ -360,44 +358,36 @@ def _like_parameter(gradient: Array, parameter: Array) -> Array:
 
 
 def _check_adaptive(options: StepOptions, adaptation: Adaptation, damping: Any) -> None:
-    if options.kl_clip is not None:
+    """Checks what only an adapted damping excludes."""
+    if options.kl_clip is not None or callable(damping):
         raise ValueError(
-            f"kl_clip needs a learning_rate, got kl_clip={summarize(options.kl_clip)} "
-            "without one: the quadratic model sets the step size. Drop kl_clip, or "
-            "pass cgfac(learning_rate=0.1, kl_clip=...)."
+            "kl_clip and a schedule of dampings need a learning_rate, got none: the "
+            "step size and the damping are adapted. Pass cgfac(learning_rate=0.1, ...)."
         )
-    if callable(damping):
+    least, most = adaptation.min_damping, adaptation.max_damping
+    least = least if is_number(least) else 0.0
+    most = most if is_number(most) else math.inf
+    first = damping if is_number(damping) else max(least, 1e-30)
+    # It adapts by factors: zero would stay zero.
+    if not (least <= first <= most and first > 0):
         raise ValueError(
-            "Without a learning_rate the damping adapts itself, got a schedule: pass "
-            "its initial value, or a learning_rate to use a schedule of dampings."
-        )
-    if is_number(damping) and damping == 0:
-        raise ValueError(
-            "The initial damping must be positive, got 0: it adapts by factors. Pass "
-            "damping=None for one from the data, or min_damping=0 to let it fall."
-        )
-    least = adaptation.min_damping if is_number(adaptation.min_damping) else 0.0
-    most = adaptation.max_damping if is_number(adaptation.max_damping) else math.inf
-    first = damping if is_number(damping) else least
-    if not least <= first <= most:
-        raise ValueError(
-            "Dampings must satisfy min_damping <= damping <= max_damping, got "
-            f"{least:g}, {first:g} and {most:g}. Move the bounds to start there."
+            "Dampings must satisfy min_damping <= damping <= max_damping and be "
+            f"positive, got {least:g}, {first:g} and {most:g}. Pass damping=None for a "
+            "first damping from the data, or move the bounds."
         )
 
 
 def _check_loss(value: Any, value_fn: Any, *, is_needed: bool) -> None:
     """Checks the loss, which a step with a learning rate does not need."""
-    given = {"value": value, "value_fn": value_fn}
-    absent = [name for name, x in given.items() if x is None]
-    if is_needed and absent:
+    absent = {"value": value, "value_fn": value_fn}
+    names = [name for name, x in absent.items() if x is None]
+    if is_needed and names:
         raise ValueError(
-            f"cgfac() without a learning_rate needs {' and '.join(absent)}, got None:\n"
-            f"{HOW_TO_UPDATE}"
+            f"cgfac() without a learning_rate needs {' and '.join(names)}, got None. "
+            f"Call\n{HOW_TO_UPDATE}"
         )
     if value is not None and not is_real_scalar(value):
-        error = ValueError if getattr(value, "shape", ()) else TypeError
-        raise error(
+        raise ValueError(
             "value must be the scalar loss of this batch, a real number, got "
             f"{summarize(value)}. Pass value=loss of loss, grads = "
             "jax.value_and_grad(loss_fn)(params, batch), without auxiliary outputs."

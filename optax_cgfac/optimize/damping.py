@@ -36,16 +36,10 @@ _GOOD, _BAD = 0.75, 0.25
 
 
 def reduction_ratio(actual: Array, predicted: Array) -> Array:
-    """Returns ``ρ``, the actual change of the loss over the predicted one.
+    """Returns ``ρ = (h(θ + δ) - h(θ)) / M(δ)``.
 
-    Args:
-      actual: ``h(θ + δ) - h(θ)``.
-      predicted: ``M(δ)``, negative for a descent step.
-
-    Returns:
-      The ratio; 1 where nothing was predicted and the loss has not risen (a zero
-      step), and minus infinity where a number is not finite or no descent was
-      predicted.
+    It is 1 where nothing was predicted and the loss has not risen (a zero step), and
+    minus infinity where a number is not finite or no descent was predicted.
     """
     ratio = jnp.where(predicted < 0, safe_divide(actual, predicted), -jnp.inf)
     ratio = jnp.where((predicted == 0) & (actual <= 0), 1.0, ratio)
@@ -62,18 +56,8 @@ def levenberg_marquardt(
 ) -> Array:
     """Lowers the damping after good predictions and raises it after bad ones.
 
-    Args:
-      damping: The current ``λ``.
-      ratio: The reduction ratio ``ρ``.
-      decay: The factor ``ω < 1``.
-      minimum: The smallest damping.
-      maximum: The largest damping.
-
-    Returns:
-      ``ω λ`` for ``ρ > 3/4``, ``λ / ω`` for ``ρ < 1/4``, otherwise ``λ``, clipped.
-
-    References:
-      Martens & Grosse (2015), section 6.5.
+    The new ``λ`` is ``ω λ`` for ``ρ > 3/4``, ``λ / ω`` for ``ρ < 1/4``, otherwise
+    ``λ``, clipped; ``ω < 1`` is the decay (Martens & Grosse 2015, section 6.5).
     """
     factor = jnp.where(ratio > _GOOD, decay, jnp.where(ratio < _BAD, 1 / decay, 1.0))
     return jnp.clip(damping * factor, minimum, maximum).astype(damping.dtype)
@@ -84,18 +68,7 @@ def kl_clip_scale(inner_product: Array, learning_rate: Array, clip: float) -> Ar
 
     The step ``-η ν x`` with ``F x ≈ ∇L`` has squared Fisher norm
     ``η² ν² xᵀ∇L``, twice the KL divergence to second order;
-    ``ν = min(1, √(κ / (η² xᵀ∇L)))``.
-
-    Args:
-      inner_product: ``xᵀ∇L``.
-      learning_rate: ``η``.
-      clip: ``κ``.
-
-    Returns:
-      The scalar ``ν``.
-
-    References:
-      Ba et al. (2017), section 5.
+    ``ν = min(1, √(κ / (η² xᵀ∇L)))`` (Ba et al. 2017, section 5).
     """
     size = learning_rate**2 * inner_product
     ratio = jnp.where(size > 0, clip / jnp.where(size > 0, size, 1), 1.0)
@@ -105,10 +78,7 @@ def kl_clip_scale(inner_product: Array, learning_rate: Array, clip: float) -> Ar
 # Of the mean curvature: it gives 0.1 for the autoencoder on CURVES, and a tenth or ten
 # times that is worse there (benchmarks/LOG.md).
 _MULTIPLE = 10.0
-
-
 _FEW_PARAMETERS = 1000
-
 
 # The damping may fall to this share of the typical one. Without a lower end a good
 # reduction ratio on small batches, which rewards fitting the batch, lowers it until the
@@ -117,12 +87,7 @@ LOWEST_FRACTION = 1e-2
 
 
 def mean_curvature(curvature: Curvature) -> Array:
-    """Returns the mean of the Fisher matrix's diagonal over all tagged parameters.
-
-    Returns:
-      A scalar, float32 or the layers' precision if higher; 0 without rows. A layer
-      whose curvature is not finite counts as one without.
-    """
+    """Returns the mean of the Fisher matrix's diagonal over all tagged parameters."""
     traces, size = [], 0
     for tag in curvature.tags:
         eigenpairs = curvature.eigenpairs.get(tag.name)
@@ -137,11 +102,7 @@ def mean_curvature(curvature: Curvature) -> Array:
 
 
 def typical_damping(curvature: Curvature) -> Array:
-    """Returns the damping to start from with a thousand parameters and more.
-
-    Returns:
-      Ten times the mean curvature; 0 where that is no number of use, as without rows.
-    """
+    """Returns ten times the mean curvature; 0 where that is not finite."""
     damping = _MULTIPLE * mean_curvature(curvature)
     return jnp.where(jnp.isfinite(damping), damping, 0)
 

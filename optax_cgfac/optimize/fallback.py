@@ -82,16 +82,12 @@ class Fallback:
                 "cgfac(where=..., fallback=...) instead of optax.masked or "
                 "optax.partition, or a learning_rate."
             )
-        left_out = {
-            text(path)
-            for path, reason in curvature.spec.uncovered
-            if reason == LEFT_OUT
-        }
-        wrong = sorted(
+        left_out = {text(p) for p, why in curvature.spec.uncovered if why == LEFT_OUT}
+        wrong = [
             path
-            for path in paths - left_out
+            for path in sorted(paths - left_out)
             if self.keeps(path) and not curvature.covers(path)
-        )
+        ]
         if wrong:
             raise ValueError(
                 f"No curvature and no fallback for: {', '.join(wrong)}. Pass "

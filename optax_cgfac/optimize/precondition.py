@@ -67,6 +67,11 @@ def _precondition(
     leaves = leaves_by_path(grads)
     starts = None if warm_start is None else leaves_by_path(warm_start)
     _check_same_model(curvature, leaves)
+    if curvature.spec.asks_for_eigenpairs and not spec.uses_eigenpairs:
+        raise ValueError(
+            "fisher_estimator(rank=, refresh_every=) needs solves by eigenpairs, got "
+            f"solver={spec.method!r}. Leave both out, or use cgfac() as it is."
+        )
     tags = [tag for tag in curvature.tags if any(path in leaves for path in tag.leaves)]
     present = [{p: leaves[p] for p in tag.leaves if p in leaves} for tag in tags]
     systems = [

@@ -47,29 +47,19 @@ def model_value(slope: Array, matrix: Array, coefficients: Array) -> Array:
 
 
 class Step(NamedTuple):
-    """The minimizer of the model inside the box.
+    """The minimizer of the model inside the box."""
 
-    Attributes:
-      step_size: ``α``.
-      momentum: ``μ``.
-    """
-
-    step_size: Array
-    momentum: Array
+    step_size: Array  # α
+    momentum: Array  # μ
 
 
 def gauss_newton_products(
     curvature: Curvature, params: PyTree, directions: Sequence[PyTree]
 ) -> Array:
-    """Returns ``vᵢᵀ F vⱼ`` of the exact Gauss-Newton matrix on the kept examples.
+    """Returns ``vᵢᵀ F vⱼ``, shape ``(k, k)``, for directions ``vᵢ`` like ``params``.
 
-    Args:
-      curvature: Holds the model, the loss and the examples.
-      params: The parameters ``θ``.
-      directions: The vectors ``vᵢ``, like ``params``.
-
-    Returns:
-      A matrix of shape ``(k, k)`` in float32, or the outputs' precision if higher.
+    ``F`` is the exact Gauss-Newton matrix on the kept examples. The products are in
+    float32, or the outputs' precision if higher.
     """
     model_fn, objective = curvature.spec.model_fn, curvature.spec.objective
     if model_fn is None or objective is None:
@@ -103,19 +93,7 @@ def quadratic_model(
     damping: Array,
     l2: float,
 ) -> QuadraticModel:
-    """Builds the model for two directions.
-
-    Args:
-      curvature: Holds the model, the loss and the examples.
-      params: The parameters ``θ``.
-      slope: ``∇hᵀ vᵢ``, with the ``l2`` term, shape ``(2,)``.
-      directions: ``Δ`` and ``δ₀``, like ``params``.
-      damping: ``λ``.
-      l2: ``η``.
-
-    Returns:
-      The `QuadraticModel`.
-    """
+    """Builds the model for ``Δ`` and ``δ₀``; the slope contains the ``l2`` term."""
     fisher = with_auto_axes(gauss_newton_products, curvature, params, directions)
     dtype = fisher.dtype
     norms = jnp.array([[tree_dot(u, v) for v in directions] for u in directions])
@@ -132,14 +110,7 @@ def within_loss(slope: Array, step: Step, value: Array) -> Step:
     examples dominate the gradient and the model's own examples are fitted already, the
     quadratic model is flat and promises that; as for Polyak's step, the slope along
     the step is then limited to ``2 f``, which a quadratic that ends at zero would have.
-
-    Args:
-      slope: ``∇hᵀ vᵢ``, shape ``(2,)``.
-      step: The minimizer of the model.
-      value: ``f``; no limit where it is not positive.
-
-    Returns:
-      The step, times a number in ``(0, 1]``.
+    There is no limit where ``f`` is not positive.
 
     References:
       Polyak (1969), "Minimization of unsmooth functionals".
@@ -158,13 +129,8 @@ def within_promise(step_size: Array, descent: Array, most: Array) -> Array:
     rare in the captured rows makes both large, and the step size that fitted the last
     direction is too long for this one by as much.
 
-    Args:
-      step_size: ``α``, of the last direction.
-      descent: ``∇hᵀΔ`` of this one.
-      most: What the step may promise, ``-α ∇hᵀΔ``.
-
-    Returns:
-      ``α``, or less.
+    ``descent`` is ``∇hᵀΔ`` of this direction, ``most`` the largest promise
+    ``-α ∇hᵀΔ`` of its step.
     """
     promised = -descent * step_size
     is_too_long = promised > most
@@ -182,15 +148,8 @@ def minimize_in_box(
 
     Where the Gauss-Newton product is nearly flat along ``δ₀`` the unconstrained
     momentum runs away. A convex quadratic has its minimum over a box inside, or on
-    one of the four edges, where it is a clipped one-dimensional minimum.
-
-    Args:
-      model: The model.
-      min_momentum: Lower end of ``μ``.
-      max_momentum: Upper end of ``μ``.
-
-    Returns:
-      The `Step`; zero where the model is not finite.
+    one of the four edges, where it is a clipped one-dimensional minimum. The step is
+    zero where the model is not finite.
     """
     finite = jnp.all(jnp.isfinite(model.curvature)) & jnp.all(jnp.isfinite(model.slope))
     # Products of two entries have the range of neither.

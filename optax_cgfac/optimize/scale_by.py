@@ -6,7 +6,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from optax_cgfac.curvature.curvature import Curvature, check_rows
 from optax_cgfac.optimize.precondition import precondition
@@ -16,6 +15,7 @@ from optax_cgfac.utils.paths import leaves_by_path, text
 from optax_cgfac.utils.types import Array, PyTree
 from optax_cgfac.utils.validate import (
     NOT_NEGATIVE,
+    check_alike,
     check_number_or_schedule,
     check_scheduled,
     is_floating,
@@ -175,11 +175,9 @@ def _scale_by(
         **extra_args: Any,
     ) -> tuple[PyTree, ScaleByCGFACState]:
         del params, extra_args
-        check_state(name, state, ScaleByCGFACState)
         curvature = check_curvature(curvature)
         kept = state.warm_start
-        kept = state.info.num_steps.shape[-1] if kept is None else kept
-        check_fit(name, updates, {"optimizer state": kept})
+        check_fit(name, updates, {} if kept is None else {"optimizer state": kept})
         gamma = jnp.asarray(current("damping", damping, state.cgfac_count))
         solution, info = precondition(
             spec, curvature, updates, state.warm_start, gamma, state.info
@@ -228,10 +226,9 @@ def check_curvature(curvature: Any) -> Curvature:
     """Returns the curvature of a step, checked."""
     if curvature is None:
         raise ValueError(
-            "update() needs the curvature of this step, got None:\n"
+            "update() needs the curvature of this step, got None. Call\n"
             "  curvature = estimator.update(curvature, params, inputs, rng=rng)\n"
-            f"{HOW_TO_UPDATE}\n"
-            "Make it with estimator = optax_cgfac.fisher_estimator(model_fn, loss)."
+            f"{HOW_TO_UPDATE}"
         )
     if not isinstance(curvature, Curvature):
         raise TypeError(
@@ -243,25 +240,14 @@ def check_curvature(curvature: Any) -> Curvature:
     return curvature
 
 
-def check_state(name: str, state: Any, kind: type) -> None:
-    """Checks that an optimizer state is the transformation's own."""
-    if not isinstance(state, kind):
-        raise TypeError(
-            f"{name}: the optimizer state must be the {kind.__name__} of its own init, "
-            f"got {summarize(state)}. Call tx.update(grads, opt_state, params, ...) "
-            "with opt_state = tx.init(params), and restore checkpoints into the latter."
-        )
-
-
 def check_fit(
     name: str,
     grads: PyTree,
-    others: Mapping[str, PyTree | int],
+    others: Mapping[str, PyTree],
     keeps: Callable[[str], bool] = lambda path: True,
 ) -> None:
-    """Checks that gradients, parameters and optimizer state belong together."""
-    own = leaves_by_path(grads)
-    for path, leaf in own.items():
+    """Checks that gradients and the trees like them are of the same parameters."""
+    for path, leaf in leaves_by_path(grads).items():
         if not is_floating(leaf) and keeps(text(path)):
             raise TypeError(
                 f"{name}: gradient {text(path)!r} must be a real floating-point array, "
@@ -269,49 +255,24 @@ def check_fit(
                 "parameters, jax.grad(loss_fn)(params, batch)."
             )
     for what, tree in others.items():
-        rule = f"{name}: gradients and {what} must be of the same parameters"
-        way_out = (
-            "Pass updates, opt_state = tx.update(grads, opt_state, params, ...) with "
-            "grads by params and opt_state = tx.init(params)."
+        expected, got = (
+            {text(path): str(jnp.shape(x)) for path, x in leaves_by_path(t).items()}
+            for t in (tree, grads)
         )
-        if isinstance(tree, int):
-            if tree != len(own):
-                raise ValueError(
-                    f"{rule}.\n  expected: {tree} of them\n  got:      {len(own)}\n"
-                    f"{way_out}"
-                )
-            continue
-        expected = {
-            text(path): jnp.shape(x) for path, x in leaves_by_path(tree).items()
-        }
-        got = {text(path): jnp.shape(x) for path, x in own.items()}
-        if expected != got:
-            raise ValueError(
-                f"{rule}.\n  expected: {_without(expected, got)}\n"
-                f"  got:      {_without(got, expected)}\n{way_out}"
-            )
-
-
-def _without(shapes: dict[str, Any], others: dict[str, Any]) -> str:
-    """Lists the entries that differ from the others'."""
-    different = [f"{k} {v}" for k, v in shapes.items() if others.get(k) != v]
-    return ", ".join(different) or "none of these"
+        rule = f"{name}: gradients and {what} must be of the same parameters"
+        way_out = "Pass grads by params, and opt_state = tx.init(params)."
+        check_alike(rule, expected, got, way_out)
 
 
 def check_trained(
     name: str, params: PyTree, keeps: Callable[[str], bool] = lambda path: True
 ) -> None:
-    """Checks the parameters that ``tx.init`` is given."""
-    if params is None or isinstance(params, nnx.Module):
-        raise TypeError(
-            f"{name}: tx.init must be given the tree of parameters, got "
-            f"{summarize(params)}. Call tx.init(params); of an nnx.Module, "
-            "nnx.Optimizer(module, tx, wrt=nnx.Param)."
-        )
+    """Checks that ``tx.init`` is given real floating-point arrays to train."""
     for path, leaf in leaves_by_path(params).items():
         if not is_floating(leaf) and keeps(text(path)):
             raise TypeError(
-                f"{name}: parameter {text(path)!r} must be a real floating-point "
-                f"array, got {summarize(leaf)}. Leave it to another transformation by "
-                "optax.partition or optax.masked."
+                f"{name}: tx.init takes real floating-point parameters, got "
+                f"{summarize(leaf)} as {text(path)!r}. Pass the tree of parameters (of "
+                "an nnx.Module: nnx.Optimizer(module, tx, wrt=nnx.Param)), and leave "
+                "other arrays to another transformation by optax.partition."
             )

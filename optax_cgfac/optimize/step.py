@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_cgfac.capture.nnx.module import MERGE_STATE, explaining_states
 from optax_cgfac.curvature.curvature import Curvature
 from optax_cgfac.optimize.damping import (
     FIRST,
@@ -308,8 +307,7 @@ def _loss_change(
         return p + jnp.where(blown_up, -v, combine(step, d, v))
 
     moved = jax.tree.map(move, start.params, start.direction, state.velocity)
-    with explaining_states("value_fn", moved, MERGE_STATE):
-        moved_value = start.value_fn(moved)
+    moved_value = start.value_fn(moved)
     if not is_real_scalar(moved_value):
         raise ValueError(
             f"value_fn must return the scalar loss, a real number, got "

@@ -25,20 +25,7 @@ def check_input_axes(input_axes: PyTree) -> None:
 def batched_leaves(
     inputs: PyTree, num_examples: int, input_axes: PyTree
 ) -> tuple[bool, ...]:
-    """Returns for every leaf of ``inputs`` whether its first axis is examples.
-
-    Args:
-      inputs: The inputs of the model, any pytree.
-      num_examples: Length of the first axis of the model's outputs.
-      input_axes: A prefix of ``inputs`` with 0 or None, or ``"auto"``.
-
-    Returns:
-      One bool per leaf, in the order of `jax.tree.leaves`.
-
-    Raises:
-      ValueError: If no leaf has an axis of examples, or one that should has another
-        length.
-    """
+    """Returns for every leaf of ``inputs`` whether its first axis is examples."""
     if isinstance(inputs, ModuleInputs):
         # A statistic or a key has no examples, whatever its length.
         rest = (False,) * len(jax.tree.leaves(inputs.rest))

@@ -161,7 +161,6 @@ _SOFTMAX = Loss(
     lower_bound=0.0,
 )
 
-
 _SIGMOID = Loss(
     name="sigmoid_binary_cross_entropy",
     value=_sigmoid_value,
@@ -172,7 +171,6 @@ _SIGMOID = Loss(
     ),
     lower_bound=0.0,
 )
-
 
 # (y - t)² is the negative log-likelihood of a normal with variance 1/2.
 _SQUARED = Loss(
@@ -187,7 +185,6 @@ _SQUARED = Loss(
     hessian_columns=lambda outputs: _diagonal_columns(jnp.full_like(outputs, 2.0**0.5)),
     lower_bound=0.0,
 )
-
 
 # Each is summed over the last axis of the outputs. Softmax takes integer, one-hot or
 # soft labels; squared_error is (outputs - targets)² without a factor ½.

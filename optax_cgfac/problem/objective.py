@@ -88,12 +88,6 @@ class Objective:
           outputs: Only the shapes of one example are read.
           indices: The examples of ``inputs`` that ``outputs`` holds; None for all.
           num_examples: The examples of ``inputs``; None for those of ``outputs``.
-
-        Returns:
-          Arrays of the shapes of ``outputs`` without their last axis.
-
-        Raises:
-          ValueError: If the weights do not fit the outputs.
         """
         given = [None] * len(outputs)
         if self.weights is not None:
@@ -195,20 +189,7 @@ def cotangents(
     rng: Array | None = None,
     targets: PyTree = None,
 ) -> tuple[Array, ...]:
-    """Returns the output cotangents of every example, a leading axis of columns.
-
-    Args:
-      objective: The objective.
-      kind: As in `fisher_estimator`.
-      outputs: The outputs, in the precision of the result.
-      scales: From `Objective.scales`.
-      factor: From `Objective.factor`.
-      rng: A key, for ``"mc"``.
-      targets: Like ``outputs``, for ``"empirical"``.
-
-    Returns:
-      An array of shape ``(columns, *output.shape)`` for every output.
-    """
+    """Returns the output cotangents of every example, a leading axis of columns."""
     weighed = [
         scale.astype(output.dtype) * loss.weight
         for loss, output, scale in zip(objective.losses, outputs, scales, strict=True)
@@ -262,8 +243,8 @@ def _columns(
     """All columns of the loss Hessian's square root, one prediction at a time."""
     blocks = []
     for loss, output, scale in zip(objective.losses, outputs, scales, strict=True):
-        assert loss.hessian_columns is not None  # CaptureSpec checks it
-        columns = loss.hessian_columns(output)
+        of_loss: Any = loss.hessian_columns  # not None: CaptureSpec checks it
+        columns = of_loss(output)
         shape = (output.shape[-1], *output.shape)
         _check_returned(loss, "hessian_columns", columns, shape)
         columns = columns * jnp.sqrt(scale)[..., None]

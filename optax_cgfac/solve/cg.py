@@ -59,8 +59,7 @@ def conjugate_gradient(
       ValueError: If ``x0`` does not have the structure, shapes and dtypes of
         ``b``, ``max_steps`` is not positive, a tolerance is negative, or an operator
         returns something of another shape.
-      TypeError: If ``b`` is not real floating point, or an operator has no
-        ``matvec``.
+      TypeError: If ``b`` is not real floating point.
 
     Example:
       >>> import jax.numpy as jnp
@@ -172,19 +171,12 @@ class Space(NamedTuple):
 
 
 class LoopEnd(NamedTuple):
-    """Where the iteration ended, one system or ``k`` columns of them.
+    """Where the iteration ended, one system or ``k`` columns of them."""
 
-    Attributes:
-      x: The last iterate.
-      squared_norm: Its squared residual norm.
-      num_steps: Iterations of the slowest system.
-      reason: Why each of them ended, a `StopReason` as int32.
-    """
-
-    x: PyTree
-    squared_norm: Array
-    num_steps: Array
-    reason: Array
+    x: PyTree  # the last iterate
+    squared_norm: Array  # of its residual
+    num_steps: Array  # of the slowest system
+    reason: Array  # why each of them ended, a `StopReason` as int32
 
     def info(self) -> CGInfo:
         """Returns the info of one system."""
@@ -376,12 +368,6 @@ def _check_system(operator: Any, b: PyTree, x0: PyTree, preconditioner: Any) -> 
 
 
 def _check_operator(name: str, operator: Any, b: PyTree) -> None:
-    if not callable(getattr(operator, "matvec", None)):
-        raise TypeError(
-            f"{name} must have a matvec(vector), got {summarize(operator)}. Pass an "
-            "operator of optax_cgfac, such as curvature.operator('hidden', "
-            "damping=0.1), or an object with a method matvec of your own."
-        )
     expected, got = (
         jax.tree.map(jnp.shape, x) for x in (b, jax.eval_shape(operator.matvec, b))
     )

@@ -117,20 +117,12 @@ def default_damping_form(structure: Structure) -> DampingForm:
 
 
 class Plan(NamedTuple):
-    """How one layer is solved.
+    """How one layer is solved."""
 
-    Attributes:
-      space: ``"parameter"``, ``"sample"``, or ``"factors"`` for a solve in the factors'
-        eigenbases.
-      solver: ``"cg"``, ``"cholesky"``, ``"eigenpairs"`` or ``"eigendecomposition"``.
-      flops: Estimated operations of the solve.
-      reason: The estimates that were compared.
-    """
-
-    space: str
-    solver: str
-    flops: float
-    reason: str
+    space: str  # "parameter", "sample", or "factors" for their eigenbases
+    solver: str  # "cg", "cholesky", "eigenpairs" or "eigendecomposition"
+    flops: float  # estimated operations
+    reason: str  # the estimates that were compared
 
 
 def make_plan(

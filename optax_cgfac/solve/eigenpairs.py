@@ -35,32 +35,20 @@ from optax_cgfac.utils.types import Array
 # they share a batch.
 _BLOCK = 32
 
-
 # Products with the factor per refresh; warm-started, one would nearly do.
 _POWER_STEPS = 1
 
 
 class Eigenpairs(NamedTuple):
-    """Leading eigenpairs of one factor.
+    """Leading eigenpairs of one factor."""
 
-    Attributes:
-      vectors: Orthonormal columns, or zero, shape ``(*stack, n, r)``.
-      values: Eigenvalues, shape ``(*stack, r)``.
-      trace: The whole factor's, shape ``stack``.
-    """
-
-    vectors: Array
-    values: Array
-    trace: Array
+    vectors: Array  # orthonormal columns, or zero, (*stack, n, r)
+    values: Array  # (*stack, r)
+    trace: Array  # the whole factor's, stack
 
 
 class LayerEigenpairs(NamedTuple):
-    """Leading eigenpairs of a layer's two factors.
-
-    Attributes:
-      a: Of ``A``.
-      g: Of ``G``.
-    """
+    """Leading eigenpairs of a layer's two factors ``A`` and ``G``."""
 
     a: Eigenpairs
     g: Eigenpairs
@@ -109,7 +97,7 @@ def refresh(
     groups: dict[tuple[int, int, jnp.dtype], list[int]] = {}
     for index, side in enumerate(sides):
         (count, n), rank = side.rows.shape[-2:], side.old.values.shape[-1]
-        width = 0  # of no matter where the Gram matrix has the size of the rows
+        width = 0  # unused when we decompose the R×R Gram matrix
         while rank == n > width:
             width = 2 * width or _BLOCK
         groups.setdefault((count, width, side.rows.dtype), []).append(index)
@@ -246,13 +234,12 @@ def split_dampings(
 def solve_with_eigenpairs(
     eigenpairs: LayerEigenpairs, damping: SplitDamping, blocks: Sequence[Array]
 ) -> tuple[list[Array], Array]:
-    r"""Returns ``(A + αI)⁻¹ b (G + βI)⁻¹`` with the kept eigenpairs.
+    """Returns ``(A + αI)⁻¹ b (G + βI)⁻¹`` with the kept eigenpairs.
 
     Args:
       eigenpairs: The eigenpairs.
       damping: The layer's ``α`` and ``β``.
-      blocks: The right-hand side, one above the other, shapes ``(*stack, n, n_out)``:
-        a kernel and a bias need not be copied into one matrix.
+      blocks: The blocks of ``b``, shapes ``(*stack, n, n_out)``.
 
     Returns:
       The blocks of the solution and whether it is finite. If not, the blocks are the

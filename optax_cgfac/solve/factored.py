@@ -45,17 +45,8 @@ def factored_damping(
 
     ``π² = (tr A / n_A) / (tr G / n_G)``, with ``π`` clipped to ``[1e-18, 1e18]``.
 
-    Args:
-      operator: The layer's ``A ⊗ G``; leading axes of its rows are stacked
-        layers, each with its own ``π``.
-      damping: The scalar ``γ``.
-
-    Returns:
-      The damped operator. Both dampings are kept large enough for a
-      factorisation in the rows' precision.
-
-    References:
-      Martens & Grosse (2015), sections 6.3 and 6.6.
+    Stacked layers have a ``π`` each. Both dampings are kept large enough for a
+    factorisation in the rows' precision (Martens & Grosse 2015, sections 6.3, 6.6).
     """
     dtype = operator.g.dtype
     a_trace = squared_norm(operator.a) * jnp.asarray(operator.a_scale, dtype)
@@ -135,19 +126,10 @@ def _sides(operator: FactoredDampedOperator) -> tuple[_Side, _Side]:
     kron = operator.operator
     dtype = rows_dtype(kron.a)
     left, right = sides_in_sample_space(LayerRows(kron.a, kron.g))
+    a_scale, g_scale = (jnp.asarray(x, dtype) for x in (kron.a_scale, kron.g_scale))
     return (
-        _Side(
-            kron.a,
-            jnp.asarray(kron.a_scale, dtype),
-            operator.a_damping,
-            left,
-        ),
-        _Side(
-            kron.g,
-            jnp.asarray(kron.g_scale, dtype),
-            operator.g_damping,
-            right,
-        ),
+        _Side(kron.a, a_scale, operator.a_damping, left),
+        _Side(kron.g, g_scale, operator.g_damping, right),
     )
 
 
@@ -159,11 +141,6 @@ def solve_directly(
     Per side one matrix of size ``min(R, n)`` is inverted, those of all layers
     together. An explicit inverse and a product: triangular solves against many
     right-hand sides are slower than both.
-
-    Args:
-      operators: The damped operators, rows of shapes ``(*stack, R, n_in)`` and
-        ``(*stack, R, n_out)``.
-      bs: The right-hand sides, shapes ``(*stack, n_in, n_out)``.
     """
     sides = [side for operator in operators for side in _sides(operator)]
     inverses = spd_inverses([side.system() for side in sides])
@@ -188,14 +165,8 @@ def solve_by_cg(
 ) -> tuple[Array, CGInfo]:
     """Solves ``(A + αI) x (G + βI) = b`` by CG on one side after the other.
 
-    Args:
-      operator: The damped operator; its rows have shapes ``(R, n_in)`` and
-        ``(R, n_out)``.
-      b: The right-hand side, shape ``(n_in, n_out)``.
-      x0: The warm start, like ``b``; zero if omitted.
-      max_steps: The largest number of iterations on each side.
-      rtol: Tolerance relative to the norm of each column.
-      doubts_start: Whether a column starts from zero where that is better.
+    Limits count for each side, the tolerance for each column. With ``doubts_start`` a
+    column whose start is worse than zero starts from zero.
 
     Returns:
       The solution, like ``b``, and a `CGInfo` of both sides: the iterations of

@@ -41,7 +41,6 @@ class StopReason(enum.IntEnum):
 UNKNOWN = -1.0
 """The residual of a solve that did not compute it."""
 
-
 # The true residual may be larger than the recurrence's by this factor for a solve to
 # count as converged: well above their difference where rounding does not matter.
 AGREEMENT = 1.1

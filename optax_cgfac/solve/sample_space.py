@@ -64,15 +64,9 @@ def cg_on_rows(
 ) -> tuple[Array, CGInfo]:
     """Solves ``(A ⊗ G + γI) x = b`` with the iterates of `conjugate_gradient`.
 
-    Args:
-      operator: The layer's ``A ⊗ G``, with rows of shape ``(R, n_in)`` and
-        ``(R, n_out)``.
-      damping: The scalar ``γ``.
-      b: The right-hand side, shape ``(n_in, n_out)``.
-      x0: The warm start, like ``b``; zero if omitted.
-      max_steps: The largest number of iterations.
-      rtol: Tolerance relative to ``‖b‖``.
-      doubts_start: Whether to start from zero where that is better.
+    ``operator`` has rows of shapes ``(R, n_in)`` and ``(R, n_out)``; ``b`` and ``x0``
+    have shape ``(n_in, n_out)``. With ``doubts_start`` a start that is worse than zero
+    is not used.
     """
     a, g = operator.a, operator.g
     a_gram, g_gram = gram(a), gram(g)
@@ -87,19 +81,12 @@ def cg_on_rows(
 
 
 class SampleSpace(NamedTuple):
-    """A set of vectors ``D`` (the rows of a matrix) that spans ``F = s DᵀD``.
+    """The samples, rows of a matrix ``D``, that span ``F = s DᵀD``."""
 
-    Attributes:
-      project: ``V -> D V``.
-      gram: ``θ -> D Dᵀ θ``.
-      lift: ``θ -> Dᵀ θ``.
-      scale: ``s``.
-    """
-
-    project: Callable[[PyTree], Array]
-    gram: Callable[[Array], Array]
-    lift: Callable[[Array], PyTree]
-    scale: Array | float
+    project: Callable[[PyTree], Array]  # V -> D V
+    gram: Callable[[Array], Array]  # θ -> D Dᵀ θ
+    lift: Callable[[Array], PyTree]  # θ -> Dᵀ θ
+    scale: Array | float  # s
 
 
 def cg_in_sample_space(
@@ -199,16 +186,10 @@ def solve_among_samples(
     max_steps: int | Array,
     rtol: float | Array,
 ) -> tuple[PyTree, CGInfo]:
-    """Solves ``(s DᵀD + γI) x = b`` for the gradients ``D`` of the examples.
+    """Solves ``(s DᵀD + γI) x = b`` for the samples ``D`` of one layer or of several.
 
-    Args:
-      operator: The exact Fisher of one layer or of several.
-      damping: The scalar ``γ``.
-      b: The right-hand side: a matrix, or one for each layer.
-      x0: The warm start, like ``b``, or None; zero is taken where it is better.
-      direct: Whether to factorise the ``M x M`` matrix instead of iterating.
-      max_steps: The largest number of CG iterations, of ``M²`` operations each.
-      rtol: Tolerance relative to ``‖b‖``.
+    ``b`` and ``x0`` are a matrix, or one for each layer. A direct solve factorises the
+    ``M x M`` Gram matrix; an iteration of CG takes ``M²`` operations.
     """
     k = operator.gram()
     if not direct:

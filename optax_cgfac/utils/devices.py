@@ -18,14 +18,6 @@ def with_auto_axes(
 
     On a mesh of explicit axes, slices of a sharded batch and products with its
     transpose need an output sharding; with automatic axes the compiler chooses it.
-
-    Args:
-      function: Returns arrays.
-      *args: Its arguments, pytrees of arrays.
-      like: A tree with the shardings of the results; None to replicate them.
-
-    Returns:
-      ``function(*args)``.
     """
     if not jax.sharding.get_abstract_mesh().explicit_axes:
         return function(*args)

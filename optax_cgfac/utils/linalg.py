@@ -137,12 +137,6 @@ def cholesky_qr(matrices: Array) -> Array:
     makes up directions. Fukaya et al. (2020), "Shifted Cholesky QR for computing the QR
     factorization of ill-conditioned matrices", algorithm 4.2, with the shift of its
     first round in all three.
-
-    Args:
-      matrices: Shape ``(k, m, n)``, ``m >= n``.
-
-    Returns:
-      The bases, like ``matrices``.
     """
     identity = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
     for _ in range(3):

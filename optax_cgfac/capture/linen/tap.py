@@ -79,7 +79,6 @@ _CURRENT: contextvars.ContextVar["_Tap | None"] = contextvars.ContextVar(
     "cgfac_tap", default=None
 )
 
-
 _MAPPED = (
     "its layer computes with a function of it (nn.map_variables, nn.WeightNorm, "
     "nn.SpectralNorm), so that the layer's rows are not those of the parameter"

@@ -65,6 +65,5 @@ LAYERS: dict[type[nnx.Module], dict[str, describe.Describe]] = {
 }
 """The describers of every known class's methods."""
 
-
 REPARAMETRIZED = (nnx.WeightNorm, nnx.SpectralNorm)
 """Modules that call a layer with other weights than its parameters."""

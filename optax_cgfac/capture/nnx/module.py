@@ -1,20 +1,13 @@
 """An NNX module as a pure function of its parameters, for estimators to work on."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx
 
 from optax_cgfac.utils.types import ModuleInputs, PyTree
-
-MERGE_STATE = (
-    "Merge the module from it: value_fn=lambda p: loss_fn(nnx.merge(graphdef, p, rest, "
-    "copy=True)), with graphdef, _, rest = nnx.split(module, nnx.Param, ...)."
-)
-"""How ``value_fn`` gets the module back from the state it is given."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,20 +46,6 @@ def bind(
             "pass nnx.merge(graphdef, state)."
         )
     return function, params, args
-
-
-@contextlib.contextmanager
-def explaining_states(name: str, params: PyTree, way_out: str) -> Iterator[None]:
-    """Explains the error of a function of a module that is given the module's state."""
-    try:
-        yield
-    except (AttributeError, TypeError) as error:
-        if not isinstance(params, nnx.State) or "'State' object" not in str(error):
-            raise
-        raise TypeError(
-            f"{name} must take what it is given, got an nnx.State, with which it fails "
-            f"({type(error).__name__}: {error}). {way_out}"
-        ) from error
 
 
 def check_same_module(expected: Any, got: Any) -> None:
