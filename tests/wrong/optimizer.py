@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
 from optax_cgfac import cgfac, scale_by_cgfac, scale_by_kfac
 from steps import problem, value_fn
@@ -36,7 +35,6 @@ OPTIONS = {
     "`structure='block'` with factored damping": make(
         scale_by_cgfac, 0.1, structure="block", damping_form="factored"
     ),
-    "no parameters in `tx.init`": lambda g: cgfac().init(None),
     "an integer among the parameters of `tx.init`": lambda g: scale_by_cgfac(0.1).init(
         g.params | {"steps": jnp.zeros((), jnp.int32)}
     ),
@@ -58,27 +56,11 @@ TREES = {
     "integers as gradients": step(grads=cast(jnp.int32)),
     "no parameters for `cgfac`": step(params=lambda g: None),
     "parameters of another structure": step(params=lambda g: {"params": g.params}),
-    "a state that was restored as a dict": step(
-        "scale_by_kfac", state=lambda g: scale_by_kfac(0.1).init(g.params)._asdict()
-    ),
     "the state of parameters of other shapes": step(state=state_of(cgfac(), **WIDER)),
     "`optax.masked` around `cgfac` without a learning rate": step(
         lambda: optax.masked(cgfac(), SOME)
     ),
 }
-
-
-def of_module(value_fn):
-    def call(g):
-        module = nnx.Linear(5, 3, rngs=nnx.Rngs(0))
-        curvature = estimating(fn=lambda m, x: m(x), examples=4)(g).init(module, g.x)
-        grads = nnx.grad(lambda m: jnp.mean(m(g.x) ** 2))(module)
-        optimizer = nnx.Optimizer(module, cgfac(), wrt=nnx.Param)
-        optimizer.update(
-            module, grads, curvature=curvature, value=g.value, value_fn=value_fn
-        )
-
-    return call
 
 
 LOSSES = {
@@ -90,9 +72,6 @@ LOSSES = {
 LOSSES_TRACED = {
     "a `value_fn` that returns `(loss, aux)`": step(
         value_fn=lambda g: lambda p: (0, p)
-    ),
-    "a `value_fn` of the `nnx.Module`, instead of its state": of_module(
-        lambda module: jnp.mean(module(jnp.ones((8, 5))) ** 2)
     ),
     "a schedule that returns nothing": step(lambda: scale_by_kfac(lambda count: None)),
 }

@@ -38,23 +38,21 @@ class Tagged(nn.Module):
     """A matrix of one's own, tagged by whatever names."""
 
     names: dict
-    cut: int = 0
 
     @nn.compact
     def __call__(self, x):
         w = self.param("w", nn.initializers.ones, (x.shape[-1], 4))
-        return tag_layer(self, x[self.cut :], x @ w, **self.names)
+        return tag_layer(self, x, x @ w, **self.names)
 
 
-def tagged(cut=0, **names):
-    return lambda g: Tagged(names, cut).init(g.key, g.x)
+def tagged(**names):
+    return lambda g: Tagged(names).init(g.key, g.x)
 
 
 TAGS = {
     "no name": tagged(),
     "a name that the module does not have": tagged(kernel="v"),
     "a matrix as the scale": tagged(scale="w"),
-    "inputs and outputs of other lengths": tagged(kernel="w", cut=1),
     "a number as the input": lambda g: tag_layer(Modes(), 1.0, g.x, bias="b"),
 }
 
@@ -91,7 +89,6 @@ class Summed:
 
 OPERATORS = {
     "integers as the right-hand side": solving(lambda g: g.x.astype(int)),
-    "a matrix as the operator": solving(operator=jnp.ones((3, 3))),
     "an operator whose `matvec` returns another shape": solving(operator=Summed()),
     "a warm start of another shape": solving(x0=lambda g: g.x[0]),
 }
