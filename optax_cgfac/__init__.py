@@ -20,7 +20,7 @@ from optax_cgfac.optimize.scale_by import (
     scale_by_cgfac,
     scale_by_kfac,
 )
-from optax_cgfac.optimize.step import CGFACState
+from optax_cgfac.optimize.state import CGFACState
 from optax_cgfac.problem.loss import Loss
 from optax_cgfac.solve.cg import conjugate_gradient
 from optax_cgfac.solve.info import CGInfo, StopReason

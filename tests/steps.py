@@ -40,9 +40,10 @@ class Problem(NamedTuple):
     estimator: optax_cgfac.CurvatureEstimator
     params: Any
     batch: dict[str, jax.Array]
+    weight: float = 1.0
 
     def loss(self, params, batch):
-        return squared_error(model_fn(params, batch["x"]), batch["y"])
+        return self.weight * squared_error(model_fn(params, batch["x"]), batch["y"])
 
     def curvature(self):
         return self.estimator.init(self.params, self.batch["x"])

@@ -12,7 +12,7 @@ from flax import nnx
 import optax_cgfac
 import oracles
 from models import NUM_EXAMPLES, Scanned, init, normal
-from steps import TRANSFORMS, ingredients, model_fn, problem, update
+from steps import ingredients, model_fn, problem
 
 pyplot = pytest.importorskip("matplotlib.pyplot")
 plot = importlib.import_module("optax_cgfac.plot")
@@ -90,16 +90,6 @@ def test_costs_are_the_operations_of_a_solve():
         plot.cost(curvature, space="nowhere")
 
 
-def test_the_layers_of_a_stack_cost_together():
-    x = normal(0, NUM_EXAMPLES, 5)
-    estimator = optax_cgfac.fisher_estimator(stacked, "squared_error", examples=4)
-    curvature = estimator.init(init(Scanned(), x), x)
-    ax = plot.cost(curvature, damping_form="tikhonov", space="parameter")
-    found = dict(zip(names_of(ax), ax.get_lines()[0].get_xdata(), strict=True))
-    # Eight captures of four examples.
-    assert found["blocks/Dense_0"] == pytest.approx(3 * operations(32, 5, 4))
-
-
 # ---------------------------------------------------------------- histories
 
 
@@ -140,12 +130,6 @@ def test_residuals_are_those_of_the_history_in_lines_that_differ_without_colour(
         expected = [entry["layers"][f"layer_{j}"]["residual"] for entry in history]
         expected = [np.nan if x < 0 else x for x in expected]
         np.testing.assert_array_equal(line.get_ydata(), expected)
-
-
-def test_many_lines_have_looks_of_their_own():
-    layers = {f"layer_{j}": {"residual": 0.5} for j in range(20)}
-    ax = plot.residuals(entries(3, layers=layers))
-    assert len({looks(line) for line in ax.get_lines()}) == 20
 
 
 def test_a_stacked_history_is_drawn_as_a_list_of_its_entries():
@@ -201,19 +185,6 @@ def test_what_cannot_be_drawn_is_refused_with_words(draw, match):
 
 def spectrum(layer):
     return plot.spectrum(problem().curvature(), layer)
-
-
-def test_the_diagnostics_of_a_training_are_a_history():
-    p, tx = problem(), TRANSFORMS["cgfac by cg"]()
-    state, history = tx.init(p.params), []
-    for _ in range(2):
-        _, state = update(tx, state)
-        history.append(optax_cgfac.diagnostics(state))
-    ax = plot.residuals(history)
-    assert [line.get_label() for line in ax.get_lines()] == ["hidden", "out"]
-    left = plot.damping(history)
-    expected = [float(entry["damping"]) for entry in history]
-    np.testing.assert_allclose(left.get_lines()[0].get_ydata(), expected)
 
 
 # ---------------------------------------------------------------- eigenpairs

@@ -71,13 +71,7 @@ def squared_error(outputs, targets):
 
 def python(*arguments, timeout=900, **env):
     """Runs Python in the project's root; returns what it printed."""
-    result = run_python(*arguments, timeout=timeout, **env)
-    assert result.returncode == 0, (result.stdout + result.stderr)[-8000:]
-    return result.stdout
-
-
-def run_python(*arguments, timeout=900, **env):
-    return subprocess.run(
+    result = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
         env=os.environ | env,
@@ -86,6 +80,8 @@ def run_python(*arguments, timeout=900, **env):
         timeout=timeout,
         check=False,
     )
+    assert result.returncode == 0, (result.stdout + result.stderr)[-8000:]
+    return result.stdout
 
 
 def load(path):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from optax_cgfac.curvature.history import empty_rows, put_into_slot, without_bad_rows
+from optax_cgfac.curvature.history import empty_rows, pushed
 from optax_cgfac.curvature.report import format_report
 from optax_cgfac.curvature.spec import CaptureSpec
 from optax_cgfac.layers.layer import LayerTag
@@ -174,32 +174,30 @@ class Curvature:
                 f"{other.spec.window}, {', '.join(tag.name for tag in other.tags)}. "
                 "Start with curvature.with_window(8) of a first curvature."
             )
-        pushed = self.push_rows(other.layers)
-        return dataclasses.replace(pushed, dropped=pushed.dropped + other.dropped)
+        more = self.push_rows(other.layers)
+        return dataclasses.replace(more, dropped=more.dropped + other.dropped)
 
     def push_rows(self, rows: dict[str, LayerRows]) -> "Curvature":
         """Adds one update's rows by layer name, dropping the oldest ones."""
         slot = self.num_updates % self.spec.window
-        layers, dropped = {}, []
-        for tag in self.tags:
-            new, num_bad = without_bad_rows(rows[tag.name])
-            layers[tag.name] = put_into_slot(self.layers[tag.name], new, slot)
-            dropped.append(num_bad)
-        pushed = dataclasses.replace(
+        # In the order of the tags: JAX sorts the keys of a dict.
+        ordered = {tag.name: self.layers[tag.name] for tag in self.tags}
+        layers, dropped = pushed(ordered, rows, slot)
+        curvature = dataclasses.replace(
             self,
             layers=layers,
             num_updates=self.num_updates + 1,
-            dropped=self.dropped + jnp.array(dropped, self.dropped.dtype),
+            dropped=self.dropped + dropped.astype(self.dropped.dtype),
         )
         if not self.eigenpairs:
-            return pushed
+            return curvature
         # While the window fills, refresh whenever it holds twice as much as before.
-        count = pushed.num_updates
+        count = curvature.num_updates
         due = (count & (count - 1) == 0) | (count == self.spec.window)
         due &= count <= self.spec.window
         due |= count % (self.spec.refresh_every or 1) == 0
-        eigenpairs = jax.lax.cond(due, pushed._new_eigenpairs, lambda: self.eigenpairs)
-        return dataclasses.replace(pushed, eigenpairs=eigenpairs)
+        new = jax.lax.cond(due, curvature._new_eigenpairs, lambda: self.eigenpairs)
+        return dataclasses.replace(curvature, eigenpairs=new)
 
     def _new_eigenpairs(self) -> dict[str, LayerEigenpairs]:
         tags = [tag for tag in self.tags if tag.name in self.eigenpairs]

@@ -13,6 +13,7 @@ from flax import nnx
 from optax_cgfac.capture.discover import with_example_axes
 from optax_cgfac.capture.nnx.module import bind
 from optax_cgfac.curvature.curvature import Curvature, empty_curvature
+from optax_cgfac.curvature.history import WINDOW
 from optax_cgfac.curvature.spec import FEW_OUTPUTS, CaptureSpec
 from optax_cgfac.curvature.update import (
     check_batch,
@@ -73,7 +74,7 @@ def fisher_estimator(
     # how many rows
     examples: int = 32,
     model_examples: int | None = None,
-    window: int = 8,
+    window: int = WINDOW,
     capture_every: int | None = None,
     positions: int | None = 1,
     weight_sharing: Literal["expand", "reduce"] = "expand",

@@ -1,4 +1,6 @@
-"""The window of one layer: empty, with new rows in a slot, gathered from devices."""
+"""The window of rows: its length, new rows in a slot, rows gathered from devices."""
+
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,18 @@ from optax_cgfac.operators.rows import (
 from optax_cgfac.utils.arrays import scaled
 from optax_cgfac.utils.devices import axis_size
 from optax_cgfac.utils.types import Array, LayerRows
+
+WINDOW = 8
+"""How many captures are kept by default."""
+
+
+def pushed(
+    layers: Mapping[str, LayerRows], new: Mapping[str, LayerRows], slot: Array
+) -> tuple[dict[str, LayerRows], Array]:
+    """Puts one capture's rows into a slot; returns how many each layer dropped, too."""
+    good = {name: without_bad_rows(new[name]) for name in layers}
+    kept = {name: put_into_slot(layers[name], x, slot) for name, (x, _) in good.items()}
+    return kept, jnp.array([num_bad for _, num_bad in good.values()])
 
 
 def without_bad_rows(new: LayerRows) -> tuple[LayerRows, Array]:

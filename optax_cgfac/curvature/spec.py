@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from optax_cgfac.curvature.history import WINDOW
 from optax_cgfac.layers.layer import LayerTag
 from optax_cgfac.problem.objective import Kind
 from optax_cgfac.utils.paths import Path, leaves_by_path, text
@@ -40,7 +41,7 @@ class CaptureSpec:
     objective: Any = None
     kind: Kind = "mc"
     whole_batch: bool = False
-    window: int = 8
+    window: int = WINDOW
     examples: int = 32
     model_examples: int | None = None
     weight_sharing: Literal["expand", "reduce"] = "expand"

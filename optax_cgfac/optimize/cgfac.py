@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from optax_cgfac.curvature.curvature import Curvature
-from optax_cgfac.optimize.damping import Adaptation
+from optax_cgfac.optimize.adaptive.damping import Adaptation
+from optax_cgfac.optimize.adaptive.step import adaptive_step, with_initial_damping
 from optax_cgfac.optimize.fallback import Fallback
 from optax_cgfac.optimize.precondition import precondition
-from optax_cgfac.optimize.quadratic_model import Step
+from optax_cgfac.optimize.safeguards import Verdict, settle
 from optax_cgfac.optimize.scale_by import (
     HOW_TO_UPDATE,
     ScalarOrSchedule,
@@ -24,16 +25,8 @@ from optax_cgfac.optimize.scale_by import (
     gradient_transformation,
     like,
 )
-from optax_cgfac.optimize.step import (
-    CGFACState,
-    Start,
-    StepOptions,
-    Verdict,
-    adaptive_step,
-    scheduled_step,
-    settle,
-    with_initial_damping,
-)
+from optax_cgfac.optimize.scheduled import scheduled_step
+from optax_cgfac.optimize.state import CGFACState, Start, Step, StepOptions
 from optax_cgfac.solve.choose import SolveSpec, Structure, default_damping_form
 from optax_cgfac.solve.info import init_info
 from optax_cgfac.utils.arrays import tree_is_finite

@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from optax_cgfac.optimize.scale_by import ScaleByCGFACState
-from optax_cgfac.optimize.step import CGFACState
+from optax_cgfac.optimize.state import CGFACState
 from optax_cgfac.utils.paths import leaves_by_path, text
 from optax_cgfac.utils.types import PyTree
 from optax_cgfac.utils.validate import summarize

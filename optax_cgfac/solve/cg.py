@@ -23,6 +23,9 @@ from optax_cgfac.utils.validate import (
     summarize,
 )
 
+MAX_STEPS, RTOL = 10, 1e-2
+"""The limits of the optimizers' solves by default."""
+
 
 def conjugate_gradient(
     operator: LinearOperator,

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, Literal, NamedTuple
 
+from optax_cgfac.solve.cg import MAX_STEPS, RTOL
 from optax_cgfac.utils.types import Array
 from optax_cgfac.utils.validate import (
     BELOW_ONE,
@@ -106,8 +107,8 @@ class SolveSpec:
     def limits(self) -> dict[str, Any]:
         """The limits of conjugate gradients, as keyword arguments."""
         return {
-            "max_steps": 10 if self.max_steps is None else self.max_steps,
-            "rtol": 1e-2 if self.rtol is None else self.rtol,
+            "max_steps": MAX_STEPS if self.max_steps is None else self.max_steps,
+            "rtol": RTOL if self.rtol is None else self.rtol,
         }
 
 
@@ -146,7 +147,7 @@ def make_plan(
     """
     # inject_hyperparams traces the number: assume the default.
     max_steps = spec.limits["max_steps"]
-    steps = max_steps if isinstance(max_steps, int) else 10
+    steps = max_steps if isinstance(max_steps, int) else MAX_STEPS
     if spec.structure != "kronecker":
         return _plan_samples(spec, rows, n_in, n_out, steps)
     n = n_in * n_out

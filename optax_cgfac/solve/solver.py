@@ -48,21 +48,13 @@ class System(NamedTuple):
 
 
 class Solved(NamedTuple):
-    """A layer's solution in the blocks of its system; of stacked layers, the worst.
-
-    Attributes:
-      blocks: The solution.
-      num_steps: CG iterations.
-      residual: Norm of the true residual relative to that of ``b``; -1 if unknown.
-      replaced: 1 where the solution was not finite and was replaced, else 0; int32.
-      reason: A `StopReason` as int32.
-    """
+    """A layer's solution in the blocks of its system; of stacked layers, the worst."""
 
     blocks: list[Array]
-    num_steps: Array
-    residual: Array
-    replaced: Array
-    reason: Array
+    num_steps: Array  # CG iterations
+    residual: Array  # norm of the true one relative to that of b; -1 if unknown
+    replaced: Array  # 1 where the solution was not finite and was replaced, else 0
+    reason: Array  # a `StopReason` as int32
 
 
 def damped_operator(

@@ -63,22 +63,6 @@ def test_padding_that_repeats_the_input_by_a_loop(mode):
     np.testing.assert_array_equal(got[0], expected)
 
 
-def test_a_flipped_window_reads_backwards():
-    table = SpatialDim(4, 3, padding=(1, 0)).table()
-    np.testing.assert_array_equal(
-        SpatialDim(4, 3, padding=(1, 0), flip=True).table(), table[:, ::-1]
-    )
-
-
-def test_extra_axes_are_the_slowest_positions():
-    dim, x = SpatialDim(3, 2), normal(0, 1, 2, 3, 1)
-    got = patches_at(x, [dim], jnp.arange(4)[None])[0, :, :, 0]
-    expected = [x[0, e, i : i + 2, 0] for e in range(2) for i in range(2)]
-    np.testing.assert_array_equal(got, expected)
-    mean = mean_patches(x, [dim])[0, :, 0]
-    np.testing.assert_allclose(mean, np.mean(expected, 0), rtol=1e-6)
-
-
 def shapes_in(jaxpr):
     for equation in jaxpr.eqns:
         for variable in equation.outvars:

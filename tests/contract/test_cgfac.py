@@ -10,7 +10,7 @@ import pytest
 
 import steps
 from optax_cgfac import Loss, cgfac, diagnostics, fisher_estimator, scale_by_cgfac
-from steps import Problem, first, ingredients, model_fn, problem, run, update, updating
+from steps import first, ingredients, model_fn, problem, run, update, updating
 from trees import assert_trees_close, is_zero, scaled
 
 bad_numbers = pytest.mark.parametrize("bad", [np.inf, np.nan])
@@ -80,8 +80,6 @@ def test_l2_adds_to_the_gradient_and_to_the_damping():
     updates, _ = first(cgfac(0.3, damping=0.1, l2=0.5))
     expected, _ = first(cgfac(0.3, damping=0.6), grads=with_l2(0.5))
     assert_trees_close(updates, expected)
-    without, _ = first(cgfac(0.3))
-    assert not np.allclose(updates["out"]["kernel"], without["out"]["kernel"])
 
 
 # ---------------------------------------------------------------- without one
@@ -116,14 +114,6 @@ def test_the_reduction_ratio_is_actual_over_predicted(l2):
     assert float(state.reduction_ratio) == pytest.approx(ratio, rel=1e-2)
     factor = 0.5 if ratio > 0.75 else 2.0 if ratio < 0.25 else 1.0
     assert float(state.damping) == pytest.approx(0.2 * factor)
-
-
-def test_the_damping_changes_at_the_interval_only_and_stays_in_its_bounds():
-    tx = cgfac(damping=0.1, damping_interval=2, damping_decay=0.1, min_damping=0.05)
-    seen = dampings(tx, ingredients(), 4)
-    assert seen[0] == pytest.approx(0.1)
-    assert seen[1] == seen[2]
-    assert min(seen) >= 0.05 - 1e-7
 
 
 @pytest.mark.parametrize("rise", [1e-3, 1.0, np.inf, np.nan])
@@ -215,7 +205,7 @@ def test_the_default_damping_accounts_for_the_structure():
         assert float(cgfac(structure=structure).init(params).damping) == 1
     # An initial damping below the default floor lowers the floor.
     assert float(cgfac(damping=1e-5).init(params).damping) == pytest.approx(1e-5)
-    with pytest.raises(ValueError, match="must lie in"):
+    with pytest.raises(ValueError, match="must satisfy"):
         cgfac(damping=1e-5, min_damping=1e-3)
 
 
@@ -248,16 +238,12 @@ def test_the_damping_stays_above_a_hundredth_of_its_unit(start):
 def test_a_loss_in_other_units_trains_the_same(weight):
     """Ten steps with the loss, and ten with the loss times a number."""
 
-    def trained(factor):
-        class Weighted(Problem):
-            def loss(self, params, batch):
-                return factor * super().loss(params, batch)
-
-        loss = Loss.named("squared_error", weight=factor)
+    def trained(weight):
+        loss = Loss.named("squared_error", weight=weight)
         estimator = fisher_estimator(model_fn, loss, examples=4, window=2)
-        p = Weighted(*problem()._replace(estimator=estimator))
+        p = problem()._replace(estimator=estimator, weight=weight)
         (params, *_), losses = run(p, cgfac(), 10)
-        return params, losses / factor
+        return params, losses / weight
 
     (expected, losses), (params, found) = trained(1.0), trained(weight)
     assert_trees_close(params, expected, rtol=1e-2, atol=1e-3)
@@ -265,16 +251,24 @@ def test_a_loss_in_other_units_trains_the_same(weight):
     assert losses[-1] < losses[0]
 
 
-def test_the_first_damping_waits_for_data():
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-15, 1e15, 1e30])
+def test_the_first_damping_is_finite_and_waits_for_data(scale):
     tx = cgfac(damping_interval=5)
     assert float(tx.init(ingredients().params).damping) == 0
-    _, state = first(tx, curvature=problem().curvature())  # no rows yet
-    assert float(state.damping) == pytest.approx(0.1)
-    assert float(state.initial_damping) == 0
+    empty = problem().curvature()
+    _, state = first(tx, curvature=steps.with_rows(g=scale) if scale else empty)
+    assert np.isfinite(state.damping)
+    assert state.damping > 0
     _, after = update(tx, state)
     _, expected = first(tx)
-    assert float(after.initial_damping) == float(expected.initial_damping) > 0
-    assert float(after.damping) == float(expected.damping)
+    # The square of 1e-30 or 1e30 is no number in float32: the first good one counts.
+    # That of 1e-15 is one, and far outgrown by the next.
+    waits = float(after.initial_damping) == float(expected.initial_damping) > 0
+    assert waits == (scale != 1e15)
+    if not scale:  # no rows yet
+        assert float(state.damping) == pytest.approx(0.1)
+        assert float(state.initial_damping) == 0
+        assert float(after.damping) == float(expected.damping)
 
 
 @pytest.mark.parametrize(("examples", "interval"), [(500, 5), (512, 10)])
@@ -290,24 +284,17 @@ def test_the_damping_is_looked_at_more_often_with_small_batches(examples, interv
     assert seen[10 + interval - 2] == pytest.approx(seen[9])
 
 
-@pytest.mark.parametrize("rate", [0.3, None])
-def test_a_fixed_momentum_adds_the_previous_update(rate):
-    tx = cgfac(rate, momentum=0.5, damping=0.1, damping_interval=5)
+@pytest.mark.parametrize(
+    ("rate", "options"), [(0.3, {}), (None, {"damping_interval": 5})]
+)
+def test_a_fixed_momentum_adds_the_previous_update(rate, options):
+    tx = cgfac(rate, momentum=0.5, damping=0.1, **options)
     before, state = first(tx)
     updates, state = update(tx, state)
     assert rate is not None or float(state.momentum) == 0.5
     size = float(state.step_size)
     expected = jax.tree.map(lambda x, d: -size * x + 0.5 * d, solution(), before)
     assert_trees_close(updates, expected, rtol=1e-3)
-
-
-def test_a_chosen_momentum_stays_in_its_box():
-    tx = cgfac()
-    state = tx.init(ingredients().params)
-    for _ in range(3):
-        _, state = update(tx, state)
-        assert 0 <= float(state.momentum) <= 0.95
-        assert 0 <= float(state.step_size) <= 1
 
 
 # ------------------------------------- step sizes between two fits of the model
@@ -318,10 +305,7 @@ TIMES = {True: 4.0, False: 2.0}  # what a kept step may promise, by few_outputs
 
 
 def kept(larger=1.0, value=1.0, few_outputs=False, lower_bound=0.0):
-    """The step sizes of a fitted update and of the eleventh, and the state after.
-
-    The second gradient and loss are that many times as large.
-    """
+    """Step sizes, fitted and then of larger gradients and loss; the state after."""
     objective = ingredients().curvature.spec.objective
     losses = (dataclasses.replace(objective.losses[0], lower_bound=lower_bound),)
     objective = dataclasses.replace(objective, losses=losses)
@@ -334,26 +318,24 @@ def kept(larger=1.0, value=1.0, few_outputs=False, lower_bound=0.0):
     return float(state.step_size), float(after.step_size), after
 
 
-@pytest.mark.parametrize("larger", [0.5, 1.0, 1.2])
-def test_a_step_that_promises_no_more_keeps_its_size(larger):
-    fitted, size, _ = kept(larger)
-    assert size == fitted > 0
-
-
 @pytest.mark.parametrize(
-    ("options", "times"),
+    ("larger", "options", "times"),
     [
-        ({"few_outputs": False}, TIMES[False]),
-        ({"few_outputs": True}, TIMES[True]),
-        ({"value": 5.0}, 5 * TIMES[False]),  # it grows with the loss
+        (0.5, {}, 100),
+        (1.2, {}, 100),
+        (10.0, {}, TIMES[False]),
+        (10.0, {"few_outputs": True}, TIMES[True]),
+        (10.0, {"value": 5.0}, 5 * TIMES[False]),  # it grows with the loss
         # A loss that may be negative is no measure.
-        ({"value": 5.0, "lower_bound": None}, TIMES[False]),
-        ({"value": -1.0, "lower_bound": None}, TIMES[False]),
+        (10.0, {"value": 5.0, "lower_bound": None}, TIMES[False]),
+        (10.0, {"value": -1.0, "lower_bound": None}, TIMES[False]),
     ],
 )
-def test_a_step_that_promises_much_more_is_shortened(options, times):
+def test_a_step_that_promises_much_more_than_the_fitted_one_is_shortened(
+    larger, options, times
+):
     """A gradient k times as large has a direction k times as large, and promises k²."""
-    fitted, size, after = kept(10.0, **options)
+    fitted, size, after = kept(larger, **options)
     assert size == pytest.approx(fitted * times / 100, rel=1e-4)
     # What the next one is measured by is the fitted step still.
     assert float(after.promise) == float(kept(1.0, **options)[2].promise) > 0
@@ -362,10 +344,11 @@ def test_a_step_that_promises_much_more_is_shortened(options, times):
 # ---------------------------------------------------------------- diagnostics
 
 
-def test_diagnostics_are_arrays_under_jit():
+def test_diagnostics_are_arrays_under_jit_nested_and_flat():
     tx = cgfac(solver="cg", max_steps=3, damping=0.1, damping_interval=5)
+    both = jax.jit(lambda state: (diagnostics(state), diagnostics(state, flat=True)))
     for wrapped in (tx, optax.chain(optax.clip(1e6), tx)):
-        result = jax.jit(diagnostics)(first(wrapped)[1])
+        result, flat = both(first(wrapped)[1])
         assert set(result["layers"]) == {"hidden", "out"}
         for layer in result["layers"].values():
             assert 1 <= int(layer["cg_steps"]) <= 2 * 3
@@ -374,4 +357,8 @@ def test_diagnostics_are_arrays_under_jit():
         assert float(result["damping"]) == pytest.approx(0.1)
         assert 0 < float(result["step_size"]) <= 1
         assert {"momentum", "reduction_ratio", "num_rejected"} < set(result)
+        leaves, _ = jax.tree.flatten_with_path(result)
+        paths = {"/".join(["cgfac", *(k.key for k in path)]): x for path, x in leaves}
+        assert flat == paths
+        assert "cgfac/layers/out/residual" in flat
     assert set(diagnostics(first(scale_by_cgfac(0.1))[1])) == {"layers"}

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-import optax_cgfac
 import oracles
 from models import init, normal
 from optax_cgfac import diagnostics, fisher_estimator, scale_by_kfac, value_and_grad
@@ -107,22 +106,6 @@ def test_the_single_pass_reports_a_shared_table():
         assert "the single pass cannot" in reason
 
 
-class ByExample(nn.Module):
-    """A transform over examples puts them behind the positions."""
-
-    @nn.compact
-    def __call__(self, x):
-        layer = nn.vmap(
-            nn.Dense,
-            variable_axes={"params": None} | optax_cgfac.capture_axes(),
-            split_rngs={"params": False},
-            in_axes=1,
-            out_axes=1,
-        )
-        hidden = nn.tanh(layer(2, name="own")(x.swapaxes(0, 1)))
-        return nn.Dense(2, name="last")(hidden.mean(0))
-
-
 class TimeFirst(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -131,9 +114,8 @@ class TimeFirst(nn.Module):
 
 
 @pytest.mark.parametrize("length", [3, 4, 5])
-@pytest.mark.parametrize("model", [ByExample(), TimeFirst()], ids=["vmap", "time"])
-def test_examples_are_found_where_positions_are_as_many(model, length):
-    x = normal(0, 4, length, 3)
+def test_examples_are_found_where_positions_are_as_many(length):
+    model, x = TimeFirst(), normal(0, 4, length, 3)
     params, model_fn = init(model, x), applying(model)
     estimator = fisher_estimator(
         model_fn, "squared_error", kind="exact", examples=4, window=1, positions=None
@@ -143,23 +125,6 @@ def test_examples_are_found_where_positions_are_as_many(model, length):
     squares = sum(np.sum(oracles.float64(j) ** 2) for j in jax.tree.leaves(jacobian))
     trace = curvature.operator("own", structure="block").trace()
     assert float(trace) == pytest.approx(2 * squares / 4, rel=1e-5)
-
-
-def test_a_whole_batch_may_be_part_of_the_model():
-    """A graph's adjacency has the size of the batch: no other batch fits."""
-    model, x = nn.Dense(3), normal(0, 8, 6)
-    inputs = {"x": x, "adjacency": jnp.eye(8)}
-    estimator = fisher_estimator(
-        lambda p, i: i["adjacency"] @ model.apply({"params": p}, i["x"]),
-        "squared_error",
-        examples=4,
-        whole_batch=True,
-        input_axes={"x": 0, "adjacency": None},
-    )
-    params = init(model, x)
-    curvature = estimator.init(params, inputs)
-    curvature = estimator.update(curvature, params, inputs, rng=jax.random.key(0))
-    assert curvature.layers["."].a.shape == (32, 7)
 
 
 def test_names_come_from_the_parameters():

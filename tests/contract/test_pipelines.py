@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import optax_cgfac
-from optax_cgfac import TrainState, cgfac, scale_by_cgfac, scale_by_kfac
+from optax_cgfac import TrainState, cgfac, scale_by_cgfac
 from steps import first, ingredients, make_problem, model_fn, problem, run, update
 from trees import assert_trees_close, describe, is_finite, scaled
 
@@ -126,27 +126,12 @@ def test_every_row_around_the_optimizer_runs(name, around):
         assert float(space["losses"][-1]) < float(around["loss"])
     if name == "averages of the parameters":
         assert_trees_close(space["averaged"], around["params"])
-
-
-def test_an_ensemble_of_seeds_trains_as_each_of_them_alone(around):
-    """Ten steps of three seeds in one program, everything batched."""
-
-    @jax.jit
-    def trained(state, key):
-        def body(state, key):
-            return around["step"](state, around["batch"], key)
-
-        (params, *_), losses = jax.lax.scan(body, state, jax.random.split(key, 10))
-        return params, losses
-
-    states, keys = around["states"], around["keys"]
-    together, losses = jax.jit(jax.vmap(trained))(states, keys)
-    for i in range(3):
-        state, found = jax.tree.map(operator.itemgetter(i), (states, together))
-        alone, expected = trained(state, keys[i])
-        np.testing.assert_allclose(losses[i], expected, rtol=1e-3)
-        assert_trees_close(found, alone, rtol=1e-2, atol=1e-3)
-    assert np.all(losses[:, -1] < 0.8 * losses[:, 0])
+    if name == "vmap over seeds":  # as each of them alone
+        for i, key in enumerate(around["keys"]):
+            member = operator.itemgetter(i)
+            start, found = jax.tree.map(member, (around["states"], space["states"]))
+            expected, _ = jax.jit(around["step"])(start, around["batch"], key)
+            assert_trees_close(found[0], expected[0], rtol=1e-2, atol=1e-3)
 
 
 def test_what_comes_around_the_solve_is_applied_to_its_result_or_gradient():
@@ -158,11 +143,6 @@ def test_what_comes_around_the_solve_is_applied_to_its_result_or_gradient():
     updates, _ = first(build("add_decayed_weights"))
     decayed = jax.tree.map(lambda x, p: x + 1e-4 * p, solved, given.params)
     assert_trees_close(updates, scaled(-0.3, decayed))
-    norm = float(optax.tree.norm(given.grads))
-    clip = optax.clip_by_global_norm(norm / 4)
-    clipped, _ = first(optax.chain(clip, scale_by_kfac(0.1)))
-    expected, _ = first(scale_by_kfac(0.1), grads=scaled(1 / 4, given.grads))
-    assert_trees_close(clipped, expected)
 
 
 def test_numbers_are_injected_and_found_and_set_by_name():
@@ -193,11 +173,10 @@ def emitting(inner):
     )
 
 
-@pytest.mark.parametrize("solver", ["auto", "cg"])
-def test_an_optimizer_between_two_micro_batches_solves_once(solver):
+def test_an_optimizer_between_two_micro_batches_solves_once():
     """Counted where it runs: `MultiSteps` alone runs all, and `where`s the result."""
     solves, every = [], 3  # iterations of each
-    optimizer = functools.partial(cgfac, solver=solver)
+    optimizer = functools.partial(cgfac, solver="cg")
 
     def counted(tx):
         def update(*args, **kwargs):
@@ -212,13 +191,12 @@ def test_an_optimizer_between_two_micro_batches_solves_once(solver):
     jax.effects_barrier()
     assert len(solves) == 2 * every
     iterations = sum(solves)
-    assert (iterations > 0) == (solver == "cg")
     solves.clear()
     skipping = optax.MultiSteps(emitting(counted(optimizer())), every)
     params, state, _ = train(skipping, 2 * every, lambda s: s.mini_step == every - 1)
     jax.effects_barrier()
     assert len(solves) == 2
-    assert sum(solves) <= iterations / 2
+    assert 0 < sum(solves) <= iterations / 2
     assert int(optax.tree.get(state, "cgfac_count")) == 2
     expected, _, _ = train(optax.MultiSteps(optimizer(), every), 2 * every)
     assert_trees_close(params, expected)
@@ -244,18 +222,8 @@ def test_micro_batches_add_up_to_the_step_of_the_batch():
     assert_trees_close(updates, expected, rtol=2e-3, atol=1e-4)
 
 
-def test_rows_of_every_micro_batch_are_captured_where_it_is_said():
-    """With a full window, too, and batches that are large enough to leave some out."""
-    x = jax.random.normal(jax.random.key(0), (64, 5))
-    for every, expected in ((None, 5), (1, 8)):
-        p = make_problem(examples=8, window=4, capture_every=every)
-        p = p._replace(batch={"x": x, "y": x[:, :3]})
-        (_, _, curvature), _ = run(p, cgfac(0.1), 8)
-        assert int(curvature.num_updates) == expected
-
-
 def test_wrappers_that_lose_what_is_needed_are_refused_with_words():
-    with pytest.raises(ValueError, match=r"never seen|not initialised|belongs"):
+    with pytest.raises(ValueError, match="must be of the parameters"):
         first(optax.flatten(scale_by_cgfac(0.1)))
     fast = optax.chain(optax.lookahead(scale_by_cgfac(0.1), 5, 0.5))
     given = ingredients()

@@ -277,17 +277,3 @@ def test_without_damping_no_step_is_out_of_measure(name, rows):
         assert is_finite(solution)
         if rows == "none":
             assert max(jnp.max(jnp.abs(x)) for x in jax.tree.leaves(solution)) < 1e3
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])
-def test_the_first_damping_is_finite_and_waits_for_one(scale):
-    tx = cgfac()
-    _, state = first(tx, curvature=with_rows(g=scale))
-    assert np.isfinite(state.damping)
-    assert state.damping > 0
-    _, state = update(tx, state)
-    # The square of 1e-30 or 1e30 is no number in float32: the first good one counts.
-    # That of 1e-15 is one, and far outgrown by the next.
-    waits = scale in (1e-30, 1e-15, 1e30)
-    fresh = float(first(tx)[1].initial_damping)
-    assert waits == (float(state.initial_damping) == fresh)

@@ -131,16 +131,6 @@ def test_a_batch_sharded_under_jit(name, kind):
         assert step._cache_size() == 1
 
 
-def test_a_batch_that_is_no_multiple_of_the_rows():
-    """Which examples are captured depends on the key alone, however they lie."""
-    est, tx = estimator(examples=24), optax_cgfac.cgfac()
-    step = jax.jit(train_step(tx, est, loss_fn))
-    with jax.set_mesh(mesh_of()):
-        state, batch = placed(mesh_of(), start(tx, est))
-    state, losses = run(step, state, batch, 0, STEPS)
-    assert_same(state, losses, "cgfac", examples=24)
-
-
 def test_a_run_on_a_mesh_is_restored_onto_the_mesh_bit_for_bit(tmp_path):
     mesh, tx, est = mesh_of(), optax_cgfac.cgfac(), estimator()
     with jax.set_mesh(mesh):

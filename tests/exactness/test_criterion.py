@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 
 import optax_cgfac
 import oracles
-from optax_cgfac.optimize.quadratic_model import gauss_newton_products
+from optax_cgfac.optimize.adaptive.quadratic_model import gauss_newton_products
 from optax_cgfac.utils.paths import leaves_by_path
 from problems import normal, ravel
 

@@ -79,15 +79,6 @@ def test_the_section_of_the_readme_is_what_the_results_give(suite):
     assert report.is_current(report.RESULTS, ROOT / "README.md")
 
 
-def test_the_documentation_finds_what_it_splits(suite):
-    import report
-
-    text = report.details(report.load(report.RESULTS))
-    assert text.startswith("# Targets\n")
-    assert "\n# Widths\n" in text
-    assert "\n\ncurves: date " in text
-
-
 def test_the_data_do_not_change(suite):
     """Published results hold for these data only."""
     import data
@@ -121,23 +112,6 @@ def test_rivals_are_tuned(tiny, tmp_path, monkeypatch):
     assert all(tuned["methods"][m]["environment"]["jax"] for m in ("adam", "sgd"))
 
 
-def test_kfac_jax_takes_the_steps_it_is_set_to(suite):
-    pytest.importorskip("kfac_jax")
-    import contestants
-    import race
-    import workloads
-
-    workload = workloads.get("curves", smoke=True)
-    contestant = contestants.build("kfac_jax", workload, initial_damping=3.0)
-    runner = race.Runner(contestant, workload, workload.init(0), seed=0)
-    assert runner.state[1][0].damping == 3.0
-    losses = []
-    for _ in range(3):
-        runner.step()
-        losses.append(runner.loss)
-    assert losses[-1] < losses[0]
-
-
 def test_ratios_of_times_to_a_loss(suite):
     import race
     import targets
@@ -166,19 +140,6 @@ def test_ratios_of_times_to_a_loss(suite):
     assert ratio(result) == ((0.2, math.inf), True, "")
 
 
-def test_costs_by_width(suite):
-    import measure
-    import sweeps
-
-    row = measure.measure("dense-8", "gradient", steps=2, warm_up=1, smoke=True)
-    assert row["memory"]["peak"] > 0
-    assert row["step_seconds"]["least"] <= row["step_seconds"]["median"]
-    sizes = np.array([1, 256, 512, 1024, 2048])
-    seconds = np.where(sizes == 1, 1.0, 1e-9 * sizes**2.5)
-    assert sweeps.exponent(sizes, seconds) == pytest.approx(2.5)
-    assert sweeps.exponent([256], [1.0]) is None
-
-
 @pytest.mark.parametrize(
     ("losses", "word"),
     [
@@ -196,20 +157,3 @@ def test_a_training_that_rises_again_is_found(suite, losses, word):
     import sweeps
 
     assert sweeps.verdict(losses)["verdict"] == word
-
-
-def test_robustness_is_measured_and_reported(suite, tmp_path):
-    import report
-    import run
-
-    path = tmp_path / "robustness.json"
-    run.write(path, {"rows": [{"workload": "curves", "batch_size": 50}]})
-    run.run_robustness(path, "mnist_mlp", [50], smoke=True)
-    result = run.read(path)
-    other, row = result["rows"]
-    assert other["workload"] == "curves"  # other rows are kept
-    assert row["steps"] == 60
-    assert row["losses"][-1] < row["losses"][0] / 2
-    assert row["dampings"][0] > 0
-    result["rows"] = [{**row, "verdict": "turned up"}]
-    assert "turned up" in report.robustness_table(result)

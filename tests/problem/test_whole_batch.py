@@ -11,7 +11,7 @@ from flax import nnx
 import oracles
 from models import LAYER_CASES, NUM_EXAMPLES, init, normal
 from optax_cgfac import fisher_estimator
-from optax_cgfac.optimize.quadratic_model import gauss_newton_products
+from optax_cgfac.optimize.adaptive.quadratic_model import gauss_newton_products
 
 X = normal(0, NUM_EXAMPLES, 5)
 ROWS = 3

@@ -103,9 +103,9 @@ def own_loss(**changes):
     return Loss(**{"name": "own", **functions, **changes})
 
 
-def of_one_pass(g, count=8):
+def of_one_pass(g):
     """The curvature of `value_and_grad`."""
-    batch = {"x": g.x[:count], "y": g.y[:count]}
+    batch = {"x": g.x, "y": g.y}
     return value_and_grad(problem().loss)(g.params, batch)[2]
 
 
@@ -113,18 +113,6 @@ def restored(g):
     """A curvature with the rows of another window."""
     layers = g.curvature.with_window(3).layers
     return dataclasses.replace(g.curvature, layers=layers)
-
-
-def cast(g):
-    return jax.tree.map(lambda x: x.astype(jnp.float16) if x.ndim else x, g.curvature)
-
-
-# Neither `estimator.update` nor `tx.update` takes them.
-CURVATURES = {
-    "a stack of curvatures": lambda g: jax.tree.map(lambda x: x[None], g.curvature),
-    "a curvature whose rows were cast": cast,
-    "a curvature restored with the rows of another window": restored,
-}
 
 
 def estimating(loss="squared_error", fn=model_fn, **options):

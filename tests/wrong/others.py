@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from flax import nnx
 
 from optax_cgfac import (
     TrainState,
@@ -15,7 +14,7 @@ from optax_cgfac import (
     value_and_grad,
 )
 from steps import MLP, model_fn
-from wrong.case import Modes, Topic, of_one_pass
+from wrong.case import Modes, Topic
 
 
 def loss_of(params, x, y):
@@ -28,9 +27,6 @@ def one_pass(loss_fn, **options):
 
 SINGLE_PASS = {
     "`loss_reduction='max'`": one_pass(loss_of, loss_reduction="max"),
-    "the state of an `nnx.Module` for a loss that calls a module": lambda g: (
-        value_and_grad(lambda m, x: m(x).mean())(nnx.state(Modes(), nnx.Param), g.x)
-    ),
     "a loss that meets no layer": one_pass(lambda p, x, y: x.mean()),
     "a loss whose `model.apply` is jitted": lambda g: one_pass(
         jax.jit(lambda p, x, y: jnp.mean(MLP().apply({"params": p}, x)))
@@ -42,24 +38,21 @@ class Tagged(nn.Module):
     """A matrix of one's own, tagged by whatever names."""
 
     names: dict
-    cut: int = 0
 
     @nn.compact
     def __call__(self, x):
         w = self.param("w", nn.initializers.ones, (x.shape[-1], 4))
-        return tag_layer(self, x[self.cut :], x @ w, **self.names)
+        return tag_layer(self, x, x @ w, **self.names)
 
 
-def tagged(cut=0, **names):
-    return lambda g: Tagged(names, cut).init(g.key, g.x)
+def tagged(**names):
+    return lambda g: Tagged(names).init(g.key, g.x)
 
 
 TAGS = {
     "no name": tagged(),
-    "a kernel and a scale": tagged(kernel="w", scale="w"),
     "a name that the module does not have": tagged(kernel="v"),
     "a matrix as the scale": tagged(scale="w"),
-    "inputs and outputs of other lengths": tagged(kernel="w", cut=1),
     "a number as the input": lambda g: tag_layer(Modes(), 1.0, g.x, bias="b"),
 }
 
@@ -71,14 +64,7 @@ METHODS = {
     ),
     "all layers in one factored operator": lambda g: g.curvature.operator(None),
     "the rows of several updates in `push`": lambda g: g.curvature.push(g.curvature),
-    "the rows of a smaller batch in `push`": lambda g: (
-        of_one_pass(g).with_window(2).push(of_one_pass(g, 4))
-    ),
 }
-
-
-def matvec(*, path="hidden", of=lambda g: g.params["hidden"]["kernel"], **options):
-    return lambda g: g.curvature.operator(path, **options).matvec(of(g))
 
 
 def solving(b=lambda g: jnp.ones((4, 3)), x0=None, **changes):
@@ -103,28 +89,20 @@ class Summed:
 
 OPERATORS = {
     "integers as the right-hand side": solving(lambda g: g.x.astype(int)),
-    "no array as the right-hand side": solving(lambda g: {}),
-    "a matrix as the operator": solving(operator=jnp.ones((3, 3))),
     "an operator whose `matvec` returns another shape": solving(operator=Summed()),
     "a warm start of another shape": solving(x0=lambda g: g.x[0]),
 }
 OPERATORS_TRACED = {
-    "a kernel without its bias in `matvec`": matvec(),
-    "one matrix in `FullFisherOperator.matvec`": matvec(
-        path=None, of=lambda g: g.x, structure="full"
-    ),
+    "one matrix in `FullFisherOperator.matvec`": lambda g: g.curvature.operator(
+        None, structure="full"
+    ).matvec(g.x),
     "a right-hand side of another shape than the operator": solving(lambda g: g.x),
 }
 
 
-def applied(**arguments):
-    """A step of a state without a curvature."""
-
-    def call(g):
-        state = TrainState.create(apply_fn=model_fn, params=g.params, tx=cgfac())
-        return state.apply_gradients(grads=g.grads, **arguments)
-
-    return call
+def without_curvature(g):
+    state = TrainState.create(apply_fn=model_fn, params=g.params, tx=cgfac())
+    return state.apply_gradients(grads=g.grads, extra_args={"value": 0.5})
 
 
 LOOKING = {
@@ -134,8 +112,7 @@ LOOKING = {
     "two states in `diagnostics`": lambda g: diagnostics(
         [cgfac().init(g.params), cgfac().init(g.params)]
     ),
-    "the loss in `extra_args` of `TrainState`": applied(extra_args={"value": 0.5}),
-    "a `TrainState` without a curvature": applied(),
+    "the loss in `extra_args` of `TrainState`": without_curvature,
 }
 
 TOPICS = [

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_cgfac.curvature.curvature import Curvature
+from optax_cgfac.optimize.state import Step
 from optax_cgfac.utils.arrays import power_of_two, safe_divide, tree_dot
 from optax_cgfac.utils.devices import mean_over, with_auto_axes
 from optax_cgfac.utils.types import Array, PyTree, user_inputs
@@ -44,13 +45,6 @@ class QuadraticModel(NamedTuple):
 def model_value(slope: Array, matrix: Array, coefficients: Array) -> Array:
     """Returns the quadratic with this slope and matrix at ``Σ cᵢ vᵢ``."""
     return slope @ coefficients + coefficients @ matrix @ coefficients / 2
-
-
-class Step(NamedTuple):
-    """The minimizer of the model inside the box."""
-
-    step_size: Array  # α
-    momentum: Array  # μ
 
 
 def gauss_newton_products(
@@ -139,10 +133,7 @@ def within_promise(step_size: Array, descent: Array, most: Array) -> Array:
 
 
 def minimize_in_box(
-    model: QuadraticModel,
-    *,
-    min_momentum: float = 0.0,
-    max_momentum: float = 0.95,
+    model: QuadraticModel, *, min_momentum: float = 0.0, max_momentum: float = 0.95
 ) -> Step:
     """Returns the step size and momentum that minimize the model in a box.
 
@@ -172,14 +163,8 @@ def minimize_in_box(
     solvable = determinant > 10 * jnp.finfo(dtype).eps * q11 * q22
     inside = (q12 * s1 - q11 * s2) / jnp.where(solvable, determinant, 1)
     inside = jnp.clip(jnp.where(solvable, inside, 0), min_momentum, max_momentum)
-    steps = [
-        (best_step_size(momentum), momentum)
-        for momentum in (
-            inside,
-            jnp.asarray(min_momentum, dtype),
-            jnp.asarray(max_momentum, dtype),
-        )
-    ]
+    momenta = (inside, *(jnp.asarray(x, dtype) for x in (min_momentum, max_momentum)))
+    steps = [(best_step_size(momentum), momentum) for momentum in momenta]
     ends = jnp.zeros((), dtype), jnp.ones((), dtype)
     steps += [(step_size, best_momentum(step_size)) for step_size in ends]
     candidates = jnp.array(steps)

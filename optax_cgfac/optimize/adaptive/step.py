@@ -1,42 +1,30 @@
-"""One step of `cgfac`: its size, adaptive or scheduled, and the verdict on it.
+"""The adaptive step: a quadratic model fits it and adapts the damping."""
 
-The adaptive step takes step size and momentum from the quadratic model and adapts the
-damping by the model's success; the scheduled step takes a given learning rate. Both end
-in `settle`, which takes the step, leaves it out, or takes the previous one back.
-"""
-
-import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from optax_cgfac.curvature.curvature import Curvature
-from optax_cgfac.optimize.damping import (
+from optax_cgfac.optimize.adaptive.damping import (
     FIRST,
     Adaptation,
     initial_fraction,
-    kl_clip_scale,
     reduction_ratio,
     typical_damping,
 )
-from optax_cgfac.optimize.quadratic_model import (
-    Step,
+from optax_cgfac.optimize.adaptive.quadratic_model import (
     minimize_in_box,
     model_value,
     quadratic_model,
     within_loss,
     within_promise,
 )
-from optax_cgfac.solve.info import SolveInfo
-from optax_cgfac.utils.arrays import narrowed, tree_dot, tree_is_finite
+from optax_cgfac.optimize.safeguards import Verdict, combine
+from optax_cgfac.optimize.state import CGFACState, Start, Step, StepOptions
+from optax_cgfac.utils.arrays import tree_dot
 from optax_cgfac.utils.types import Array, PyTree
 from optax_cgfac.utils.validate import (
-    BELOW_ONE,
-    NOT_NEGATIVE,
-    POSITIVE,
-    check_number,
-    is_number,
     is_real_scalar,
     summarize,
 )
@@ -49,98 +37,6 @@ _MANY_TIMES, _MANY_TIMES_OF_FEW_OUTPUTS = 2.0, 4.0
 # update: far more than one batch of outliers causes.
 _OUTGROWN = 1e8
 _DAMPING_WITHOUT_DATA = 0.1
-
-
-class CGFACState(NamedTuple):
-    """State of `cgfac`.
-
-    Attributes:
-      cgfac_count: Updates so far, int32.
-      damping: The damping ``λ`` of the next update; 0 until it is set from the data.
-      initial_damping: The first damping, from which its bounds follow; 0 until it is
-        set from the data. Models of fewer than a thousand parameters start lower.
-      step_size: The last step size ``α``.
-      momentum: The last momentum ``μ``.
-      reduction_ratio: The last reduction ratio ``ρ``.
-      promise: ``-α ∇hᵀΔ`` of the last step that was fitted to the quadratic model,
-        relative to the loss if that is never negative.
-      num_rejected: Updates so far that became zero: not finite, with a model that was
-        not finite, or raising the loss of their batch; int32.
-      velocity: The previous update, like the parameters.
-      warm_start: The previous solution, like the parameters; None if unused.
-      info: How the last solves went.
-      fallback: State of the fallback transformation; empty without one.
-    """
-
-    cgfac_count: Array
-    damping: Array
-    initial_damping: Array
-    step_size: Array
-    momentum: Array
-    reduction_ratio: Array
-    promise: Array
-    num_rejected: Array
-    velocity: PyTree
-    warm_start: PyTree | None
-    info: SolveInfo
-    fallback: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class StepOptions:
-    """The options of `cgfac` that concern every step; see there."""
-
-    momentum: Any
-    l2: Any
-    kl_clip: Any
-
-    def __post_init__(self):
-        """Validates the numbers."""
-        check_number("l2", self.l2, NOT_NEGATIVE, 1e-4)
-        if self.momentum is not None:
-            check_number("momentum", self.momentum, BELOW_ONE, 0.9)
-        if self.kl_clip is not None:
-            check_number("kl_clip", self.kl_clip, POSITIVE, 1e-2)
-
-    @property
-    def has_l2(self) -> bool:
-        """Whether the regularizer may be non-zero."""
-        return not (is_number(self.l2) and self.l2 == 0)
-
-
-class Start(NamedTuple):
-    """Where a step starts.
-
-    Attributes:
-      params: The parameters ``θ``.
-      grads: ``∇h``, with the ``l2`` term.
-      direction: ``Δ``, like the parameters.
-      value: The loss of the batch, without the ``l2`` term; None if not given.
-      value_fn: The loss of the same batch as a function of the parameters, or None.
-      others_finite: Whether the gradients left to the fallback are finite.
-    """
-
-    params: PyTree
-    grads: PyTree
-    direction: PyTree
-    value: Any
-    value_fn: Any
-    others_finite: Array | bool
-
-
-class Verdict(NamedTuple):
-    """What is wrong with a step, if anything.
-
-    Attributes:
-      finite: Whether gradients, direction, step size and loss are finite.
-      blown_up: Whether the loss is not finite.
-      undone: Whether the previous step is to be taken back: the loss is not finite now
-        and was finite before that step.
-    """
-
-    finite: Array
-    blown_up: Array
-    undone: Array
 
 
 def with_initial_damping(state: CGFACState, curvature: Curvature) -> CGFACState:
@@ -323,76 +219,3 @@ def _regularized(value: Array, params: PyTree, options: StepOptions) -> Array:
     if not options.has_l2:
         return jnp.asarray(value)
     return value + options.l2 / 2 * tree_dot(params, params)
-
-
-def scheduled_step(
-    options: StepOptions, state: CGFACState, start: Start, rate: Array, damping: Array
-) -> tuple[Step, Verdict, CGFACState]:
-    """A given learning rate, with KL clip and heavy-ball momentum."""
-    rate = jnp.asarray(rate, jnp.float32)
-    if options.kl_clip is not None:
-        product = -tree_dot(start.grads, start.direction)
-        rate = rate * kl_clip_scale(product, rate, options.kl_clip)
-    momentum = jnp.asarray(
-        0.0 if options.momentum is None else options.momentum, jnp.float32
-    )
-    finite = tree_is_finite(start.grads) & tree_is_finite(start.direction)
-    finite &= jnp.isfinite(rate) & start.others_finite
-    # Without the loss as a function the last step is taken to be at fault.
-    blown_up = jnp.array(False)
-    if start.value is not None:
-        blown_up = ~jnp.isfinite(start.value)
-    state = state._replace(
-        damping=damping, step_size=rate.astype(jnp.float32), momentum=momentum
-    )
-    verdict = Verdict(finite & ~blown_up, blown_up, blown_up)
-    return Step(rate, momentum), verdict, state
-
-
-def combine(step: Step, direction: Array, velocity: Array) -> Array:
-    """Returns ``α Δ + μ δ₀`` in the dtype of ``δ₀``."""
-    delta = step.step_size * direction + step.momentum * velocity
-    return narrowed(delta, velocity.dtype)
-
-
-def settle(
-    old: CGFACState, state: CGFACState, start: Start, step: Step, verdict: Verdict
-) -> tuple[PyTree, CGFACState]:
-    """Takes the step, or where a number is not finite a safe one instead.
-
-    With a bad gradient in one layer the others' is no descent direction, and momentum
-    would carry half a step on: the whole step becomes zero. A parameter that would
-    leave the range of its precision stays where it is.
-
-    Args:
-      old: The state before the step.
-      state: The state with the step's scalars.
-      start: Where the step starts.
-      step: ``α`` and ``μ``.
-      verdict: What is wrong with the step.
-
-    Returns:
-      The update and the state with the velocity.
-    """
-    finite, blown_up, undone = verdict
-
-    def choose(p: Array, d: Array, v: Array) -> Array:
-        delta = combine(step, d, v)
-        delta = jnp.where(finite & jnp.isfinite(p + delta), delta, 0).astype(v.dtype)
-        return jnp.where(undone, -v, delta)
-
-    def carry(u: Array, v: Array) -> Array:
-        # A batch whose loss is never finite says nothing about the steps before it.
-        rest = jnp.where(blown_up & ~undone, v, 0)
-        return jnp.where(finite, u, rest).astype(u.dtype)
-
-    update = jax.tree.map(choose, start.params, start.direction, old.velocity)
-    state = state._replace(
-        reduction_ratio=jnp.where(finite, state.reduction_ratio, old.reduction_ratio),
-        # A step that was not taken before is not counted once more.
-        num_rejected=jnp.maximum(
-            state.num_rejected, old.num_rejected + (~finite).astype(jnp.int32)
-        ),
-        velocity=jax.tree.map(carry, update, old.velocity),
-    )
-    return update, state

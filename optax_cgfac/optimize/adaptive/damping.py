@@ -63,18 +63,6 @@ def levenberg_marquardt(
     return jnp.clip(damping * factor, minimum, maximum).astype(damping.dtype)
 
 
-def kl_clip_scale(inner_product: Array, learning_rate: Array, clip: float) -> Array:
-    r"""Returns ``ν`` such that the scaled step changes the model by at most ``clip``.
-
-    The step ``-η ν x`` with ``F x ≈ ∇L`` has squared Fisher norm
-    ``η² ν² xᵀ∇L``, twice the KL divergence to second order;
-    ``ν = min(1, √(κ / (η² xᵀ∇L)))`` (Ba et al. 2017, section 5).
-    """
-    size = learning_rate**2 * inner_product
-    ratio = jnp.where(size > 0, clip / jnp.where(size > 0, size, 1), 1.0)
-    return jnp.sqrt(jnp.minimum(ratio, 1.0))
-
-
 # Of the mean curvature: it gives 0.1 for the autoencoder on CURVES, and a tenth or ten
 # times that is worse there (benchmarks/LOG.md).
 _MULTIPLE = 10.0
