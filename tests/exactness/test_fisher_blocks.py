@@ -186,3 +186,10 @@ def test_sample_space_has_the_iterates_of_parameter_space(structure):
             updates, _ = tx.update(grads, state, params, curvature=curvature)
             results.append(ravel(updates))
         assert oracles.relative_error(*results) < 1e-10
+
+
+@pytest.mark.parametrize("options", [{"positions": 1}, {"weight_sharing": "reduce"}])
+def test_rows_without_an_examples_whole_gradient_are_refused(options):
+    *_, curvature = make("shared", **options)
+    with pytest.raises(ValueError, match=r"'shared' keeps some .*positions=None"):
+        curvature.operator("shared", structure="block")

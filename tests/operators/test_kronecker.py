@@ -97,3 +97,10 @@ def test_a_product_is_precise_and_forms_no_matrix_as_large_as_a_factor(name):
 def test_a_product_with_many_rows_takes_the_small_factor():
     shapes, _ = products("factored damped", (50, 4, 3))
     assert shapes == {(50, 3), (4, 3), (3, 3)}
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (4, 2), (12,)])
+def test_an_operator_takes_matrices_of_its_own_shape_only(shape):
+    a, g, _ = rows((), "float32")
+    with pytest.raises(ValueError, match=r"expected: \(\.\.\., 4, 3\)"):
+        make("kronecker", a, g).matvec(jnp.ones(shape))
