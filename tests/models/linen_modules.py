@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -30,6 +31,13 @@ class Compact(nn.Module):
         return nn.Dense(3)(x)
 
 
+class RematMethod(nn.Module):
+    @nn.remat
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.tanh(nn.Dense(4)(x)))
+
+
 class JitMethod(nn.Module):
     @nn.jit
     @nn.compact
@@ -37,12 +45,26 @@ class JitMethod(nn.Module):
         return nn.Dense(3)(nn.tanh(nn.Dense(4)(x)))
 
 
+class Setup(nn.Module):
+    def setup(self):
+        self.encoder = nn.Dense(4)
+        self.decoders = [nn.Dense(3), nn.Dense(3, use_bias=False)]
+
+    def __call__(self, x):
+        code = nn.tanh(self.encoder(x))
+        return self.decoders[0](code) + self.decoders[1](nn.tanh(code))
+
+
 class Heads(nn.Module):
     """A kernel for each head: ``batch_dims`` must lead, the batch comes second."""
 
+    use_bias: bool = True
+
     @nn.compact
     def __call__(self, x):
-        layer = nn.DenseGeneral((2, 3), axis=-1, batch_dims=0, name="heads")
+        layer = nn.DenseGeneral(
+            (2, 3), axis=-1, batch_dims=0, use_bias=self.use_bias, name="heads"
+        )
         return layer(x.swapaxes(0, 1)).swapaxes(0, 1)
 
 
@@ -164,6 +186,9 @@ class Looked(nn.Module):
 
 LIFTS = {
     "scan": lambda: scanned(Looked, 3, in_axes=nn.broadcast),
+    "scan of remat": lambda: scanned(
+        nn.remat(Looked, prevent_cse=False), 3, in_axes=nn.broadcast
+    ),
     "vmap": lambda: mapped(Looked, axis_size=3),
     "remat": lambda: nn.remat(Looked),
     "jit": lambda: nn.jit(Looked),
@@ -210,6 +235,12 @@ def normalized(x, train):
 def batch_normed(x, train):
     x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
     return jnp.cumsum(jnp.sin(x + 0.3), -1) ** 2
+
+
+@Function
+def dropped(x):
+    x = nn.Dropout(0.5, deterministic=False)(nn.Dense(8, name="first")(x))
+    return last(x)
 
 
 class Doubled(nn.Dense):
@@ -278,6 +309,31 @@ def self_attention(x):
     )(x)
 
 
+def linear_attention(query, key, value, **kwargs):
+    del kwargs
+    return jnp.einsum("nqhd,nkhd,nkhe->nqhe", query, key, value)
+
+
+@Function
+def cross_attention(inputs):
+    layer = nn.MultiHeadAttention(
+        2, qkv_features=6, out_features=3, attention_fn=linear_attention, name="mha"
+    )
+    return layer(inputs["q"], inputs["k"], inputs["v"])
+
+
+@Function
+def transformer_block(tokens):
+    table = nn.Embed(7, 4, name="table")
+    x = table(tokens)
+    positions = nn.Dense(4, use_bias=False, name="mix")(x)
+    y = nn.LayerNorm(name="before")(x + positions)
+    x = x + nn.MultiHeadDotProductAttention(2, use_bias=False, name="mha")(y)
+    y = nn.RMSNorm(name="after")(x)
+    y = nn.Dense(4, name="down")(nn.gelu(nn.Dense(6, name="up")(y)))
+    return table.attend(x + y)
+
+
 @Function
 def half_precision(tokens):
     """Everything computed in bfloat16, parameters in float32."""
@@ -333,7 +389,46 @@ def with_conv_local(x):
     return last(x.reshape(len(x), -1))
 
 
+class OwnKernel(nn.Dense):
+    """Overrides the call without its parent's: a layer of its own."""
+
+    @nn.compact
+    def __call__(self, inputs):
+        kernel = self.param("kernel", nn.initializers.normal(), (5, self.features))
+        return jnp.sin(inputs @ kernel)
+
+
+with_own = Function(lambda x: last(OwnKernel(3, name="own")(x)))
+
+
+class MappedParameters(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.map_variables(
+            nn.Dense,
+            "params",
+            lambda variables: jax.tree.map(jnp.tanh, variables),
+            init=self.is_initializing(),
+        )
+        return last(layer(3, name="inner")(x))
+
+
 @Function
 def weight_norm(x):
     x = nn.WeightNorm(nn.Dense(3, name="inner"), name="wrapper")(x)
     return last(x)
+
+
+class Repeated(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        inner = nn.Dense(5, name="inner")
+        if self.is_initializing():
+            return last(inner(x))
+        _, x = nn.while_loop(
+            lambda module, carry: carry[0] < 2,
+            lambda module, carry: (carry[0] + 1, module(carry[1])),
+            inner,
+            (0, x),
+        )
+        return last(x)

@@ -62,6 +62,10 @@ def heads(n_in, **kwargs):
     return nnx.MultiHeadAttention(2, **options, rngs=rngs())
 
 
+def attention():
+    return Parts(lambda m, x: m.attend(x), attend=heads(5))
+
+
 def self_attention():
     return Parts(lambda m, x: m.mha(x), mha=heads(4, use_bias=False))
 
@@ -169,6 +173,33 @@ class Stateful(nnx.Module):
         return self.last(self.dropout(nnx.tanh(self.norm(self.first(x)))))
 
 
+def tagged():
+    """A matrix and a scale that no layer of Flax's holds."""
+
+    def function(m, x):
+        y = optax_cgfac.tag_layer(m, x, x @ m.w, kernel="w")
+        return m.last(optax_cgfac.tag_layer(m, y, y * m.gain, scale="gain"))
+
+    params = {"w": nnx.Param(normal(1, 5, 4)), "gain": nnx.Param(normal(2, 4))}
+    return Parts(function, last=linear(4, 3), **params)
+
+
+def half_precision():
+    """Everything computed in bfloat16, parameters in float32."""
+
+    def function(m, tokens):
+        return m.last(jnp.sin(m.norm(m.conv(m.table(tokens))) + 0.3))
+
+    options = {"dtype": jnp.bfloat16, "rngs": rngs()}
+    return Parts(
+        function,
+        table=nnx.Embed(7, 4, **options),
+        conv=nnx.Conv(4, 4, (3,), **options),
+        norm=nnx.LayerNorm(4, **options),
+        last=nnx.Linear(4, 3, **options),
+    )
+
+
 # ---------------------------------------------------------------- reported
 
 
@@ -197,6 +228,10 @@ def half(inner, through=lambda inner, x: inner(x)):
 
 def through_cond(inner, x):
     return nnx.cond(x.sum() < 1e9, lambda m, x: m(x), lambda m, x: x[:, :3], inner, x)
+
+
+def through_lax_cond(inner, x):
+    return jax.lax.cond(x.sum() < 1e9, lambda: inner(x), lambda: x[:, :3])
 
 
 def through_jit(inner, x):

@@ -36,13 +36,22 @@ UNCOVERED = {
         "a kernel for every position",
         normal(0, N, 4, 4, 2),
     ),
+    "own": uncovered(lm.with_own, "own/kernel", "a parameter of OwnKernel"),
     "scan": uncovered(
         lm.Scanned(axes=False),
         "blocks/Dense_0/bias blocks/Dense_0/kernel",
         r"add optax_cgfac.capture_axes\(\) to the variable_axes of nn.scan",
     ),
+    "map_variables": uncovered(
+        lm.MappedParameters(), "inner/bias inner/kernel", MAPPED
+    ),
     "WeightNorm": uncovered(
         lm.weight_norm, "inner/bias inner/kernel wrapper/inner/kernel/scale", MAPPED
+    ),
+    "while_loop": uncovered(
+        lm.Repeated(),
+        "inner/bias inner/kernel",
+        r"no other \(nn.while_loop, say\) can carry them",
     ),
     "masked conv": between(
         "inner/bias inner/kernel",
@@ -102,9 +111,14 @@ def under_cond():
     return model_fn
 
 
+def under_scan():
+    return lambda params, x: jax.lax.map(lambda row: compact(params, row[None])[0], x)
+
+
 # Functions of the user's that hide the whole model below a transform of JAX's own.
 HIDDEN = {
-    function.__name__: function for function in (jitted_before, jitted_now, under_cond)
+    function.__name__: function
+    for function in (jitted_before, jitted_now, under_cond, under_scan)
 }
 
 
@@ -125,9 +139,12 @@ LOST = "does not carry the capture"
 REPORTED = {
     "custom": reported(nm.Custom, "last", ".", "a parameter of Custom"),
     "cond": through(LOST, nm.through_cond),
+    "lax.cond": through(OUTSIDE, nm.through_lax_cond),
     "jax.checkpoint": through(OUTSIDE, lambda m, x: jax.checkpoint(lambda x: m(x))(x)),
+    "jax.vmap": through(OUTSIDE, lambda m, x: jax.vmap(lambda x: m(x))(x)),
     "jax.jit": through(COPIED, nm.through_jit),
     "once lost": through(COPIED, lambda m, x: m(x) + nm.through_jit(m, x)),
+    "lost once": through(COPIED, lambda m, x: nm.through_jit(m, x) + m(x)),
     "split": through(LOST, nm.through_split),
     "shared vmap without axes": reported(
         lambda: nm.shared_vmap(has_axes=False),
@@ -137,6 +154,11 @@ REPORTED = {
         normal(0, N, 3, 5),
     ),
     "lora": reported(lambda: half(nnx.LoRA(5, 2, 3, rngs=rngs())), "first", "inner"),
+    "lora around a layer": reported(
+        lambda: half(nnx.LoRA(5, 2, 3, base_module=nm.linear(5, 3), rngs=rngs())),
+        "first inner/base_module",
+        "inner",
+    ),
     "lora linear": reported(
         lambda: half(nnx.LoRALinear(5, 3, lora_rank=2, rngs=rngs())),
         "first inner",
@@ -147,6 +169,15 @@ REPORTED = {
         "first",
         "inner/layer_instance",
         "another module computes",
+    ),
+    "masked conv_transpose": reported(
+        lambda: half(
+            nnx.ConvTranspose(5, 3, (3,), mask=jnp.ones((3, 5, 3)), rngs=rngs())
+        ),
+        "first",
+        "inner",
+        "its kernel is masked",
+        normal(0, N, 3, 5),
     ),
     "one kernel, two biases": reported(
         lambda: nm.one_param(use_bias=True), "", "a b", "has another bias"

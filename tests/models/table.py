@@ -201,9 +201,31 @@ def two_models():
     return Case(model_fn, params, BATCH, of("dense 1 a/Dense_0 a/Dense_1 b"))
 
 
+def dropout():
+    model, key = lm.dropped, jax.random.key(7)
+    inputs = {"x": BATCH, "key": key}
+
+    def model_fn(params, inputs):
+        rngs = {"dropout": inputs["key"]}
+        return model.apply({"params": params}, inputs["x"], rngs=rngs)
+
+    variables = model.init({"params": jax.random.key(1), "dropout": key}, BATCH)
+    return Case(model_fn, variables["params"], inputs, of(FIRST_LAST))
+
+
 def frozen_dict():
     case = plain(Compact(), BATCH, TWO)
     return dataclasses.replace(case, params=core.freeze(case.params))
+
+
+def partitioned():
+    boxed = nn.with_partitioning
+    model = nn.Dense(
+        4,
+        kernel_init=boxed(nn.initializers.lecun_normal(), (None, "model")),
+        bias_init=boxed(nn.initializers.normal(), ("model",)),
+    )
+    return plain(nn.Sequential([model]), BATCH, "dense 1 layers_0")
 
 
 def whole_variables():
@@ -232,15 +254,20 @@ NNX_QKV = "dense_general 3 attend/query attend/key attend/value attend/out"
 LSTM = "ii if ig io hi hf hg ho"
 GRU = "ir iz in hr hz hn"
 HEADS = normal(0, N, 3, 2, 4)  # (N, T, heads, depth)
+QUERIES = {"q": normal(0, N, 3, 4), "k": normal(1, N, 5, 2), "v": normal(2, N, 5, 3)}
 
 MODELS = {
     "dense rank 2": dense(2, twin=True),
     "dense rank 3": dense(3, twin=True),
     "dense rank 4": dense(4),
     "dense rank 2 without bias": dense(2, twin=True, use_bias=False),
+    "dense rank 3 without bias": dense(3, use_bias=False),
+    "dense rank 4 without bias": dense(4, use_bias=False),
+    "dense_general": dense_general(4, -1, (3, 5), 3),
     "dense_general two axes": dense_general(4, (-2, -1), (3, 5), 1),
     "dense_general inner axis": dense_general(4, 1, (3, 5), 5),
     "dense_general axes in another order": dense_general(4, (3, 1), (3, 2, 5), 2),
+    "dense_general two features": dense_general((2, 3), -1, (3, 5), 3),
     "dense_general axes and features": dense_general(
         (2, 3), (-2, -1), (2, 3, 5), 2, twin=True
     ),
@@ -248,6 +275,9 @@ MODELS = {
         (2, 3), (-2, -1), (3, 5), 1, twin=True, use_bias=False
     ),
     "dense_general batch_dims": linen(lm.Heads(), drawn(2, 5), "dense_general 1 heads"),
+    "dense_general batch_dims without bias": linen(
+        lm.Heads(use_bias=False), drawn(2, 5), "dense_general 1 heads"
+    ),
     "linear_general batch_axis": in_nnx(
         layer(nnx.LinearGeneral, 5, 4, batch_axis={0: 3}),
         FEATURES,
@@ -256,6 +286,7 @@ MODELS = {
     ),
     "compact": linen(Compact(), BATCH, TWO),
     "mlp": linen(lm.mlp, BATCH, FIRST_LAST, lambda: nm.Mlp(rngs())),
+    "setup": linen(lm.Setup(), BATCH, "dense 1 encoder decoders_0 decoders_1"),
     "sequential": linen(
         nn.Sequential([nn.Dense(4), nn.tanh, nn.Dense(3)]),
         BATCH,
@@ -267,6 +298,7 @@ MODELS = {
     "jit method": outer(lm.JitMethod),
     "jit": in_nnx(lambda: nm.lifted(nnx.jit), BATCH, IN_INNER),
     "remat class": outer(nn.remat(Compact)),
+    "remat method": outer(lm.RematMethod),
     "remat": in_nnx(lambda: nm.lifted(nnx.remat), BATCH, IN_INNER),
     "scan": scan(remat=False),
     "scan of remat": scan(remat=True),
@@ -297,7 +329,9 @@ MODELS = {
         partial(with_statistics, lm.normalized, BATCH, True, FIRST_LAST)
     ),
     "stateful": in_nnx(nm.Stateful, BATCH, FIRST_LAST + ", norm 1 norm"),
+    "dropout": Row(dropout),
     "frozen dict": Row(frozen_dict),
+    "partitioned": Row(partitioned),
     "whole variables": Row(whole_variables),
     "subclass": linen(
         lm.subclassed, BATCH, FIRST_LAST, layer(nm.Doubled, 5, 4), "dense 1 ."
@@ -314,11 +348,14 @@ CONVOLUTIONS = {
     "conv without bias": convs((3, 2), 20, use_bias=False),
     "conv 1x1": convs((1, 1), 20),
     "conv strides": convs((3, 2), 6, strides=2),
+    "conv strides in one axis": conv((3, 3), 10, (6, 5, 2), strides=(3, 1)),
     "conv VALID": convs((3, 2), 9, padding="VALID"),
+    "conv VALID strides": conv((3, 2), 4, (6, 5, 2), strides=2, padding="VALID"),
     "conv explicit padding": convs((3, 2), 30, padding=((2, 1), (0, 2))),
     "conv integer padding": conv((3, 3), 42, padding=2),
     "conv negative padding": conv((2, 2), 6, padding=((-1, 0), (0, 0)), strides=(1, 2)),
     "conv CIRCULAR": convs((3, 2), 20, padding="CIRCULAR"),
+    "conv CIRCULAR strides": conv((4, 3), 6, padding="CIRCULAR", strides=2),
     "conv REFLECT": conv((3, 4), 20, padding="REFLECT"),
     "conv CAUSAL": convs((3,), 5, (5, 2), padding="CAUSAL", kernel_dilation=2),
     "conv kernel dilation": convs((2, 3), 25, (5, 5, 2), kernel_dilation=2),
@@ -335,11 +372,18 @@ CONVOLUTIONS = {
         kernel_dilation=(1, 2),
     ),
     "conv grouped": convs((3, 2), 20, (5, 4, 4), 6, **GROUPS),
+    "conv grouped without bias": conv((3,), 5, (5, 4), 2, **GROUPS, use_bias=False),
     "conv depthwise": convs((3, 3), 20, (5, 4, 3), feature_group_count=3),
+    "conv depthwise multiplier": conv((3,), 5, (5, 3), 6, feature_group_count=3),
     "conv extra leading axes": conv((3, 2), 120, (2, 3, 5, 4, 2)),
+    "conv grouped extra leading axis": conv((3,), 10, (2, 5, 4), 6, **GROUPS),
     "conv shared on two sizes": linen(lm.shared_conv, IMAGE, "conv 8 shared"),
     "conv_transpose 1-D": deconv((3,), 5, (5, 2)),
+    "conv_transpose 1-D strides 2": deconv((3,), 10, (5, 2), strides=2),
     "conv_transpose 1-D strides 3": deconv((2,), 12, (4, 2), strides=3),
+    "conv_transpose 1-D strides 3 VALID": deconv(
+        (2,), 12, (4, 2), strides=3, padding="VALID"
+    ),
     "conv_transpose VALID": deconvs((3, 2), 15, padding="VALID"),
     "conv_transpose strides VALID": deconv((3, 2), 42, strides=(2, 3), padding="VALID"),
     "conv_transpose strides SAME": deconvs((4, 3), 24, strides=2),
@@ -351,6 +395,9 @@ CONVOLUTIONS = {
     "conv_transpose transpose_kernel strides": deconv(
         (3, 4), 24, strides=2, transpose_kernel=True, use_bias=False
     ),
+    "conv_transpose transpose_kernel strides VALID": deconv(
+        (3,), 7, (3, 2), strides=2, transpose_kernel=True, padding="VALID"
+    ),
 }
 
 EMBEDDINGS = {
@@ -361,6 +408,7 @@ EMBEDDINGS = {
     "attend": attend(normal(0, N, 4), 1),
     "attend (N, T)": attend(SEQUENCE, 5),
     "attend tied": tokens("embed+attend", 6, tied=True),
+    "attend tied (N,)": tokens("embed+attend", 2, TOKENS[:, 0], tied=True),
     "attend tied, embed twice": tokens("embed+attend", 9, calls=2, tied=True),
     "embed and attend": linen(
         lm.tied, CODES, "embed+attend 8 embed, dense 4 mix", nm.tied
@@ -369,20 +417,41 @@ EMBEDDINGS = {
 
 ATTENTION = {
     "einsum": einsum((4, 3), "btc,cd->btd", SEQUENCE, 5),
+    "einsum without bias": einsum((4, 3), "btc,cd->btd", SEQUENCE, 5, use_bias=False),
     "einsum ellipsis": einsum((4, 3), "...c,cd->...d", SEQUENCE, 5, twin_bias=(3,)),
     "einsum ellipsis two axes": einsum((4, 3), "...c,cd->...d", HEADS, 6),
+    "einsum kernel transposed": einsum((3, 4), "btc,dc->btd", SEQUENCE, 5),
     "einsum two features": einsum(
         (4, 2, 3), "btc,chd->bthd", SEQUENCE, 5, twin_bias=(2, 3)
     ),
+    "einsum features apart": einsum((2, 4, 3), "btc,hcd->bthd", SEQUENCE, 5),
     "einsum two contracted": einsum((2, 4, 3), "bthc,hcd->btd", HEADS, 3),
+    "einsum contracted in another order": einsum((4, 2, 3), "bthc,chd->btd", HEADS, 3),
     "einsum features before positions": einsum(
         (4, 3), "btc,cd->bdt", SEQUENCE, 5, use_bias=False
     ),
     "einsum per head": einsum((2, 4, 3), "bthc,hcd->bthd", HEADS, 3, twin_bias=(2, 3)),
+    "einsum per head without bias": einsum(
+        (2, 4, 3), "bthc,hcd->bthd", HEADS, 3, use_bias=False
+    ),
+    "einsum per head, kernel in another order": einsum(
+        (4, 2, 3), "bthc,chd->bthd", HEADS, 3
+    ),
+    "attention": in_nnx(nm.attention, FEATURES, NNX_QKV),
     "self-attention": linen(
         lm.self_attention, SEQUENCE, f"dense_general 5 {QKV}", nm.self_attention
     ),
-    "cross-attention": in_nnx(nm.cross_attention, FEATURES, NNX_QKV),
+    "cross-attention": linen(
+        lm.cross_attention,
+        QUERIES,
+        "dense_general 3 mha/query mha/out, dense_general 5 mha/key mha/value",
+    )._replace(nnx=partial(of_module, nm.cross_attention, FEATURES, NNX_QKV)),
+    "transformer block": linen(
+        lm.transformer_block,
+        TOKENS,
+        f"dense_general 3 {QKV}, dense 3 mix up down, norm 1 before after, "
+        "embed+attend 6 table",
+    ),
 }
 
 NORMS = {
@@ -393,15 +462,19 @@ NORMS = {
     "LayerNorm over two axes": norm("LayerNorm", reduction_axes=(-2, -1)),
     "RMSNorm": norms("RMSNorm"),
     "GroupNorm": norms("GroupNorm", num_groups=2),
+    "GroupNorm image": norm("GroupNorm", IMAGE, num_groups=None, group_size=1),
     "InstanceNorm": norms("InstanceNorm", IMAGE),
     "norm shared": norm("LayerNorm", calls=2),
     "norm without parameters": in_nnx(nm.plain_norm, BATCH, "dense 1 layers/0"),
     "BatchNorm inference": batch_norm(SEQUENCE, False),
     "BatchNorm training": batch_norm(SEQUENCE, True),
+    "BatchNorm training image": batch_norm(IMAGE, True)._replace(nnx=None),
     "PReLU": norms("PReLU", kind="prelu"),
+    "PReLU shared": norm("PReLU", normal(0, N, 4), 2, "prelu"),
 }
 
 RECURRENT = {
+    "LSTMCell": rnn(nn.LSTMCell, LSTM),
     "OptimizedLSTMCell": rnn(nn.OptimizedLSTMCell, LSTM),
     "GRUCell": rnn(nn.GRUCell, GRU),
     "MGUCell": rnn(nn.MGUCell, "if in hf hn"),
@@ -424,7 +497,10 @@ OTHERS = {
     )
     for name in lm.LIFTS
 } | {
-    "half precision": linen(lm.half_precision, TOKENS % 7, HALF),
+    "half precision": linen(lm.half_precision, TOKENS % 7, HALF, nm.half_precision),
+    "custom layers": in_nnx(
+        nm.tagged, FEATURES, "custom 3 w, custom 1 gain, dense 3 last"
+    ),
 }
 
 LAYERS = CONVOLUTIONS | EMBEDDINGS | ATTENTION | NORMS | RECURRENT | OTHERS
