@@ -18,9 +18,7 @@ class Verdict(NamedTuple):
 
     finite: Array  # whether gradients, direction, step size and loss are finite
     blown_up: Array  # whether the loss is not finite
-    undone: (
-        Array  # whether to take the last step back
-    )
+    undone: Array  # whether to take the last step back
 
 
 def combine(step: Step, direction: Array, velocity: Array) -> Array:

@@ -10,7 +10,7 @@ from optax_cgfac.operators.exact_fisher import FullFisherOperator
 from optax_cgfac.operators.kronecker import DampedOperator, FactoredDampedOperator
 from optax_cgfac.operators.rows import num_features, num_rows
 from optax_cgfac.solve.cg import solve_in_parameter_space
-from optax_cgfac.solve.choose import SolveSpec, make_plan
+from optax_cgfac.solve.choose import Plan, SolveSpec, make_plan
 from optax_cgfac.solve.direct import solve_by_eigendecomposition
 from optax_cgfac.solve.eigenpairs import (
     LayerEigenpairs,
@@ -170,26 +170,30 @@ def solve_layers(
       For each layer the solution, like its ``b``, and a `CGInfo` with entries of
       shape ``stack`` (scalars for direct solves).
     """
+    plans = [
+        make_plan(spec, num_rows(x.a), num_features(x.a), num_features(x.g))
+        for x in operators
+    ]
     if spec.structure == "full":
-        return _solve_jointly(spec, operators, damping, bs, x0s)
-    if spec.method == "cholesky" and spec.structure == "kronecker":
+        return _solve_jointly(plans[0], spec, operators, damping, bs, x0s)
+    if spec.structure == "kronecker" and {p.solver for p in plans} == {"cholesky"}:
         # All layers' small factorisations are one batch.
         damped = [factored_damping(operator, damping) for operator in operators]
         return [(x, direct_info(x.dtype)) for x in solve_directly(damped, bs)]
     return [
-        _solve_layer(spec, operator, jnp.asarray(damping, b.dtype), b, x0)
-        for operator, b, x0 in zip(operators, bs, x0s, strict=True)
+        _solve_layer(plan, spec, operator, jnp.asarray(damping, b.dtype), b, x0)
+        for plan, operator, b, x0 in zip(plans, operators, bs, x0s, strict=True)
     ]
 
 
 def _solve_layer(
-    spec: SolveSpec, operator: Any, damping: Array, b: Array, x0: Array | None
+    plan: Plan, spec: SolveSpec, operator: Any, damping: Array, b: Array, x0: Any
 ) -> tuple[Array, CGInfo]:
     """One layer's solve, vectorised over stacked layers."""
     if b.ndim > 2:
 
         def solve_one(operator, b, x0):
-            return _solve_layer(spec, operator, damping, b, x0)
+            return _solve_layer(plan, spec, operator, damping, b, x0)
 
         # A scale that all of them share gets the axis that the rows have.
         operator = jax.tree.map(
@@ -197,9 +201,7 @@ def _solve_layer(
         )
         return jax.vmap(solve_one)(operator, b, x0)
     if spec.structure == "block":
-        return _solve_samples(spec, operator, damping, b, x0)
-    n_in, n_out = num_features(operator.a), num_features(operator.g)
-    plan = make_plan(spec, num_rows(operator.a), n_in, n_out)
+        return _solve_samples(plan, spec, operator, damping, b, x0)
     damped = damped_operator(operator, damping, spec.damping_form)
     if plan.solver == "eigendecomposition":
         return solve_by_eigendecomposition(damped, b), direct_info(b.dtype)
@@ -211,17 +213,18 @@ def _solve_layer(
 
 
 def _solve_samples(
-    spec: SolveSpec, operator: Any, damping: Array, b: Any, x0: Any
+    plan: Plan, spec: SolveSpec, operator: Any, damping: Array, b: Any, x0: Any
 ) -> tuple[Any, CGInfo]:
     """The solve with an exact Fisher, of one layer or of all."""
-    if spec.space == "parameter":
+    if plan.space == "parameter":
         damped = DampedOperator(operator, damping)
         return solve_in_parameter_space(damped, b, x0, **spec.limits)
-    direct = not spec.is_iterative
+    direct = plan.solver == "cholesky"
     return solve_among_samples(operator, damping, b, x0, direct=direct, **spec.limits)
 
 
 def _solve_jointly(
+    plan: Plan,
     spec: SolveSpec,
     operators: Sequence[Any],
     damping: Array,
@@ -232,7 +235,7 @@ def _solve_jointly(
     x0 = None if any(x is None for x in x0s) else list(x0s)
     damping = jnp.asarray(damping, tree_dtype(b))
     full = FullFisherOperator(tuple(operators))
-    xs, info = _solve_samples(spec, full, damping, b, x0)
+    xs, info = _solve_samples(plan, spec, full, damping, b, x0)
     # Every layer reports the residual of the whole system, relative to its gradient.
     relative = _relative_residual(info, jnp.sqrt(tree_dot(b, b)))
     norms = [jnp.sqrt(jnp.sum(leaf**2, (-2, -1))) for leaf in b]

@@ -1,4 +1,4 @@
-r"""The damping: where it starts, how it adapts, and the KL clip.
+r"""The damping from the data, and how it adapts.
 
 A damping has the unit of the curvature: a loss that is ten times larger has ten times
 the Fisher matrix and needs ten times the damping. Measured in the mean curvature
@@ -63,14 +63,11 @@ def levenberg_marquardt(
     return jnp.clip(damping * factor, minimum, maximum).astype(damping.dtype)
 
 
-# Of the mean curvature: it gives 0.1 for the autoencoder on CURVES, and a tenth or ten
-# times that is worse there (benchmarks/LOG.md).
-_MULTIPLE = 10.0
 _FEW_PARAMETERS = 1000
 
-# The damping may fall to this share of the typical one. Without a lower end a good
-# reduction ratio on small batches, which rewards fitting the batch, lowers it until the
-# loss turns up.
+# The damping may fall to this part of the typical one. On small batches a good ratio
+# rewards fitting the batch, and without a floor the damping falls until the loss
+# diverges.
 LOWEST_FRACTION = 1e-2
 
 
@@ -89,9 +86,9 @@ def mean_curvature(curvature: Curvature) -> Array:
     return sum(traces, start=jnp.zeros((), jnp.float32)) / size
 
 
-def typical_damping(curvature: Curvature) -> Array:
-    """Returns ten times the mean curvature; 0 where that is not finite."""
-    damping = _MULTIPLE * mean_curvature(curvature)
+def typical_damping(curvature: Curvature, multiple: float) -> Array:
+    """Returns a multiple of the mean curvature; 0 where that is not finite."""
+    damping = multiple * mean_curvature(curvature)
     return jnp.where(jnp.isfinite(damping), damping, 0)
 
 

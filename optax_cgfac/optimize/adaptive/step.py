@@ -36,17 +36,18 @@ _MANY_TIMES, _MANY_TIMES_OF_FEW_OUTPUTS = 2.0, 4.0
 # The damping starts anew when the curvature has grown by this factor since the first
 # update: far more than one batch of outliers causes.
 _OUTGROWN = 1e8
-_DAMPING_WITHOUT_DATA = 0.1
 
 
-def with_initial_damping(state: CGFACState, curvature: Curvature) -> CGFACState:
+def with_initial_damping(
+    state: CGFACState, curvature: Curvature, multiple: float, without_data: float
+) -> CGFACState:
     """Sets the damping from the data, where it is not set yet."""
-    typical = typical_damping(curvature).astype(state.damping.dtype)
+    typical = typical_damping(curvature, multiple).astype(state.damping.dtype)
     # The first curvature may be next to nothing, as that of a saturated softmax is.
     is_new = state.initial_damping == 0
     is_new |= typical > _OUTGROWN * state.initial_damping
     first = initial_fraction(curvature) * typical
-    start = jnp.where(first > 0, first, _DAMPING_WITHOUT_DATA)
+    start = jnp.where(first > 0, first, without_data)
     return state._replace(
         damping=jnp.where(is_new, start, state.damping),
         initial_damping=jnp.where(is_new, typical, state.initial_damping),
