@@ -1,6 +1,5 @@
 """Training steps as in the README, and other Python programs."""
 
-import functools
 import importlib.util
 import os
 import pathlib
@@ -68,12 +67,6 @@ def run(step, state, batch, first, last):
 
 def squared_error(outputs, targets):
     return jax.numpy.mean(jax.numpy.sum((outputs - targets) ** 2, -1))
-
-
-def assert_close(found, expected, rtol=1e-5, atol=1e-5):
-    """Compares all leaves."""
-    close = functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol)
-    jax.tree.map(close, found, expected)
 
 
 def python(*arguments, timeout=900, **env):

@@ -13,12 +13,12 @@ from flax import linen as nn
 from optax_cgfac import cgfac, fisher_estimator, scale_by_cgfac, scale_by_kfac
 from steps import ingredients, updating
 
-LAYER = nn.Dense(3, use_bias=False)
-
 
 def model_fn(params, x):
-    """A layer with positions, and a parameter of none."""
-    return LAYER.apply({"params": params["out"]}, x).mean(1) + params["shift"]
+    """Layers with and without positions, and a parameter of none."""
+    layer = nn.Dense(5, use_bias=False)
+    hidden = nn.tanh(layer.apply({"params": params["hidden"]}, x)).mean(1)
+    return layer.apply({"params": params["out"]}, hidden) + params["shift"]
 
 
 # Two values of every option.
@@ -101,7 +101,8 @@ def of_optimizer(factory, options):
 def of_estimator(factory, options):
     """A step, as what is captured may matter in the solve only."""
     x = jnp.ones((8, 3, 5))
-    params = {"out": {"kernel": jnp.ones((5, 3))}, "shift": jnp.ones(3)}
+    params = {name: {"kernel": jnp.ones((5, 5))} for name in ("hidden", "out")}
+    params |= {"shift": jnp.ones(5)}
     usual = {"model_fn": model_fn, "loss": "squared_error", "fallback": True}
     usual |= {"examples": 4, "window": 2, "rank": 2}
     estimator = factory(**(usual | options))

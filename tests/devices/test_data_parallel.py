@@ -15,7 +15,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_cgfac
-from training import assert_close, run, squared_error, train_step
+from training import run, squared_error, train_step
+from trees import assert_trees_close
 
 STEPS, BATCH = 20, 32
 MEAN = functools.partial(jax.lax.pmean, axis_name="data")
@@ -92,7 +93,8 @@ def on_one_device(name, **options):
 def assert_same(state, losses, name, **options):
     expected, expected_losses = on_one_device(name, **options)
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-4, atol=1e-5)
-    assert_close(jax.tree.map(np.asarray, state[0]), expected)
+    params = jax.tree.map(np.asarray, state[0])
+    assert_trees_close(params, expected, 1e-5, 1e-5)
 
 
 def mesh_of(kind=AxisType.Auto):
@@ -271,7 +273,7 @@ def test_factors_are_those_of_one_device(case):
     found = jax.jit(update)(curvature, params, x)
     for tag in expected.tags:
         factors = [c.operator(tag.name).factors() for c in (found, expected)]
-        assert_close(*factors, rtol=1e-4)
+        assert_trees_close(*factors, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("way", ["jit", "map"])

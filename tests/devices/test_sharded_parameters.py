@@ -13,7 +13,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_cgfac
-from training import assert_close, nnx_step, run, squared_error, train_step
+from training import nnx_step, run, squared_error, train_step
+from trees import assert_trees_close
 
 STEPS = 20
 
@@ -111,7 +112,7 @@ def test_linen_parameters_with_partitioning(boxed, name):
     params, _ = linen_run(boxed, True, tx)
     kernel = params["params"]["Dense_0"]["kernel"]
     assert kernel.sharding.spec == P(None, "model")
-    assert_close(params, expected)
+    assert_trees_close(params, expected, 1e-5, 1e-5)
 
 
 def test_parameters_split_over_the_axis_of_the_batch():
@@ -123,14 +124,14 @@ def test_parameters_split_over_the_axis_of_the_batch():
         assert layers["Dense_0"]["kernel"].sharding.spec == P(None, "data")
         assert layers["Dense_0"]["bias"].sharding.spec == P("data")
         assert layers["Dense_1"]["kernel"].sharding.spec[0] == "data"
-    assert_close(params, expected)
+    assert_trees_close(params, expected, 1e-5, 1e-5)
 
 
 def test_parameters_on_a_mesh_with_explicit_axes():
     expected, _ = linen_run(False, False, optax_cgfac.cgfac())
     params, _ = linen_run(False, True, optax_cgfac.cgfac(), AxisType.Explicit)
     assert params["params"]["Dense_0"]["kernel"].sharding.spec == P(None, "model")
-    assert_close(params, expected)
+    assert_trees_close(params, expected, 1e-5, 1e-5)
 
 
 class Module(nnx.Module):
@@ -176,7 +177,7 @@ def test_nnx_parameters_with_sharding_metadata(kind):
     with jax.set_mesh(mesh(kind)):
         params = nnx_run(True, kind)
     assert params["hidden"]["kernel"].sharding.spec == P(None, "model")
-    assert_close(params, expected)
+    assert_trees_close(params, expected, 1e-5, 1e-5)
 
 
 def test_named_axes_inside_a_model_on_explicit_axes_are_refused():

@@ -138,6 +138,8 @@ def test_full_is_the_whole_fisher(name):
     expected = fisher[np.ix_(places, places)]
     assert oracles.relative_error(operator.to_dense(), expected) < 1e-10
     assert operator.trace() == pytest.approx(np.trace(expected), rel=1e-10)
+    diagonal = np.concatenate([np.ravel(x) for x in operator.diagonal()])
+    assert oracles.relative_error(diagonal, np.diag(expected)) < 1e-10
 
 
 @pytest.mark.parametrize("solver", ["cg", "cholesky"])

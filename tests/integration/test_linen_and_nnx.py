@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from layer_table import double
 from models.common import by_name
 from models.table import TABLE
-from optax_cgfac import cgfac, fisher_estimator, scale_by_cgfac, value_and_grad
-from training import assert_close, nnx_step, train_step
+from optax_cgfac import cgfac, fisher_estimator
+from training import nnx_step, train_step
+from trees import assert_trees_close
 
 TWINS = [
     "mlp",
@@ -29,32 +29,13 @@ def twins(name):
     return linen, module
 
 
-def assert_equal_leaves(linen, module, tolerance=1e-6):
+def assert_equal_leaves(linen, module):
     linen, module = by_name(linen), by_name(module)
     assert linen.keys() == module.keys()
     scale = max(np.abs(leaf).max() for leaf in linen.values())
     for path, leaf in linen.items():
         difference = np.abs(leaf - module[path]).max()
-        assert difference <= tolerance * scale, (path, difference / scale)
-
-
-@pytest.mark.parametrize("name", TWINS)
-@pytest.mark.parametrize("damping_form", ["tikhonov", "factored"])
-def test_the_single_pass_gives_equal_updates(name, damping_form):
-    linen, module = twins(name)
-    tx = scale_by_cgfac(0.1, damping_form=damping_form)
-    of_linen = jax.jit(value_and_grad(linen.loss))(linen.params, linen.inputs)
-    of_nnx = nnx.jit(value_and_grad(module.loss))(module.model, module.inputs)
-    results = []
-    for _, grads, curvature in (of_linen, of_nnx):
-        # CG magnifies rounding in nearly singular systems.
-        with jax.enable_x64(True):
-            grads, curvature = double(grads, curvature)
-            results.append(tx.update(grads, tx.init(grads), curvature=curvature)[0])
-    np.testing.assert_allclose(of_nnx[0], of_linen[0], rtol=1e-6)
-    assert of_nnx[2].tags == of_linen[2].tags
-    assert_equal_leaves(of_linen[1], of_nnx[1])
-    assert_equal_leaves(*results, 1e-4)
+        assert difference <= 1e-6 * scale, (path, difference / scale)
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -72,6 +53,7 @@ def test_optimizers_take_equal_steps(name):
     curvature = estimator.init(model, linen.inputs)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     module_step = nnx.jit(nnx_step(estimator, lambda m, b: module.loss(m, b["x"])))
+    assert curvature.tags == state[2].tags
     for seed in range(3):
         rng = jax.random.key(seed)
         state, _ = linen_step(state, batch, rng)
@@ -79,4 +61,4 @@ def test_optimizers_take_equal_steps(name):
         if seed == 0:
             assert_equal_leaves(state[0], nnx.state(model, nnx.Param))
     found = by_name(nnx.state(model, nnx.Param))
-    assert_close(found, by_name(state[0]), rtol=1e-3, atol=1e-4)
+    assert_trees_close(found, by_name(state[0]), rtol=1e-3, atol=1e-4)

@@ -78,6 +78,11 @@ UNCOVERED = {
         "repeats a letter",
         lambda: nn.Einsum((4, 4, 3), "btc,ccd->btd", use_bias=False, name="inner"),
     ),
+    "einsum with features first": between(
+        "inner/bias inner/kernel",
+        "puts features before the kernel's batch axes",
+        lambda: nn.Einsum((5, 4, 2), "btc,tcd->bdt", name="inner"),
+    ),
 }
 
 
@@ -164,6 +169,15 @@ REPORTED = {
         "first",
         "inner/layer_instance",
         "another module computes",
+    ),
+    "masked conv_transpose": reported(
+        lambda: half(
+            nnx.ConvTranspose(5, 3, (3,), mask=jnp.ones((3, 5, 3)), rngs=rngs())
+        ),
+        "first",
+        "inner",
+        "its kernel is masked",
+        normal(0, N, 3, 5),
     ),
     "one kernel, two biases": reported(
         lambda: nm.one_param(use_bias=True), "", "a b", "has another bias"

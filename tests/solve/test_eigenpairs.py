@@ -10,7 +10,6 @@ import steps
 from optax_cgfac import KroneckerOperator, cgfac, fisher_estimator, scale_by_cgfac
 from optax_cgfac.solve.eigenpairs import (
     LayerEigenpairs,
-    _scattered,
     empty_eigenpairs,
     refresh,
     solve_with_eigenpairs,
@@ -116,33 +115,6 @@ def test_stacked_layers_are_those_one_by_one():
         assert oracles.relative_error(x, expected_solution(layer, 6)) < 2e-3
 
 
-@pytest.mark.usefixtures("x64")
-def test_layers_of_many_sizes_are_refreshed_together():
-    layers = [problems.layer_problem(*sizes) for sizes in ((8, 90, 3), (70, 80, 5))]
-    old = [empty(layer, 8) for layer in layers]
-    together = refresh([operator(layer) for layer in layers], old)
-    for layer, start, eigenpairs in zip(layers, old, together, strict=True):
-        [alone] = refresh([operator(layer)], [start])
-        for x, y in zip(
-            jax.tree.leaves(eigenpairs), jax.tree.leaves(alone), strict=True
-        ):
-            assert x.shape == y.shape
-        products = [
-            (s.vectors * s.values) @ s.vectors.T for s in (eigenpairs.g, alone.g)
-        ]
-        np.testing.assert_allclose(*products, atol=1e-8)
-
-
-@pytest.mark.usefixtures("x64")
-def test_without_rows_it_is_the_damped_gradient():
-    problem = decaying()
-    empty_rows = problem._replace(a=0 * problem.a, g=0 * problem.g)
-    eigenpairs = refreshed(operator(empty_rows), empty(problem, 4))
-    [solution], is_finite = solve(eigenpairs, [problem.b])
-    assert is_finite
-    np.testing.assert_allclose(solution, problem.b / DAMPING, rtol=1e-6)
-
-
 @pytest.mark.parametrize("dead", ["ag", "a", "g", ""])
 def test_without_damping_a_dead_layer_takes_no_step(dead):
     """Nothing is known of it; what would divide by rounding is not finite, or huge."""
@@ -224,19 +196,6 @@ def test_eigenpairs_are_renewed_every_few_updates_once_the_window_is_full():
     assert changed == [True, True, True, False, False, True, False, False, True]
 
 
-def test_a_filling_window_renews_them_when_it_holds_twice_as_much():
-    p = steps.make_problem(window=6, rank=4, refresh_every=100)
-    curvature = p.estimator.init(p.params, p.batch["x"])
-    renewed = []
-    for i in range(1, 9):
-        old = curvature
-        rng = jax.random.key(i)
-        curvature = jax.jit(p.estimator.update)(old, p.params, p.batch["x"], rng=rng)
-        same = jax.tree.map(jnp.array_equal, old.eigenpairs, curvature.eigenpairs)
-        renewed += [] if all(jax.tree.leaves(same)) else [i]
-    assert renewed == [1, 2, 4, 6]
-
-
 @pytest.mark.parametrize(
     ("batch_size", "outputs", "rank"),
     [(32, 40, 16), (128, 40, 32), (128, 10, 16), (256, 32, 32), (1000, 10, 64)],
@@ -313,33 +272,6 @@ def test_masked_parameters_are_solved_with_rows():
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("shape", [(32, 16), (256, 64), (1024, 64), (4096, 128)])
-def test_the_scattered_directions_are_independent(shape):
-    singular = np.linalg.svd(np.asarray(_scattered(*shape)), compute_uv=False)
-    assert singular[-1] > singular[0] / 100
-
-
-def test_layers_of_different_sizes_and_stacks_split_their_damping_apart():
-    """Each as if it were alone, whatever the others' sizes and stacks are."""
-    small = decaying(dtype="float32")
-    stacked = small._replace(
-        a=jnp.stack([small.a, 3 * small.a]), g=jnp.stack([small.g, small.g])
-    )
-    wide = problems.layer_problem(ROWS, 90, 7, seed=2, dtype="float32")
-    eigenpairs = [refreshed(operator(p), empty(p, 5)) for p in (small, stacked, wide)]
-    together = split_dampings(eigenpairs, jnp.asarray(DAMPING))
-    for split, one in zip(together, eigenpairs, strict=True):
-        [alone] = split_dampings([one], jnp.asarray(DAMPING))
-        for x, y in zip(split, alone, strict=True):
-            assert x.shape == one.a.trace.shape
-            np.testing.assert_allclose(x, y, rtol=1e-6)
-        pi = split.a / split.g
-        means = one.a.trace / one.a.vectors.shape[-2]
-        means = means / (one.g.trace / one.g.vectors.shape[-2])
-        np.testing.assert_allclose(pi, means, rtol=1e-5)
-        np.testing.assert_allclose(split.a * split.g, DAMPING, rtol=1e-6)
-
-
 class Normed(nn.Module):
     """A norm between layers, wide enough for eigenpairs of its own."""
 
@@ -386,20 +318,6 @@ def test_gradients_of_all_sizes_have_the_solution_in_their_units(scale):
     assert is_finite
     actual = oracles.float64(actual) / float(np.float32(scale))
     assert oracles.relative_error(actual, expected) < 1e-5
-
-
-@pytest.mark.parametrize("scale", [1e-8, 1e8])
-def test_cotangents_in_other_units_move_the_solution_with_their_damping(scale):
-    """The loss in other units: ``(s F + s γ) x = s b``."""
-    problem = decaying(dtype="float32")
-    eigenpairs = refreshed(operator(problem), empty(problem, 10))
-    [expected], _ = solve(eigenpairs, [problem.b])
-    other = problem._replace(g=jnp.float32(scale) * problem.g)
-    eigenpairs = refreshed(operator(other), empty(other, 10))
-    units = jnp.float32(scale) ** 2
-    [actual], is_finite = solve(eigenpairs, [units * problem.b], DAMPING * units)
-    assert is_finite
-    assert oracles.relative_error(actual, expected) < 1e-3
 
 
 def test_a_solution_that_overflows_is_not_taken():

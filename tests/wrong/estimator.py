@@ -32,6 +32,7 @@ OPTIONS = {
     "a module's class as `model_fn`": estimating(fn=MLP),
     "a `model_fn` of three arguments": estimating(fn=lambda params, x, mask: x),
     "an unknown loss": estimating("mse"),
+    "an empty tuple of losses": estimating(()),
     "a function as the loss": estimating(optax.squared_error),
     "`kind='fisher'`": estimating(kind="fisher"),
     "`window=0`": estimating(window=0),
@@ -84,6 +85,11 @@ INIT = {
     "`input_axes` None for all inputs": init(input_axes=None),
     "a `where` that is never true": init(where=lambda path: "Dense" in path),
     "a `where` for a bias without its kernel": init(where=lambda path: "bias" in path),
+    "`input_axes` 0 for a leaf without examples": init(
+        inputs=lambda g: {"x": g.x, "scale": g.x[0]},
+        fn=lambda p, inputs: model_fn(p, inputs["x"]),
+        input_axes=0,
+    ),
     "a parameter that no layer reads": adding(lambda g: {"old": {"kernel": g.x}}),
     # A new function every time: JAX remembers what it has traced.
     "a `model_fn` that is jitted": lambda g: init(
@@ -153,6 +159,7 @@ BATCHES = {
     "inputs of another dtype": update(inputs=lambda g: g.x.astype(jnp.bfloat16)),
     "inputs of another structure": update(inputs=lambda g: {"x": g.x}),
     "a smaller batch than the curvature keeps": update(inputs=lambda g: g.x[:6]),
+    "a batch without examples": update(inputs=lambda g: g.x[:0]),
     "`targets` for `kind='mc'`": update(targets=lambda g: g.y),
 }
 BATCHES_TRACED = {
@@ -165,8 +172,10 @@ BATCHES_TRACED = {
     "targets of fewer examples": empirical(lambda g: g.y[:7], "squared_error"),
     "targets of another rank": empirical(lambda g: g.y[:, :1].astype(int)),
     "a list of numbers as targets": empirical(lambda g: [0] * 8),
+    "a tuple of targets for one output": empirical(lambda g: (g.y[:, 0] > 0,)),
     "one array of targets for two outputs": empirical(lambda g: g.y, TWO, two),
     "weights that do not fit the outputs": new_update(weights=lambda x: x[:7, 0]),
+    "`weights` that return nothing": new_update(weights=lambda x: None),
     "three weights for two outputs": new_update(two, TWO, weights=lambda x: (x,) * 3),
     "a loss whose `value` sums over examples": new_update(
         loss=own_loss(value=lambda z, t: jnp.sum((z - t) ** 2))

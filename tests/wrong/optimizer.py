@@ -21,6 +21,7 @@ OPTIONS = {
     "`cgfac(learning_rate=-0.1)`": make(cgfac, -0.1),
     "`scale_by_cgfac('auto')`": make(scale_by_cgfac, "auto"),
     "`scale_by_kfac(nan)`": make(scale_by_kfac, np.nan),
+    "several numbers as the damping": make(scale_by_kfac, np.ones(2)),
     "`cgfac(0.1, momentum=1.0)`": make(cgfac, 0.1, momentum=1.0),
     "`scale_by_cgfac(0.1, max_steps=0)`": make(scale_by_cgfac, 0.1, max_steps=0),
     "a schedule as `momentum`": make(cgfac, 0.1, momentum=lambda count: 0.1),

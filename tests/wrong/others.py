@@ -64,6 +64,7 @@ TAGS = {
     "the parameter itself instead of its name": tagged(kernel="itself"),
     "a matrix as the scale": tagged(scale="w"),
     "inputs and outputs of other lengths": tagged(kernel="w", cut=1),
+    "a number as the input": lambda g: tag_layer(Modes(), 1.0, g.x, bias="b"),
     "a Linen module that is not being applied": lambda g: tag_layer(
         MLP(), g.x, g.x, bias="b"
     ),
@@ -76,6 +77,7 @@ METHODS = {
         "out", damping_form="factored"
     ),
     "all layers in one factored operator": lambda g: g.curvature.operator(None),
+    "something else in `push`": lambda g: g.curvature.push(g.curvature.layers),
     "the rows of several updates in `push`": lambda g: g.curvature.push(g.curvature),
     "the rows of a smaller batch in `push`": lambda g: (
         of_one_pass(g).with_window(2).push(of_one_pass(g, 4))
@@ -109,6 +111,7 @@ class Summed:
 
 OPERATORS = {
     "integers as the right-hand side": solving(lambda g: g.x.astype(int)),
+    "no array as the right-hand side": solving(lambda g: {}),
     "a matrix as the operator": solving(operator=jnp.ones((3, 3))),
     "an operator whose `matvec` returns another shape": solving(operator=Summed()),
     "a warm start of another shape": solving(x0=lambda g: g.x[0]),
