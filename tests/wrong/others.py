@@ -77,7 +77,6 @@ METHODS = {
         "out", damping_form="factored"
     ),
     "all layers in one factored operator": lambda g: g.curvature.operator(None),
-    "something else in `push`": lambda g: g.curvature.push(g.curvature.layers),
     "the rows of several updates in `push`": lambda g: g.curvature.push(g.curvature),
     "the rows of a smaller batch in `push`": lambda g: (
         of_one_pass(g).with_window(2).push(of_one_pass(g, 4))
