@@ -1,4 +1,4 @@
-"""Pictures of a curvature and of a training: coverage, cost, solves, damping, spectra.
+"""Pictures of a curvature and a training: coverage, cost, solves, damping, eigenvalues.
 
 Needs matplotlib, which the extra ``plot`` brings: ``pip install "optax_cgfac[plot]"``.
 Every function draws into ``ax``, or into a figure of its own, and returns the axes.
@@ -122,13 +122,13 @@ def cost(
     """
     structure = options.get("structure", "kronecker")
     form = damping_form or default_damping_form(structure)
-    config = SolveSpec(damping_form=form, **options)
+    solve_spec = SolveSpec(damping_form=form, **options)
     flops, notes = [], []
     for tag in curvature.tags:
         rows = curvature.layers[tag.name]
         eigenpairs = curvature.eigenpairs.get(tag.name)
         ranks = None if eigenpairs is None else eigenpairs.ranks
-        plan = make_plan(config, num_rows(rows.a), tag.n_in, tag.n_out, ranks)
+        plan = make_plan(solve_spec, num_rows(rows.a), tag.n_in, tag.n_out, ranks)
         flops.append(plan.flops * math.prod(tag.stack))
         held = human_bytes(num_bytes(rows.a) + num_bytes(rows.g))
         notes.append(f"{plan.solver}, rows {held}")
@@ -173,11 +173,6 @@ def residuals(
     """
     series = _as_series(history)["layers"]
     found = {name: series[name]["residual"] for name in layers or series}
-    if not any(np.any(values > 0) for values in found.values()):
-        raise ValueError(
-            "No residual was computed: direct solves have none. Pass "
-            "cgfac(solver='cg') for solves by conjugate gradients."
-        )
     x = np.arange(len(next(iter(found.values())))) + 1
     ax = _new_axes(ax)
     ax.set(yscale="log", xlabel="update")

@@ -246,10 +246,10 @@ class Curvature:
           A text to print.
         """
         form = damping_form or default_damping_form(structure)
-        config = SolveSpec(structure=structure, damping_form=form, **options)
+        solve_spec = SolveSpec(structure=structure, damping_form=form, **options)
         ranks = {name: x.ranks for name, x in self.eigenpairs.items()}
         kept = num_bytes(self.model_inputs)
-        return format_report(self.spec, self.layers, config, kept, ranks)
+        return format_report(self.spec, self.layers, solve_spec, kept, ranks)
 
     def _tag(self, name: str) -> LayerTag:
         for tag in self.tags:

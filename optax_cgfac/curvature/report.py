@@ -17,7 +17,7 @@ _HEADER = ("layer", "kind", "matrix", "rows/step", "window", "bytes", "solve", "
 def format_report(
     spec: CaptureSpec,
     layers: Mapping[str, LayerRows],
-    config: SolveSpec,
+    solve_spec: SolveSpec,
     model_bytes: int,
     ranks: Mapping[str, tuple[int, int]],
 ) -> str:
@@ -28,15 +28,15 @@ def format_report(
         rows, pair, step = layers[tag.name], ranks.get(tag.name), tag.rows_per_step
         held = num_bytes(rows)
         total += held
-        plan = make_plan(config, num_rows(rows.a), tag.n_in, tag.n_out, pair)
-        solve = f"{_space(plan, config, rows, pair)}, {plan.solver}"
+        plan = make_plan(solve_spec, num_rows(rows.a), tag.n_in, tag.n_out, pair)
+        solve = f"{_space(plan, solve_spec, rows, pair)}, {plan.solver}"
         cells = tag.name, tag.kind, _shape(tag), step, f"{spec.window} x {step}"
         table.append((*map(str, cells), human_bytes(held), solve, plan.reason))
     parameters = sum(tag.size for tag in spec.tags)
     lines = [
         *_align(table),
         f"{len(spec.tags)} layers, {parameters:,} parameters preconditioned, "
-        f"{human_bytes(total)} of rows held ({config.damping_form} damping).",
+        f"{human_bytes(total)} of rows held ({solve_spec.damping_form} damping).",
     ]
     if model_bytes:
         lines.append(f"{human_bytes(model_bytes)} of examples for the quadratic model.")
@@ -57,12 +57,12 @@ def human_bytes(num_bytes: int) -> str:
 
 
 def _space(
-    plan: Plan, config: SolveSpec, rows: LayerRows, ranks: tuple[int, int] | None
+    plan: Plan, solve_spec: SolveSpec, rows: LayerRows, ranks: tuple[int, int] | None
 ) -> str:
     """Returns the space of the solve, for each side where they separate."""
     if plan.solver == "eigenpairs" and ranks is not None:
         return " | ".join(f"rank {rank}" for rank in ranks)
-    if plan.space != "sample" or config.damping_form != "factored":
+    if plan.space != "sample" or solve_spec.damping_form != "factored":
         return plan.space
     count, texts = num_rows(rows.a), []
     for side, in_sample_space in zip(rows, sides_in_sample_space(rows), strict=True):

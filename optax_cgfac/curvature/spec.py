@@ -77,6 +77,11 @@ class CaptureSpec:
                 "whole_batch=True keeps all examples and takes no model_examples, got "
                 f"model_examples={self.model_examples}. Leave one of the two out."
             )
+        if self.weight_sharing == "reduce" and self.positions not in (1, None):
+            raise ValueError(
+                "weight_sharing='reduce' makes one row of all positions, got positions="
+                f"{self.positions}. Leave one of the two out."
+            )
         dtype = self.rows_dtype
         if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
             raise ValueError(
@@ -99,8 +104,8 @@ class CaptureSpec:
         if rank == "auto":
             # Keeps products with eigenvectors cheap relative to one gradient. Every
             # example adds as many directions to the curvature as there are outputs.
-            share = 8 if spec.few_outputs else 4
-            rank = max(16, min(spec.batch_size // share, 64))
+            divisor = 8 if spec.few_outputs else 4
+            rank = max(16, min(spec.batch_size // divisor, 64))
         rank = None if rank is None else int(rank)
         refresh = None if rank is None else self.refresh_every or 8
         if every is None:

@@ -35,7 +35,7 @@ class RowOptions(NamedTuple):
     sharing: int = 1  # examples that share the layer's calls
 
     @property
-    def num_rows(self) -> int:
+    def num_chosen(self) -> int:
         """Examples that become rows."""
         return self.num_examples if self.examples is None else self.examples
 
@@ -69,7 +69,9 @@ def make_tags(
             continue
         own = options
         if all(axis == -1 for axis in layer.axes):
-            own = options._replace(num_examples=1, examples=1, sharing=options.num_rows)
+            own = options._replace(
+                num_examples=1, examples=1, sharing=options.num_chosen
+            )
         problem = _problem(layer, leaves[anchor], own)
         present = {role: path for role, path in layer.params.items() if path in kept}
         if problem is not None:
@@ -147,7 +149,7 @@ def _make_tag(
         **matrix._asdict(),
         positions=1 if whole else sum(use.positions for use in uses),
         columns=options.columns,
-        rows_per_step=options.num_rows * per_example * options.columns,
+        rows_per_step=options.num_chosen * per_example * options.columns,
         dtype=dtype,
         uses=uses,
         shapes=tuple(

@@ -1,6 +1,7 @@
 """The ready-made optimizer: `cgfac`."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -33,15 +34,17 @@ from optax_cgfac.utils.arrays import tree_is_finite
 from optax_cgfac.utils.types import Array, PyTree
 from optax_cgfac.utils.validate import (
     NOT_NEGATIVE,
+    check_alike,
     check_number_or_schedule,
+    is_floating,
     is_number,
     is_real_scalar,
+    leaf_types,
     summarize,
 )
 
-# The default damping starts at this multiple of the mean curvature: 0.1 for the CURVES
-# autoencoder, where a tenth or ten times of it trains worse. Without any curvature yet
-# it is the second number.
+# The default damping starts at this multiple of the mean curvature: 0.1 on CURVES. A
+# tenth or ten times of it trains worse. Without curvature it is the second number.
 _DAMPING_MULTIPLE, _DAMPING_WITHOUT_DATA = 10.0, 0.1
 # Initial damping and floor of the structures without factors. The exact Fisher of a few
 # rows has γ alone outside of their span; small MNIST models diverged without a higher
@@ -49,6 +52,8 @@ _DAMPING_MULTIPLE, _DAMPING_WITHOUT_DATA = 10.0, 0.1
 _DAMPING_OF_BLOCKS, _FLOOR_OF_BLOCKS = 1.0, 0.1
 # With a fixed rate nothing shortens the step that a low damping makes long.
 _DAMPING_WITH_RATE = 0.1
+_AS_AT_INIT = "cgfac: parameters must be as at tx.init"
+_CAST = "Cast the parameters back, or call tx.init(params) again."
 
 
 def cgfac(
@@ -108,12 +113,12 @@ def cgfac(
       damping_interval: Damping, without a learning rate: updates between two
         adaptations, each of which evaluates ``value_fn`` once. None for every update of
         the first ten, then every fifth, or every tenth with batches of 512 and more.
-      min_damping: Damping, without a learning rate: the floor. On small batches a good
-        reduction ratio rewards fitting the batch, and without a floor the damping falls
-        until the loss diverges. None for a hundredth of the initial damping; for
-        ``"block"`` and ``"full"`` 0.1, or the initial damping if that is less.
-      max_damping: Damping, without a learning rate: the largest; None for 1e5 times the
-        initial one.
+      min_damping: Damping, without a learning rate: the floor, without which small
+        batches let the damping fall until the loss diverges. None for a hundredth of
+        ``damping``, a tenth of the first mean curvature if that is None, and for
+        ``"block"`` and ``"full"`` 0.1 or ``damping`` if that is less.
+      max_damping: Damping, without a learning rate: the largest; None for 1e5 times
+        ``damping``, or 1e6 times the first mean curvature.
       structure: Solve: as in `scale_by_cgfac`.
       damping_form: Solve: as in `scale_by_cgfac`; None for ``"factored"`` with
         ``structure="kronecker"``, else ``"tikhonov"``.
@@ -142,16 +147,12 @@ def cgfac(
       >>> import jax, jax.numpy as jnp, optax, optax_cgfac
       >>> from flax import linen as nn
       >>> model = nn.Dense(1)
-      >>> x = jax.random.normal(jax.random.key(0), (16, 3))
+      >>> x = jax.random.normal(jax.random.key(0), (32, 3))
       >>> y = x @ jnp.array([[1.0], [-2.0], [0.5]])
-      >>> params = model.init(jax.random.key(1), x)["params"]
-      >>> def model_fn(params, x):
-      ...     return model.apply({"params": params}, x)
+      >>> params = model.init(jax.random.key(1), x)
       >>> def loss_fn(params):
-      ...     return jnp.mean(jnp.sum((model_fn(params, x) - y) ** 2, -1))
-      >>> estimator = optax_cgfac.fisher_estimator(
-      ...     model_fn, "squared_error", examples=8
-      ... )
+      ...     return jnp.mean(jnp.sum((model.apply(params, x) - y) ** 2, -1))
+      >>> estimator = optax_cgfac.fisher_estimator(model.apply, "squared_error")
       >>> curvature = estimator.init(params, x)
       >>> tx = optax_cgfac.cgfac(damping=1e-2)
       >>> state = tx.init(params)
@@ -168,9 +169,11 @@ def cgfac(
     References:
       Chen (2021); Martens & Grosse (2015), sections 6 and 7; Ba et al. (2017).
     """
+    if damping_form is None:
+        damping_form = default_damping_form(structure)
     spec = SolveSpec(
         structure=structure,
-        damping_form=damping_form or default_damping_form(structure),
+        damping_form=damping_form,
         solver=solver,
         space=space,
         max_steps=max_steps,
@@ -218,13 +221,15 @@ def _adaptive(
     _check_adaptive(parts.options, adaptation, damping)
 
     def propose(state: CGFACState, curvature: Curvature, start: Start) -> _Proposal:
+        _check_loss(start)
+        parts.fallback.check_whole(curvature, start.grads)
         if damping is None:
             multiple, without = _DAMPING_MULTIPLE, _DAMPING_WITHOUT_DATA
             state = with_initial_damping(state, curvature, multiple, without)
         start, state = _with_direction(parts, state, curvature, start, state.damping)
         return start, *adaptive_step(parts.options, adaptation, state, curvature, start)
 
-    return _compose(parts, propose, start_damping=damping, is_adaptive=True)
+    return _compose(parts, propose, damping)
 
 
 def _scheduled(
@@ -237,7 +242,7 @@ def _scheduled(
     unused = [name for name, x in vars(adaptation).items() if x is not None]
     if unused:
         raise ValueError(
-            f"{', '.join(unused)} must be left out beside a learning_rate, which keeps "
+            f"{', '.join(unused)} must be left out with a learning_rate, which keeps "
             "the damping as given. Pass a schedule of dampings, or no learning_rate."
         )
     if damping is None:
@@ -251,7 +256,7 @@ def _scheduled(
         rate = current("learning_rate", learning_rate, state.cgfac_count)
         return start, *scheduled_step(parts.options, state, start, rate, gamma)
 
-    return _compose(parts, propose, start_damping=damping, is_adaptive=False)
+    return _compose(parts, propose, damping)
 
 
 def _with_direction(
@@ -273,26 +278,22 @@ def _with_direction(
     )
     direction = jax.tree.map(jnp.negative, solution)
     kept = like(state.warm_start, solution)
-    return start._replace(direction=direction), state._replace(
-        warm_start=kept, info=info
-    )
+    state = state._replace(warm_start=kept, info=info)
+    return start._replace(direction=direction), state
 
 
 def _compose(
     parts: _Parts,
     propose: Callable[[CGFACState, Curvature, Start], _Proposal],
-    *,
-    start_damping: Any,
-    is_adaptive: bool,
+    damping: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Returns the transformation that takes what ``propose`` proposes."""
     options, fallback = parts.options, parts.fallback
 
     def init(params: PyTree) -> CGFACState:
         check_trained("cgfac", params, fallback.keeps)
-        is_known = start_damping is not None and not callable(start_damping)
-        first = start_damping if is_known else 0.0
-        return _initial_state(parts, params, first)
+        is_known = damping is not None and not callable(damping)
+        return _initial_state(parts, params, damping if is_known else 0.0)
 
     def update(
         updates: PyTree,
@@ -305,11 +306,16 @@ def _compose(
         **extra_args: Any,
     ) -> tuple[PyTree, CGFACState]:
         curvature = check_curvature(curvature)
-        others = {"parameters": params, "optimizer state": state.velocity}
-        check_fit("cgfac", updates, others, fallback.keeps)
-        fallback.check(curvature, updates, whole=is_adaptive)
-        _check_loss(value, value_fn, is_needed=is_adaptive)
-        grads = jax.tree.map(_like_parameter, updates, params)
+        if params is None:
+            raise ValueError(
+                "cgfac needs the parameters, got None. Pass them as third argument, "
+                "tx.update(grads, opt_state, params, curvature=curvature, ...)."
+            )
+        check_fit("cgfac", updates, params, fallback.keeps)
+        check_alike(_AS_AT_INIT, leaf_types(state.velocity), leaf_types(params), _CAST)
+        fallback.check(curvature, updates)
+        _check_value(value)
+        grads = jax.tree.map(_cast, updates, params)
         if options.has_l2:
             grads = jax.tree.map(lambda g, p: g + options.l2 * p, grads, params)
         grads = fallback.split(grads, jax.tree.map(jnp.zeros_like, grads))
@@ -332,7 +338,7 @@ def _initial_state(parts: _Parts, params: PyTree, damping: Any) -> CGFACState:
         # A copy of an array: the state may be donated, and no buffer twice.
         return jnp.array(value, dtype)
 
-    keeps_start = parts.spec.keeps_start
+    zeros = functools.partial(jax.tree.map, jnp.zeros_like, params)
     return CGFACState(
         cgfac_count=scalar(0, jnp.int32),
         damping=scalar(damping),
@@ -342,25 +348,24 @@ def _initial_state(parts: _Parts, params: PyTree, damping: Any) -> CGFACState:
         reduction_ratio=scalar(1.0),
         promise=scalar(0.0),
         num_rejected=scalar(0, jnp.int32),
-        velocity=jax.tree.map(jnp.zeros_like, params),
-        warm_start=jax.tree.map(jnp.zeros_like, params) if keeps_start else None,
+        velocity=zeros(),
+        warm_start=zeros() if parts.spec.keeps_start else None,
         info=init_info(params),
         fallback=parts.fallback.transformation(params).init(params),
     )
 
 
-def _like_parameter(gradient: Array, parameter: Array) -> Array:
+def _cast(gradient: Array, parameter: Array) -> Array:
     """Returns a gradient in the dtype of its parameter, if it is a real one."""
-    is_real = jnp.issubdtype(jnp.result_type(gradient), jnp.floating)
-    return jnp.asarray(gradient, parameter.dtype) if is_real else gradient
+    return jnp.asarray(gradient, parameter.dtype) if is_floating(gradient) else gradient
 
 
 def _check_adaptive(options: StepOptions, adaptation: Adaptation, damping: Any) -> None:
     """Checks what only an adapted damping excludes."""
     if options.kl_clip is not None or callable(damping):
+        given = "kl_clip" if options.kl_clip is not None else "a schedule of dampings"
         raise ValueError(
-            "kl_clip and a schedule of dampings need a learning_rate, got none: the "
-            "step size and the damping are adapted. Pass cgfac(learning_rate=0.1, ...)."
+            f"{given} needs a learning_rate, got None. Pass cgfac(learning_rate=0.1)."
         )
     least, most = adaptation.min_damping, adaptation.max_damping
     least = least if is_number(least) else 0.0
@@ -370,23 +375,23 @@ def _check_adaptive(options: StepOptions, adaptation: Adaptation, damping: Any) 
     if not (least <= first <= most and first > 0):
         raise ValueError(
             "Dampings must satisfy min_damping <= damping <= max_damping and be "
-            f"positive, got {least:g}, {first:g} and {most:g}. Pass damping=None for a "
-            "first damping from the data, or move the bounds."
+            f"positive, got {least:g}, {first:g} and {most:g}. Move the bounds."
         )
 
 
-def _check_loss(value: Any, value_fn: Any, *, is_needed: bool) -> None:
-    """Checks the loss, which a step with a learning rate does not need."""
-    absent = {"value": value, "value_fn": value_fn}
-    names = [name for name, x in absent.items() if x is None]
-    if is_needed and names:
-        raise ValueError(
-            f"cgfac() without a learning_rate needs {' and '.join(names)}, got None. "
-            f"Call\n{HOW_TO_UPDATE}"
-        )
+def _check_value(value: Any) -> None:
     if value is not None and not is_real_scalar(value):
         raise ValueError(
-            "value must be the scalar loss of this batch, a real number, got "
-            f"{summarize(value)}. Pass value=loss of loss, grads = "
-            "jax.value_and_grad(loss_fn)(params, batch), without auxiliary outputs."
+            "value must be the scalar loss of this batch, without auxiliary outputs, "
+            f"got {summarize(value)}. Pass value=loss."
+        )
+
+
+def _check_loss(start: Start) -> None:
+    """Checks that the adaptive step has the loss."""
+    given = {"value": start.value, "value_fn": start.value_fn}
+    absent = [name for name, x in given.items() if x is None]
+    if absent:
+        raise ValueError(
+            f"cgfac() needs {' and '.join(absent)}, got None. Call\n{HOW_TO_UPDATE}"
         )

@@ -26,8 +26,7 @@ class Fallback:
         if (self.fallback is None) != (self.where is None):
             given, absent = ("where", "fallback")[:: 1 if self.where else -1]
             raise ValueError(
-                f"{given}= needs {absent}=, got None: where is true for the parameters "
-                "that CG-FAC updates, the others are the fallback's. Pass "
+                f"{given}= needs {absent}=, got None. Pass "
                 "cgfac(fallback=optax.adam(1e-3), where=curvature.covers)."
             )
 
@@ -49,7 +48,7 @@ class Fallback:
         )
 
     def apply(
-        self, delta: PyTree, updates: PyTree, state: Any, finite: Array, **given: Any
+        self, delta: PyTree, updates: PyTree, state: Any, finite: Array, /, **given: Any
     ) -> tuple[PyTree, Any]:
         """Lets the other optimizer update its parameters.
 
@@ -71,17 +70,20 @@ class Fallback:
         new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
         return self.split(delta, mixed), new
 
-    def check(self, curvature: Curvature, grads: PyTree, *, whole: bool) -> None:
-        """Checks that every leaf has a curvature, a fallback, or was left out."""
+    def check_whole(self, curvature: Curvature, grads: PyTree) -> None:
+        """Checks that no layer's gradient is absent, as the quadratic model needs."""
         paths = {text(path) for path in leaves_by_path(grads)}
         missing = {text(path) for tag in curvature.tags for path in tag.leaves} - paths
-        if whole and missing and any(map(curvature.covers, paths)):
+        if missing and any(map(curvature.covers, paths)):
             raise ValueError(
                 "The quadratic model needs the gradients of all layers; absent: "
-                f"{', '.join(sorted(missing))}. To train only some parameters, pass "
-                "cgfac(where=..., fallback=...) instead of optax.masked or "
-                "optax.partition, or a learning_rate."
+                f"{', '.join(sorted(missing))}. To train some parameters only, pass "
+                "cgfac(where=..., fallback=...), or a learning_rate."
             )
+
+    def check(self, curvature: Curvature, grads: PyTree) -> None:
+        """Checks that every leaf has a curvature, a fallback, or was left out."""
+        paths = {text(path) for path in leaves_by_path(grads)}
         left_out = {text(p) for p, why in curvature.spec.uncovered if why == LEFT_OUT}
         wrong = [
             path
@@ -91,6 +93,5 @@ class Fallback:
         if wrong:
             raise ValueError(
                 f"No curvature and no fallback for: {', '.join(wrong)}. Pass "
-                "cgfac(fallback=optax.adam(1e-3), where=curvature.covers), or the "
-                "curvature of this model."
+                "cgfac(fallback=optax.adam(1e-3), where=curvature.covers)."
             )

@@ -1,6 +1,6 @@
 """The building blocks: `scale_by_cgfac` and `scale_by_kfac`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -75,7 +75,9 @@ def scale_by_cgfac(
         6.3), the more robust form with few rows.
       solver: The solver: ``"cg"``; ``"cholesky"`` of one ``min(R, n)``-sized matrix per
         side (factored damping) or of one matrix of the samples (``"block"``,
-        ``"full"``). ``"auto"`` takes a direct solve for factored damping, CG otherwise.
+        ``"full"``). ``"auto"`` takes CG, or for factored damping the eigenpairs where
+        they are kept and ``"cholesky"`` elsewhere. CG and ``"cholesky"`` solve with the
+        rows: ``fisher_estimator(rank=None)`` keeps them in full precision.
       space: Conjugate gradients: ``"parameter"`` iterates on parameters (Algorithm 2 as
         printed), ``"sample"`` does the same iterates in sample space; ``"auto"`` takes
         the cheaper for each layer.
@@ -176,8 +178,8 @@ def _scale_by(
     ) -> tuple[PyTree, ScaleByCGFACState]:
         del params, extra_args
         curvature = check_curvature(curvature)
-        kept = state.warm_start
-        check_fit(name, updates, {} if kept is None else {"optimizer state": kept})
+        kept = updates if state.warm_start is None else state.warm_start
+        check_fit(name, updates, kept)
         gamma = jnp.asarray(current("damping", damping, state.cgfac_count))
         solution, info = precondition(
             spec, curvature, updates, state.warm_start, gamma, state.info
@@ -232,9 +234,8 @@ def check_curvature(curvature: Any) -> Curvature:
         )
     if not isinstance(curvature, Curvature):
         raise TypeError(
-            "curvature must be an optax_cgfac.Curvature from estimator.init or "
-            f"estimator.update, got {summarize(curvature)}. Pass "
-            "curvature=estimator.update(curvature, params, inputs, rng=rng)."
+            f"curvature must be an optax_cgfac.Curvature, got {summarize(curvature)}. "
+            "Pass curvature=estimator.update(curvature, params, inputs, rng=rng)."
         )
     check_rows(curvature)
     return curvature
@@ -243,10 +244,10 @@ def check_curvature(curvature: Any) -> Curvature:
 def check_fit(
     name: str,
     grads: PyTree,
-    others: Mapping[str, PyTree],
+    like: PyTree,
     keeps: Callable[[str], bool] = lambda path: True,
 ) -> None:
-    """Checks that gradients and the trees like them are of the same parameters."""
+    """Checks that gradients are of the parameters that a tree like them belongs to."""
     for path, leaf in leaves_by_path(grads).items():
         if not is_floating(leaf) and keeps(text(path)):
             raise TypeError(
@@ -254,14 +255,12 @@ def check_fit(
                 f"got {summarize(leaf)}. Pass the gradients of a real loss by real "
                 "parameters, jax.grad(loss_fn)(params, batch)."
             )
-    for what, tree in others.items():
-        expected, got = (
-            {text(path): str(jnp.shape(x)) for path, x in leaves_by_path(t).items()}
-            for t in (tree, grads)
-        )
-        rule = f"{name}: gradients and {what} must be of the same parameters"
-        way_out = "Pass grads by params, and opt_state = tx.init(params)."
-        check_alike(rule, expected, got, way_out)
+    expected, got = (
+        {text(path): str(jnp.shape(x)) for path, x in leaves_by_path(tree).items()}
+        for tree in (like, grads)
+    )
+    rule = f"{name}: gradients, parameters and state must be of the same parameters"
+    check_alike(rule, expected, got, "Pass grads by params and tx.init(params).")
 
 
 def check_trained(
@@ -272,7 +271,6 @@ def check_trained(
         if not is_floating(leaf) and keeps(text(path)):
             raise TypeError(
                 f"{name}: tx.init takes real floating-point parameters, got "
-                f"{summarize(leaf)} as {text(path)!r}. Pass the tree of parameters (of "
-                "an nnx.Module: nnx.Optimizer(module, tx, wrt=nnx.Param)), and leave "
-                "other arrays to another transformation by optax.partition."
+                f"{summarize(leaf)} as {text(path)!r}. Leave it to another "
+                "transformation by optax.partition."
             )

@@ -20,8 +20,8 @@ class CGFACState(NamedTuple):
     Attributes:
       cgfac_count: Updates so far, int32.
       damping: The damping ``λ`` of the next update; 0 until it is set from the data.
-      initial_damping: The first damping, from which its bounds follow; 0 until it is
-        set from the data. Models of fewer than a thousand parameters start lower.
+      initial_damping: The damping from which its bounds follow; 0 until it is set from
+        the data. Models of fewer than a thousand parameters start below it.
       step_size: The last step size ``α``.
       momentum: The last momentum ``μ``.
       reduction_ratio: The last reduction ratio ``ρ``.

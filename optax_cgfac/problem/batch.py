@@ -87,9 +87,9 @@ def check_enough(num_examples: int, captured: int, kept: int = 1) -> None:
     """Checks that a batch has the examples that are captured and kept of it."""
     if num_examples < max(captured, kept, 1):
         raise ValueError(
-            f"The batch must hold examples={captured} to capture, and {kept} that are "
-            f"kept; got {num_examples}. Drop smaller batches, or pass fewer examples "
-            "and model_examples to fisher_estimator."
+            f"The batch must hold examples={captured}, and those that the quadratic "
+            f"model keeps ({kept}); got {num_examples}. Drop smaller batches, or pass "
+            "fewer examples and model_examples to fisher_estimator."
         )
 
 

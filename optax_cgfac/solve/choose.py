@@ -66,9 +66,9 @@ class SolveSpec:
                 "does not separate into two sides. Use solver='cg'."
             )
         if not self.is_iterative:
-            self._refuse_cg_options()
+            self._check_cg_options()
 
-    def _refuse_cg_options(self) -> None:
+    def _check_cg_options(self) -> None:
         asked = ("max_steps", "rtol", "warm_start")
         given = [name for name in asked if getattr(self, name) is not None]
         given += ["space"] if self.space != "auto" else []

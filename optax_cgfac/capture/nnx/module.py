@@ -58,9 +58,8 @@ def check_same_module(expected: Any, got: Any) -> None:
         "layer, a mode (train() or eval()) or an option of it has changed.\n"
         f"  expected: {_first_difference(expected.graphdef, got.graphdef)}\n"
         f"  got:      {_first_difference(got.graphdef, expected.graphdef)}\n"
-        "Set modes inside model_fn, on the copy it is given: "
-        "lambda model, x: nnx.view(model, deterministic=True)(x), or call "
-        "estimator.init(module, inputs) again."
+        "Set modes inside model_fn, lambda model, x: nnx.view(model, "
+        "deterministic=True)(x), or call estimator.init(module, inputs) again."
     )
 
 

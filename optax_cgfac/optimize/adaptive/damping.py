@@ -25,7 +25,6 @@ from optax_cgfac.utils.types import Array
 from optax_cgfac.utils.validate import (
     INSIDE_ONE,
     NOT_NEGATIVE,
-    POSITIVE,
     check_number,
     check_positive,
 )
@@ -122,7 +121,6 @@ class Adaptation:
         numbers = {
             "damping_decay": (INSIDE_ONE, 0.9),
             "min_damping": (NOT_NEGATIVE, 1e-3),
-            "max_damping": (POSITIVE, 1e3),
         }
         for name, (allowed, example) in numbers.items():
             if getattr(self, name) is not None:
