@@ -326,7 +326,7 @@ def _finish(
 
 
 def _add_legend(ax: "Axes", num_lines: int) -> None:
-    """Adds a legend; one of many lines stands beside them, where it hides none."""
+    """Adds a legend; one of many lines stands next to them, where it hides none."""
     beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
     ax.legend(frameon=False, fontsize="small", **(beside if num_lines > 6 else {}))
 

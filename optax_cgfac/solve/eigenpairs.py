@@ -5,7 +5,7 @@ for zero,
 
 .. math:: (A + αI)^{-1} ≈ \frac1α\Big(I - V \frac{λ}{λ + α} Vᵀ\Big).
 
-Activations and cotangents have a few large eigenvalues and many that are small beside
+Activations and cotangents have a few large eigenvalues and many that are small against
 the damping, where the approximation changes nothing. It costs ``2r`` multiplications
 for each entry of a layer's matrix and side instead of ``2R``, takes any damping without
 a factorisation, and may be a few updates old.
@@ -182,7 +182,7 @@ def _leading_eigenpairs(matrices: Array, start: Array | None) -> tuple[Array, Ar
     if start is None:
         values, vectors = over_batch(jnp.linalg.eigh, scaled_down)
     else:
-        # Other directions beside the old ones find what is new.
+        # Directions other than the old ones find what is new.
         noise = _scattered(*start.shape[1:]).astype(start.dtype)
         norm = jnp.sqrt(jnp.sum(start**2, (-2, -1), keepdims=True))
         basis = safe_divide(start, norm) + 0.1 / noise.size**0.5 * noise
@@ -265,7 +265,7 @@ def solve_with_eigenpairs(
     squares = jnp.vdot(left, left * float(jnp.finfo(left.dtype).tiny))
     finite = jnp.isfinite(squares) & jnp.all(jnp.isfinite(scale))
     mean_curvature = a.trace * g.trace / (sizes[0] * sizes[1]) + gamma
-    # Without curvature and damping there is nothing to solve: x would be rounding.
+    # Without curvature and damping the system is zero, and x is rounding.
     finite &= jnp.all(mean_curvature > 0)
     solution = []
     for v, b in zip(parts, blocks, strict=True):
