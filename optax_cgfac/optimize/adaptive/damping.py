@@ -145,7 +145,7 @@ class Adaptation:
         return 10 if curvature.spec.batch_size >= _MANY_EXAMPLES else 5
 
     def fit_interval(self, curvature: Curvature) -> Any:
-        """Updates between two fits: by default their cost is small against a gradient's.
+        """Updates between two fits; by default a small part of the gradients' cost.
 
         A forward pass and two tangents are five products with every kernel, a gradient
         is three.
