@@ -161,33 +161,13 @@ def test_damping_step_size_and_momentum_over_time():
     assert len(all_taken.get_legend().get_texts()) == 3
 
 
-@pytest.mark.parametrize(
-    ("draw", "match"),
-    [
-        (lambda: plot.residuals([]), "history is empty"),
-        (
-            lambda: plot.residuals(entries(layers={"dense": {"residual": -1.0}})),
-            r"No residual was computed",
-        ),
-        (
-            lambda: plot.damping(entries(damping=np.ones(2))),
-            "one scalar an update",
-        ),
-        (lambda: spectrum("out"), "no rows of the layer 'out' yet"),
-        (lambda: spectrum("nobody"), "No tagged layer 'nobody'"),
-    ],
-)
-def test_what_cannot_be_drawn_is_refused_with_words(draw, match):
-    with pytest.raises(ValueError, match=match):
-        draw()
-    assert pyplot.get_fignums() == []
-
-
-def spectrum(layer):
-    return plot.spectrum(problem().curvature(), layer)
-
-
 # ---------------------------------------------------------------- eigenpairs
+
+
+def test_a_layer_that_is_not_there_is_refused_with_words():
+    with pytest.raises(ValueError, match="No tagged layer 'nobody'"):
+        plot.spectrum(problem().curvature(), "nobody")
+    assert pyplot.get_fignums() == []
 
 
 def assert_spectrum(ax, dense, rtol, rest):
@@ -236,7 +216,7 @@ def test_the_spectrum_of_a_stack_is_that_of_all_its_layers():
 # ---------------------------------------------------------------- without matplotlib
 
 
-def test_without_matplotlib_the_module_is_there_and_says_what_to_install(monkeypatch):
+def test_without_matplotlib_the_module_is_there_and_names_what_is_missing(monkeypatch):
     monkeypatch.delitem(sys.modules, "optax_cgfac.plot")
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
@@ -244,5 +224,5 @@ def test_without_matplotlib_the_module_is_there_and_says_what_to_install(monkeyp
     monkeypatch.setattr(optax_cgfac, "plot", plot)  # back to it afterwards
     fresh = importlib.import_module("optax_cgfac.plot")
     assert fresh is not plot
-    with pytest.raises(ImportError, match=r"pip install 'optax_cgfac\[plot\]'"):
+    with pytest.raises(ImportError, match="matplotlib"):
         fresh.residuals(entries())
